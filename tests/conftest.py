@@ -1,0 +1,65 @@
+"""One thread a test process, fixed seeds, and closing lines that say what this machine could not test."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import random
+from collections.abc import Iterator
+
+# Before torch starts its threads. Tests run in one process a core, and sums are the same on every machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+from d2_mgd._install import DETECTRON2_INSTALL
+
+# Cores are shared with other tests, so no deadlines; where CI is set, every run draws the same examples.
+hypothesis.settings.register_profile("project", deadline=None, derandomize="CI" in os.environ, print_blob=True)
+hypothesis.settings.load_profile("project")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _default_dtype_kept() -> Iterator[None]:
+    """A test that changes torch's process-wide defaults must not change the next one."""
+    dtype, threads, grad = torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled()
+    yield
+    torch.set_default_dtype(dtype)
+    torch.set_num_threads(threads)
+    torch.set_grad_enabled(grad)
+
+
+def _detectron2() -> str:
+    try:
+        return f"installed, {importlib.metadata.version('detectron2')}"
+    except importlib.metadata.PackageNotFoundError:
+        return f"not installed, so the tests that need it are skipped; to install it: {DETECTRON2_INSTALL}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skipped = len(terminalreporter.stats.get("skipped", []))
+    device = (
+        torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none, so the tests that need one are skipped"
+    )
+    terminalreporter.section("what this machine could test")
+    terminalreporter.write_line(f"Detectron2: {_detectron2()}")
+    terminalreporter.write_line(f"CUDA device: {device}")
+    terminalreporter.write_line(f"skipped: {skipped} (a skipped file counts as one); the reasons follow")
