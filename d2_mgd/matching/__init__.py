@@ -1,0 +1,10 @@
+"""Who guides whom: the matching cost between channels, and the exact assignment of teacher to student channels.
+
+Knows tensors and arrays, no network. See Yue, Deng, Zhou, "Matching Guided Distillation", ECCV 2020, section 3.
+"""
+
+from d2_mgd.matching.channel_matching import ChannelMatching
+from d2_mgd.matching.cost import METRICS, ChannelCost
+from d2_mgd.matching.solver import MODES, solve_matching
+
+__all__ = ["METRICS", "MODES", "ChannelCost", "ChannelMatching", "solve_matching"]
