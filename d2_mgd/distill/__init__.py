@@ -1,0 +1,40 @@
+"""How it guides: taps -> matching -> reducer -> loss, for any two torch modules. Knows no Detectron2."""
+
+from d2_mgd.distill.dense import box_distribution_kd, dense_class_kd
+from d2_mgd.distill.distiller import ALIGNMENTS, MatchingGuidedDistiller
+from d2_mgd.distill.logits import LOGIT_LOSSES, LogitLoss, kd_loss, standardize_logits
+from d2_mgd.distill.losses import FEATURE_LOSSES, REDUCTIONS, published_weights, reduce_loss
+from d2_mgd.distill.margins import batch_norm_margin
+from d2_mgd.distill.norms import NORMS
+from d2_mgd.distill.reducers import REDUCERS
+from d2_mgd.distill.reports import RematchReport, load_reports, save_reports
+from d2_mgd.distill.schedule import DECAYS, RematchSchedule, WeightSchedule
+from d2_mgd.distill.spatial import SPATIAL_WEIGHTS
+from d2_mgd.distill.taps import FeatureTaps, Tap
+
+__all__ = [
+    "ALIGNMENTS",
+    "DECAYS",
+    "FEATURE_LOSSES",
+    "LOGIT_LOSSES",
+    "NORMS",
+    "REDUCERS",
+    "REDUCTIONS",
+    "SPATIAL_WEIGHTS",
+    "FeatureTaps",
+    "LogitLoss",
+    "MatchingGuidedDistiller",
+    "RematchReport",
+    "RematchSchedule",
+    "Tap",
+    "WeightSchedule",
+    "batch_norm_margin",
+    "box_distribution_kd",
+    "dense_class_kd",
+    "kd_loss",
+    "load_reports",
+    "published_weights",
+    "reduce_loss",
+    "save_reports",
+    "standardize_logits",
+]

@@ -1,0 +1,64 @@
+"""Margins: per-channel lower bounds of a teacher's pre-activation, from its batch-norm.
+
+Shape shorthand: C channels.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["batch_norm_margin"]
+
+_RARE = 1e-3  # below this probability of being negative the conditional mean is replaced by -3 sigma
+_HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
+
+
+@torch.no_grad()
+def batch_norm_margin(norm: nn.Module) -> Tensor:
+    """Expected value of a batch-norm's output where it is negative.
+
+    A channel that leaves a batch-norm with scale ``g`` and shift ``b`` is taken as normal with mean ``b`` and standard
+    deviation ``|g|``. Its margin is ``E[x | x < 0]``, which is ``b - |g| phi(b / |g|) / Phi(-b / |g|)``; where the
+    channel is negative with a probability of 0.001 or less, the margin is ``-3 |g|`` (Heo et al., "A Comprehensive
+    Overhaul of Feature Distillation", ICCV 2019, section 3.2; used by Yue et al., ECCV 2020, section 3.3).
+
+    The quotient is computed from logarithms in float64, so tiny scales do not divide zero by zero; a scale of exactly
+    zero gives the limit, ``min(b, 0)``.
+
+    Args:
+        norm: ``BatchNorm2d``, ``SyncBatchNorm``, or any module in their likeness (Detectron2's ``FrozenBatchNorm2d``):
+            per-channel ``weight`` and ``bias`` (None is one and zero) and running statistics.
+
+    Returns:
+        Tensor: (C,) float32 margins on the device of the norm.
+
+    Raises:
+        TypeError: the module is no batch-norm.
+        ValueError: its scale or shift is not finite.
+    """
+    running_var = getattr(norm, "running_var", None)
+    if not hasattr(norm, "running_mean") or not hasattr(norm, "weight"):
+        raise TypeError(
+            f"margins are made from a batch-norm, and this is a {type(norm).__name__}: tap a feature whose last norm "
+            "is a batch-norm, or use a loss without margins."
+        )
+    weight: Tensor | None = getattr(norm, "weight", None)
+    bias: Tensor | None = getattr(norm, "bias", None)
+    reference = running_var if weight is None else weight
+    if reference is None:
+        raise TypeError(f"this {type(norm).__name__} has neither scale nor running statistics to make margins from.")
+    scale = torch.ones_like(reference) if weight is None else weight
+    shift = torch.zeros_like(reference) if bias is None else bias
+    scale, shift = scale.detach().double().abs(), shift.detach().double()
+    if not (torch.isfinite(scale).all() and torch.isfinite(shift).all()):
+        raise ValueError("margins cannot be made from a batch-norm whose scale or shift is not finite.")
+
+    ratio = shift / scale.clamp(min=torch.finfo(torch.float64).tiny)
+    log_negative = torch.special.log_ndtr(-ratio)  # log of the probability of being negative
+    hazard = torch.exp(-0.5 * ratio.square() - _HALF_LOG_2PI - log_negative)
+    margin = torch.where(log_negative > math.log(_RARE), shift - scale * hazard, -3.0 * scale)
+    margin = torch.where(scale > 0, margin, shift.clamp(max=0.0))
+    return margin.float()

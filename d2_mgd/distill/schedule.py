@@ -1,0 +1,122 @@
+"""When to rematch, and how much the distillation counts while a training goes on."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+
+__all__ = ["DECAYS", "RematchSchedule", "WeightSchedule"]
+
+DECAYS = ("constant", "linear", "cosine")
+
+
+class RematchSchedule:
+    """Rematch at the start, then with periods that change at given steps.
+
+    The published detector: ``RematchSchedule([5000, 31000], [20000])``, every 5,000 iterations until 20,000, then at
+    multiples of 31,000. Classification counts epochs: ``RematchSchedule([1])``.
+
+    Args:
+        periods: one period more than milestones; rematch at its multiples. 0 is never in that span. Empty is never.
+        milestones: ascending numbers of steps; from each on the next period is in force.
+        start: whether to rematch before the first step.
+        at: numbers of steps at which to rematch besides.
+
+    Raises:
+        ValueError: numbers that do not fit together.
+    """
+
+    def __init__(
+        self, periods: Sequence[int] = (), milestones: Sequence[int] = (), start: bool = True, at: Sequence[int] = ()
+    ) -> None:
+        self.periods = [int(period) for period in periods]
+        self.milestones = [int(milestone) for milestone in milestones]
+        self.start = bool(start)
+        self.at = sorted({int(step) for step in at})
+        if self.periods and len(self.periods) != len(self.milestones) + 1:
+            raise ValueError(
+                f"a rematch schedule needs one period more than milestones, got periods {self.periods} and "
+                f"milestones {self.milestones}."
+            )
+        if any(period < 0 for period in self.periods):
+            raise ValueError(f"rematch periods must not be negative, got {self.periods}.")
+        if self.milestones != sorted(set(self.milestones)) or any(step <= 0 for step in self.milestones):
+            raise ValueError(f"rematch milestones must be positive and ascending, got {self.milestones}.")
+        if any(step <= 0 for step in self.at):
+            raise ValueError(f"rematch steps must be positive, got {self.at}; 'start' is the one before the first.")
+
+    @classmethod
+    def log_spaced(cls, first: int, last: int, count: int, start: bool = True) -> RematchSchedule:
+        """``count`` rematches from step ``first`` to step ``last``, each a constant factor later than the one before.
+
+        Often while the student changes fast, seldom later. Steps that round to the same number are one rematch.
+
+        Raises:
+            ValueError: not 0 < first <= last, or a count below 1.
+        """
+        if not 0 < first <= last or count < 1:
+            raise ValueError(
+                f"log-spaced rematches need 0 < first <= last and a count of 1 or more, got first {first}, last {last} "
+                f"and count {count}."
+            )
+        ratio = (last / first) ** (1.0 / max(1, count - 1))
+        steps = [round(first * ratio**index) for index in range(count - 1)]
+        return cls(start=start, at=[*steps, last])
+
+    def due(self, steps: int) -> bool:
+        """Whether to rematch after ``steps`` finished steps (0: before the first)."""
+        if steps == 0:
+            return self.start
+        if steps in self.at:
+            return True
+        if not self.periods:
+            return False
+        period = self.periods[bisect_right(self.milestones, steps)]
+        return period > 0 and steps % period == 0
+
+
+class WeightSchedule:
+    """Factor of the distillation losses as a training goes on.
+
+    0 before ``start`` and from ``stop`` on (stopping early helps students that are far smaller than their teacher: Cho
+    and Hariharan, ICCV 2019). In between 1, or falling from 1 to 0 along a line or half a cosine (Loshchilov and
+    Hutter, ICLR 2017, equation 5). ``warmup`` multiplies it by a line from 0 to 1 over as many steps after ``start``,
+    as DKD is published (Zhao et al., CVPR 2022).
+
+    Steps are whatever the training counts: iterations or epochs.
+
+    Args:
+        decay: ``constant``, ``linear`` or ``cosine``.
+        start: number of finished steps from which on the distillation counts.
+        stop: number of finished steps from which on it does not; None is never, which ``constant`` alone can do.
+        warmup: steps of the warm-up; 0 is none.
+
+    Raises:
+        ValueError: an unknown decay, a decay without a stop, or numbers out of order.
+    """
+
+    def __init__(self, decay: str = "constant", start: int = 0, stop: int | None = None, warmup: int = 0) -> None:
+        if decay not in DECAYS:
+            raise ValueError(f"unknown decay {decay!r} of the distillation weight; there are: {', '.join(DECAYS)}.")
+        if stop is None and decay != "constant":
+            raise ValueError(f"a {decay} decay of the distillation weight needs a step at which it stops.")
+        if start < 0 or warmup < 0 or (stop is not None and stop <= start):
+            raise ValueError(
+                f"a weight schedule needs 0 <= start < stop and a warm-up of 0 or more, got start {start}, stop {stop} "
+                f"and warm-up {warmup}."
+            )
+        self.decay = decay
+        self.start = int(start)
+        self.stop = None if stop is None else int(stop)
+        self.warmup = int(warmup)
+
+    def factor(self, steps: float) -> float:
+        """The factor, 0 to 1, after ``steps`` finished steps."""
+        if steps < self.start or (self.stop is not None and steps >= self.stop):
+            return 0.0
+        factor = 1.0 if self.warmup == 0 else min(1.0, (steps - self.start) / self.warmup)
+        if self.stop is None or self.decay == "constant":
+            return factor
+        done = (steps - self.start) / (self.stop - self.start)
+        return factor * (1.0 - done if self.decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * done)))

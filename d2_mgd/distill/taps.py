@@ -1,0 +1,350 @@
+"""Feature taps: named maps out of any module, after or before the activation, by hooks.
+
+Nothing of the tapped model is changed: no attribute, no file, no second forward.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["FeatureTaps", "Tap"]
+
+
+@dataclass(frozen=True)
+class Tap:
+    """Where a map is taken.
+
+    Args:
+        module: dotted path of a module from the root of the tapped model; "" is the root itself.
+        key: which entry of the module's output, where that is a dict or a sequence.
+        before_activation: take the input of the last activation inside the module instead of the module's output,
+            which must be the result of that activation. Works for residual blocks (Detectron2, torchvision, timm),
+            convolution-norm-activation blocks, and activations themselves, in place or not, functional or not.
+    """
+
+    module: str
+    key: str | int | None = None
+    before_activation: bool = False
+
+    def __post_init__(self) -> None:
+        if self.before_activation and self.key is not None:
+            raise ValueError(f"tap of {self.module!r}: key and before_activation exclude each other.")
+
+
+class FeatureTaps:
+    """Takes named maps while a model runs.
+
+    ::
+
+        taps = FeatureTaps(model, {"stage3": "layer3", "stage4": Tap("layer4.2", before_activation=True)})
+        output = model(images)
+        maps = taps.collect()  # {"stage3": (N, C3, H3, W3), "stage4": (N, C4, H4, W4)}
+        maps = taps.run(images)  # the same maps, and the forward ends at the deepest of them
+
+    Maps carry gradients as the model's own tensors do. A map that the model goes on to change in place is copied; the
+    first forward in each mode finds out which ones are. Hooks sit on the model's submodules, so the model may be
+    wrapped in DDP or DataParallel, before or after; each thread has its own maps. Under ``torch.compile`` hooks break
+    the graph and give the same maps; ``fullgraph=True`` refuses them.
+
+    Args:
+        model: the root; paths are relative to it.
+        taps: feature name -> path or :class:`Tap`.
+
+    Raises:
+        ValueError: no tap at all, or a path that is not in the model; the message lists what is there.
+    """
+
+    def __init__(self, model: nn.Module, taps: Mapping[str, str | Tap]) -> None:
+        if not taps:
+            raise ValueError("no feature to tap was given.")
+        self.model = model
+        self.taps = {name: Tap(tap) if isinstance(tap, str) else tap for name, tap in taps.items()}
+        self._needs_copy: dict[tuple[str, bool, bool], bool] = {}  # by feature, training mode, early stop
+        self._calls: dict[int, _Call] = {}  # by thread: DataParallel runs replicas side by side
+        self._handles: list[Any] = [
+            model.register_forward_pre_hook(self._begin),
+            model.register_forward_hook(self._end, always_call=True),
+        ]
+        by_module: dict[str, list[str]] = {}
+        for name, tap in self.taps.items():
+            by_module.setdefault(tap.module, []).append(name)
+        try:
+            for path, features in by_module.items():
+                self._attach(_submodule(model, path), path, features)
+        except ValueError:
+            self.remove()
+            raise
+
+    def _attach(self, module: nn.Module, path: str, features: list[str]) -> None:
+        before = [name for name in features if self.taps[name].before_activation]
+        after = [name for name in features if not self.taps[name].before_activation]
+        if before:
+            self._handles.append(module.register_forward_pre_hook(_watch_activation))
+            self._handles.append(module.register_forward_hook(self._take_before(path, before), always_call=True))
+        if after:
+            self._handles.append(module.register_forward_hook(self._take_after(path, after)))
+
+    # ---- maps out
+
+    def collect(self) -> dict[str, Tensor]:
+        """The maps of the newest forward in this thread; the taps let go of them.
+
+        Raises:
+            RuntimeError: a tapped module did not run, or a map was changed in place since.
+        """
+        call = self._calls.pop(threading.get_ident(), None)
+        taken = {} if call is None else call.taken
+        missing = [name for name in self.taps if name not in taken]
+        if missing:
+            places = ", ".join(f"{name} ({self.taps[name].module or 'the model itself'})" for name in missing)
+            raise RuntimeError(f"no map of {places}: the module did not run in the last forward.")
+        return {name: self._checked(name, taken[name]) for name in self.taps}
+
+    def run(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Run the model's forward as far as the deepest tap and no further; return the maps."""
+        thread = threading.get_ident()
+        self._calls[thread] = _Call(stop=True)
+        try:
+            self.model(*args, **kwargs)
+        except _AllTaken:
+            pass
+        except BaseException:
+            self._calls.pop(thread, None)  # else the next ordinary forward would end early too
+            raise
+        return self.collect()
+
+    def remove(self) -> None:
+        """Take all hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._calls.clear()
+
+    def __enter__(self) -> FeatureTaps:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    def _checked(self, name: str, taken: _Taken) -> Tensor:
+        if taken.original is None:
+            return taken.map
+        changed = taken.original._version != taken.version
+        if taken.map is not taken.original:  # a copy was made to find out
+            self._needs_copy[(name, *taken.mode)] = changed
+            return taken.map if changed else taken.original
+        if changed:
+            raise RuntimeError(f"the map of {name} was changed in place after it was taken; collect it sooner.")
+        return taken.map
+
+    # ---- hooks
+
+    @torch.compiler.disable
+    def _begin(self, module: nn.Module, args: Any) -> None:
+        thread = threading.get_ident()
+        stop = thread in self._calls and self._calls[thread].stop
+        self._calls[thread] = _Call(stop=stop, running=True)
+
+    @torch.compiler.disable
+    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        call = self._calls.get(threading.get_ident())
+        if call is not None:
+            call.running = False
+
+    def _take_after(self, path: str, features: list[str]) -> Callable[..., None]:
+        @torch.compiler.disable
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            for name in features:
+                found = _entry(output, self.taps[name].key, path, name)
+                mode = (module.training, self._call().stop)
+                if found.is_inference():  # keeps no version to look at, so it is copied every time
+                    self._keep(name, _Taken(found.clone(), None, None, mode))
+                    continue
+                taken = found.clone() if self._needs_copy.get((name, *mode), True) else found
+                self._keep(name, _Taken(taken, found, found._version, mode))
+            self._maybe_stop()
+
+        return hook
+
+    def _take_before(self, path: str, features: list[str]) -> Callable[..., None]:
+        @torch.compiler.disable
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            watch = _stop_watching(module)
+            if output is None or watch is None:  # the forward was left by an exception
+                return
+            if watch.before is None or watch.after is not output:
+                raise RuntimeError(
+                    f"module {path!r} ({type(module).__name__}) does not end in an activation that could be seen, so "
+                    f"there is no map before it for {', '.join(features)}: tap a module that does, or tap it as it is."
+                )
+            for name in features:
+                self._keep(name, _Taken(watch.before, None, None, (module.training, self._call().stop)))
+            self._maybe_stop()
+
+        return hook
+
+    def _call(self) -> _Call:
+        return self._calls.setdefault(threading.get_ident(), _Call())
+
+    def _keep(self, name: str, taken: _Taken) -> None:
+        call = self._call()
+        if call.running and name in call.taken:
+            raise RuntimeError(
+                f"module {self.taps[name].module!r} of feature {name} ran several times in one forward; tap a module "
+                "that runs once."
+            )
+        call.taken[name] = taken
+
+    def _maybe_stop(self) -> None:
+        call = self._call()
+        if call.stop and len(call.taken) == len(self.taps):
+            raise _AllTaken
+
+
+class _AllTaken(Exception):
+    """Ends a forward when every tapped map is there."""
+
+
+@dataclass
+class _Taken:
+    map: Tensor
+    original: Tensor | None  # what the model goes on with, to see whether it is changed in place
+    version: int | None  # its counter of in-place changes
+    mode: tuple[bool, bool]  # of the forward: training, early stop
+
+
+class _Call:
+    """One forward in one thread."""
+
+    def __init__(self, stop: bool = False, running: bool = False) -> None:
+        self.stop = stop
+        self.running = running
+        self.taken: dict[str, _Taken] = {}
+
+
+def _entry(output: Any, key: str | int | None, path: str, name: str) -> Tensor:
+    if key is not None:
+        try:
+            output = output[key]
+        except (KeyError, IndexError, TypeError) as error:
+            kind = f"it has: {', '.join(map(str, output))}" if isinstance(output, Mapping) else type(output).__name__
+            where = repr(path) if path else "the model"
+            raise ValueError(f"feature {name}: the output of {where} has no entry {key!r} ({kind}).") from error
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"feature {name}: the output of {repr(path) if path else 'the model'} is a {type(output).__name__}, not a "
+            "tensor; name an entry of it by key."
+        )
+    return output
+
+
+def _submodule(model: nn.Module, path: str) -> nn.Module:
+    found = model
+    walked: list[str] = []
+    for part in path.split(".") if path else []:
+        children = dict(found.named_children())
+        if part not in children:
+            where = f"in {'.'.join(walked)!r}" if walked else "in the model"
+            raise ValueError(f"there is no module {path!r}: {where} there are: {', '.join(children) or 'none'}.")
+        found = children[part]
+        walked.append(part)
+    return found
+
+
+# ---- the map before the last activation
+
+
+def _out_of_place_functions() -> dict[Any, Callable[..., Tensor]]:
+    """Every activation function, in place or not -> the same without changing its input."""
+    table: dict[Any, Callable[..., Tensor]] = {}
+    for name in (
+        "relu", "relu6", "hardtanh", "leaky_relu", "elu", "selu", "celu", "rrelu",
+        "silu", "mish", "hardswish", "hardsigmoid", "gelu", "softplus", "threshold",
+    ):  # fmt: skip
+        function = getattr(F, name)
+        table[function] = _without_inplace(function)
+        for owner in (torch, torch.Tensor, F):
+            for spelling in (name, f"{name}_"):
+                other = getattr(owner, spelling, None)
+                if other is not None and other not in table:
+                    table[other] = table[function]
+    for name in ("sigmoid", "tanh"):
+        for owner in (torch, torch.Tensor, F):
+            for spelling in (name, f"{name}_"):
+                other = getattr(owner, spelling, None)
+                if other is not None:
+                    table[other] = getattr(torch, name)
+    return table
+
+
+def _without_inplace(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # a builtin, which has no flag
+        return function
+    if "inplace" not in signature.parameters:
+        return function
+
+    def out_of_place(*args: Any, **kwargs: Any) -> Tensor:
+        bound = signature.bind(*args, **kwargs)
+        bound.arguments["inplace"] = False
+        return function(*bound.args, **bound.kwargs)
+
+    return out_of_place
+
+
+_OUT_OF_PLACE = _out_of_place_functions()
+
+
+class _ActivationWatch(TorchFunctionMode):
+    """While a block runs: its activations leave their input alone, and the last one is remembered.
+
+    An in-place activation would overwrite the pre-activation, so it gets a result of its own instead; that is the one
+    extra map that holding both needs anyway.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before: Tensor | None = None
+        self.after: Tensor | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        replacement = _OUT_OF_PLACE.get(func)
+        if replacement is None:
+            return func(*args, **kwargs)
+        result = replacement(*args, **kwargs)
+        self.before = args[0] if args else kwargs["input"]
+        self.after = result
+        return result
+
+
+_watching = threading.local()
+
+
+@torch.compiler.disable
+def _watch_activation(module: nn.Module, args: Any) -> None:
+    watch = _ActivationWatch()
+    stack = getattr(_watching, "stack", None)
+    if stack is None:
+        stack = _watching.stack = []
+    stack.append((module, watch))
+    watch.__enter__()
+
+
+def _stop_watching(module: nn.Module) -> _ActivationWatch | None:
+    stack = getattr(_watching, "stack", [])
+    if not stack or stack[-1][0] is not module:
+        return None
+    _, watch = stack.pop()
+    watch.__exit__(None, None, None)
+    return watch
