@@ -1,0 +1,229 @@
+"""A student and its teacher as one Detectron2 model.
+
+Shape shorthand: N images, S student and T teacher channels, (Hf, Wf) the student's map at a feature.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from torch import Tensor, nn
+
+from d2_mgd.detection.config import (
+    LAST_NORMS,
+    MARGIN_LOSSES,
+    UNTRAINED,
+    feature_losses,
+    feature_weights,
+    student_config,
+    teacher_config,
+    validate_config,
+)
+from d2_mgd.detection.features import (
+    FeaturePair,
+    WatchedMaps,
+    crop_to,
+    find_last_norm,
+    pair_features,
+    teacher_margin,
+    valid_masks,
+)
+from d2_mgd.detection.norms import make_trainable
+from d2_mgd.detection.teacher import FrozenTeacher
+from d2_mgd.distill import MatchingGuidedDistiller
+
+__all__ = ["TeacherStudentDetector"]
+
+logger = logging.getLogger(__name__)
+
+Batch = list[dict[str, Any]]  # as Detectron2's models take it
+Maps = dict[str, Tensor]
+Masks = dict[str, "Tensor | None"]
+
+
+@META_ARCH_REGISTRY.register()
+class TeacherStudentDetector(nn.Module):
+    """Trains an unmodified Detectron2 model with the maps of another. In inference it is the student.
+
+    One training step runs the student once, with its own losses, and the teacher once, as far as its deepest feature.
+
+    Args:
+        student: any Detectron2 meta-architecture with a backbone.
+        teacher: a detector of any other architecture, which stays outside ``parameters()``, ``state_dict()`` and modes.
+        distiller: compares the maps of ``features``, made for their widths.
+        features: where to distil: FPN levels and backbone stages that both have.
+        before_activation: take backbone stages before their last activation.
+        input_format: channel order of the images that the student gets, as INPUT.FORMAT says it.
+        train_last_norm: what becomes of the last, frozen norm of each distilled backbone stage of the student:
+            ``affine`` trains scale and shift, ``sync_bn`` the statistics too, ``none`` nothing.
+
+    Raises:
+        ValueError: a feature that one of them lacks, strides or widths that do not fit, channel orders that cannot be
+            converted.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        student: nn.Module,
+        teacher: FrozenTeacher,
+        distiller: MatchingGuidedDistiller,
+        features: Sequence[str],
+        before_activation: bool = True,
+        input_format: str = "BGR",
+        train_last_norm: str = "affine",
+    ) -> None:
+        super().__init__()
+        teacher.check_format(input_format)
+        self.pairs = pair_features(student, teacher.model, features, before_activation)
+        _check_widths(self.pairs, distiller)
+        _train_last_norms(student, self.pairs, train_last_norm)
+        self.student = student
+        self.teacher = teacher
+        self.distiller = distiller
+        self.input_format = input_format
+        self.observe_next = False  # set it, and the next training step's maps count in the matching costs
+        self._student_features = {name: pair.student for name, pair in self.pairs.items()}
+        self._watched = WatchedMaps(student, self._student_features)
+        self._same_pixels = teacher.same_pixels(student, input_format)
+        teacher.watch({name: pair.teacher for name, pair in self.pairs.items()})
+        self.distiller.to(self.device)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        validate_config(cfg)
+        own, guide = student_config(cfg), teacher_config(cfg)
+        student, model = build_model(own), build_model(guide)
+        # before the weights, which may take a download
+        pairs = pair_features(student, model, cfg.MGD.FEATURES, cfg.MGD.BEFORE_ACTIVATION)
+        teacher = FrozenTeacher(model, input_format=guide.INPUT.FORMAT, weights=guide.MODEL.WEIGHTS, cfg=guide)
+        return {
+            "student": student,
+            "teacher": teacher,
+            "distiller": _build_distiller(cfg, pairs, teacher),
+            "features": list(cfg.MGD.FEATURES),
+            "before_activation": cfg.MGD.BEFORE_ACTIVATION,
+            "input_format": cfg.INPUT.FORMAT,
+            "train_last_norm": cfg.MGD.STUDENT.TRAIN_LAST_NORM,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        """Of the student."""
+        return next(self.student.parameters()).device
+
+    def forward(self, batched_inputs: Batch) -> Any:
+        """In training the student's losses and one ``loss_distill/<feature>`` each; in inference the student's output.
+
+        Args:
+            batched_inputs: what the student's meta-architecture takes; of each image its ``image`` (3, h, w), 0 to 255,
+                goes to the teacher too.
+        """
+        if not self.training:
+            return self.student(batched_inputs)
+        task_losses, maps, batch = self._watched.forward(batched_inputs)
+        student_maps, teacher_maps, valid = self._beside_teacher(batched_inputs, maps, batch)
+        if self.observe_next:
+            self.observe_next = False
+            self.distiller.observe(student_maps, teacher_maps, valid)
+        return {**task_losses, **self._distill(student_maps, teacher_maps, valid, _boxes(batched_inputs))}
+
+    @torch.no_grad()
+    def extract_maps(self, batched_inputs: Batch) -> tuple[Maps, Maps, Masks]:
+        """Maps of both networks for a batch: no head, no gradients, in whatever mode the student is.
+
+        Returns:
+            tuple: student maps, name -> (N, S, Hf, Wf); teacher maps, name -> (N, T, Hf, Wf); masks of real pixels,
+            name -> (N, 1, Hf, Wf) boolean, or None where nothing is padded.
+        """
+        return self._beside_teacher(batched_inputs, *self._watched.run(batched_inputs))
+
+    def extra_repr(self) -> str:
+        return f"features={list(self.pairs)}, teacher={self.teacher!r}"
+
+    def _beside_teacher(self, batched_inputs: Batch, student_maps: Maps, batch: Tensor) -> tuple[Maps, Maps, Masks]:
+        images = [sample["image"] for sample in batched_inputs]
+        sizes = [(image.shape[-2], image.shape[-1]) for image in images]
+        height, width = batch.shape[-2:]
+        teacher_maps = self.teacher(
+            images,
+            input_format=self.input_format,
+            min_size=(height, width),
+            normalised=batch.detach() if self._same_pixels else None,
+        )
+        if self.teacher.padded_size(sizes, (height, width)) != (height, width):
+            teacher_maps = crop_to(teacher_maps, student_maps)
+        return student_maps, teacher_maps, valid_masks(sizes, student_maps, self._student_features)
+
+    def _distill(
+        self, student_maps: Maps, teacher_maps: Maps, valid: Masks, boxes: list[Tensor] | None
+    ) -> dict[str, Tensor]:
+        if self.distiller.matched:
+            return self.distiller(student_maps, teacher_maps, valid, boxes)
+        # Until the first rematch; every parameter still takes part, as distributed training wants it.
+        zero = torch.zeros((), device=self.device)
+        for parameter in self.distiller.parameters():
+            zero = zero + 0.0 * parameter.sum()
+        return {f"loss_distill/{name}": zero for name in student_maps}
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> TeacherStudentDetector:
+        # .to() and its like: the teacher goes where the student goes
+        self.teacher.model._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+
+def _boxes(batched_inputs: Batch) -> list[Tensor] | None:
+    """(B, 4) ground-truth boxes of each image, where the data set has them."""
+    if not all("instances" in sample and sample["instances"].has("gt_boxes") for sample in batched_inputs):
+        return None
+    return [sample["instances"].gt_boxes.tensor for sample in batched_inputs]
+
+
+def _check_widths(pairs: dict[str, FeaturePair], distiller: MatchingGuidedDistiller) -> None:
+    found = {name: pair.channels for name, pair in pairs.items()}
+    if found != distiller.channels:
+        raise ValueError(
+            f"the networks have the widths (S, T) {found}, and the distiller was made for {distiller.channels}."
+        )
+
+
+def _train_last_norms(student: nn.Module, pairs: dict[str, FeaturePair], kind: str) -> None:
+    if kind not in LAST_NORMS:
+        raise ValueError(f"unknown train_last_norm {kind!r}; there are: {', '.join(LAST_NORMS)}.")
+    if kind == "none":
+        return
+    for name, pair in pairs.items():
+        place = find_last_norm(student, pair.student)
+        if place is not None and make_trainable(*place, kind):
+            logger.info("The student's last norm of %s trains (%s).", name, kind)
+
+
+def _build_distiller(cfg: CfgNode, pairs: dict[str, FeaturePair], teacher: FrozenTeacher) -> MatchingGuidedDistiller:
+    losses = feature_losses(cfg)
+    known = teacher.weights_path != UNTRAINED
+    margins = {
+        name: teacher_margin(teacher.model, pairs[name].teacher, statistics_needed=known)
+        for name, loss in losses.items()
+        if loss in MARGIN_LOSSES
+    }
+    return MatchingGuidedDistiller(
+        {name: pair.channels for name, pair in pairs.items()},
+        reducer=cfg.MGD.REDUCER,
+        loss=losses,
+        metric=cfg.MGD.METRIC,
+        mode=cfg.MGD.MODE or None,
+        align=cfg.MGD.ALIGN,
+        norm=cfg.MGD.NORM,
+        weights=feature_weights(cfg),
+        margins=margins,
+        reduction=cfg.MGD.REDUCTION,
+        spatial=cfg.MGD.SPATIAL,
+        strides={name: pair.student.stride for name, pair in pairs.items()},
+        tie=cfg.MGD.TIE,
+    )

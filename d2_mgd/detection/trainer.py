@@ -1,0 +1,342 @@
+"""The trainer: Detectron2's, for a student with or without a teacher, on CPUs and GPUs, resumable to the bit."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import math
+import os
+from collections import OrderedDict
+from typing import Any
+
+import detectron2.utils.comm as comm
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, hooks
+from detectron2.engine.train_loop import TrainerBase
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
+from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from detectron2.utils.env import seed_all_rng
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from d2_mgd.detection.checkpoint import TrainingCheckpointer, check_same_teacher, load_weights
+from d2_mgd.detection.config import META_ARCHITECTURE, student_config, validate_config
+from d2_mgd.detection.datasets import check_classes
+from d2_mgd.detection.features import export_student_state
+from d2_mgd.detection.hooks import CheckpointHook, MatchingHook, gather_costs
+from d2_mgd.detection.loader import TrainLoader, build_pass_loader, build_train_loader
+from d2_mgd.detection.preemption import PreemptionHook
+from d2_mgd.detection.state import (
+    changed_numbers,
+    module_numbers,
+    preserved_modes,
+    preserved_randomness,
+    random_state,
+    set_module_numbers,
+    set_random_state,
+)
+from d2_mgd.distill import RematchSchedule
+
+__all__ = ["Trainer"]
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer(DefaultTrainer):
+    """Trains a student, distilled where MGD.ENABLED, else alone; everything else is the same for both.
+
+    Runs alone, or in every process of an initialised ``torch.distributed`` (NCCL or gloo). Only student and distiller
+    are wrapped for it. Two trainings with the same config and seed start from the same student and see the same images,
+    with or without a teacher.
+
+    Args:
+        cfg: a config with the `MGD` node; ``MODEL.WEIGHTS`` are the student's, loaded by :meth:`resume_or_load`.
+
+    Raises:
+        ValueError: anything that cannot be trained, before the first step; one sentence.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        TrainerBase.__init__(self)
+        _check_scaling(cfg)
+        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        validate_config(cfg)
+        _check_supported(cfg)
+        self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+        logger.info("The seed of this run is %d", self.seed)
+        self.cfg = cfg = _with_seed(cfg, self.seed)
+        self.distilled = bool(cfg.MGD.ENABLED)
+        self._last_eval_results: Any = None
+
+        seed_all_rng(self.seed + comm.get_rank())
+        model = self.build_model(cfg)
+        self.detector: Any = model  # not wrapped
+        self.student = model.get_submodule("student") if self.distilled else model
+        self._initial_numbers = module_numbers(model)
+        optimizer = self.build_optimizer(cfg, model)
+        loader = self.build_train_loader(cfg)
+        check_classes([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST], self.student)
+        trainer_type = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
+        self._trainer = trainer_type(_distribute(model), loader, optimizer)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = TrainingCheckpointer(
+            self.student, cfg.OUTPUT_DIR, export=self._plain_state, keep=cfg.MGD.CHECKPOINT.KEEP
+        )
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.register_hooks(self.build_hooks())
+        # building a teacher drew numbers that a student alone did not
+        seed_all_rng(self.seed + comm.get_rank())
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """The student with its teacher and distiller, or the plain student, on MODEL.DEVICE."""
+        if not cfg.MGD.ENABLED:
+            return build_model(student_config(cfg))
+        model: nn.Module = META_ARCH_REGISTRY.get(META_ARCHITECTURE)(cfg)
+        return model.to(torch.device(cfg.MODEL.DEVICE))
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
+        """The resumable stream of training batches that follows from ``cfg.SEED``."""
+        return build_train_loader(cfg, cfg.SEED)
+
+    def build_hooks(self) -> list[HookBase]:
+        """Timer, schedule, preemption, rematch, checkpoint, evaluation, writers: in this order after each step."""
+        cfg = self.cfg
+        built: list[HookBase] = [hooks.IterationTimer(), hooks.LRScheduler(), PreemptionHook(self.save_checkpoint)]
+        if self.distilled and cfg.MGD.ALIGN == "matching":
+            built.append(self._matching_hook())
+        built.append(CheckpointHook(self.save_checkpoint, cfg.SOLVER.CHECKPOINT_PERIOD))
+        built.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate))
+        if comm.is_main_process():
+            built.append(hooks.PeriodicWriter(self.build_writers(), period=20))
+        return built
+
+    def _matching_hook(self) -> MatchingHook:
+        cfg = self.cfg
+        rematch = cfg.MGD.REMATCH
+        return MatchingHook(
+            self.detector,
+            RematchSchedule(rematch.PERIODS, rematch.MILESTONES, rematch.START),
+            lambda finished: build_pass_loader(cfg, self.data_loader.records, (self.seed, finished)),
+            source=rematch.SOURCE,
+            every=rematch.EVERY,
+            output_dir=cfg.OUTPUT_DIR,
+            mixed_precision=cfg.SOLVER.AMP.ENABLED,
+        )
+
+    def run_step(self) -> None:
+        # TorchScript changes rounding after a function's first calls, so a resumed process would differ from one that
+        # went on. On GPUs, where that saves time and memory, only those who ask for determinism do without.
+        exact = self.cfg.MODEL.DEVICE == "cpu" or torch.are_deterministic_algorithms_enabled()
+        with torch.jit.optimized_execution(not exact):
+            super().run_step()
+
+    def train(self) -> Any:
+        """Train to SOLVER.MAX_ITER.
+
+        Returns:
+            The metrics of the last evaluation, in the main process.
+        """
+        if self.distilled and self.cfg.MGD.TEACHER.EVAL_FIRST and self.start_iter == 0:
+            self.test_teacher(self.cfg, self.detector.teacher)
+        super().train()
+        return self._last_eval_results
+
+    # --- evaluation ---
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
+        """COCO's metrics, for any set with boxes: Detectron2 converts those in other formats."""
+        return COCOEvaluator(dataset_name, output_dir=output_folder or _inference_dir(cfg, dataset_name))
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators: list[DatasetEvaluator] | None = None) -> dict[str, Any]:
+        """Evaluate on every set of DATASETS.TEST, and write each's metrics to ``inference/<set>/results.json``.
+
+        Random state and modes of ``model`` are afterwards as before.
+
+        Returns:
+            dict: task -> metric -> number, or data set -> that, where there are several; empty in other processes.
+        """
+        with preserved_randomness(), preserved_modes(model):
+            results = super().test(cfg, model, evaluators)
+        by_name = {cfg.DATASETS.TEST[0]: results} if len(cfg.DATASETS.TEST) == 1 else results
+        if comm.is_main_process():
+            for name, metrics in by_name.items():
+                _write_results(os.path.join(_inference_dir(cfg, name), "results.json"), metrics)
+        return results
+
+    @classmethod
+    def test_teacher(cls, cfg: CfgNode, teacher: Any) -> dict[str, Any]:
+        """Evaluate the teacher alone, on the student's DATASETS.TEST with the teacher's own input settings.
+
+        Args:
+            cfg: the training's config.
+            teacher: a :class:`~d2_mgd.detection.teacher.FrozenTeacher`.
+        """
+        own = teacher.cfg.clone()
+        own.defrost()
+        own.DATASETS.TEST = cfg.DATASETS.TEST
+        own.DATALOADER.NUM_WORKERS = cfg.DATALOADER.NUM_WORKERS
+        own.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "teacher")
+        own.freeze()
+        check_classes(
+            cfg.DATASETS.TEST, teacher.model, "a teacher of other classes can teach, but not be evaluated here"
+        )
+        logger.info("Evaluating the teacher %s", teacher.weights_path)
+        return cls.test(own, teacher.model)
+
+    def _evaluate(self) -> dict[str, Any]:
+        self._last_eval_results = self.test(self.cfg, self.detector)
+        return self._last_eval_results
+
+    # --- checkpoints ---
+
+    def _plain_state(self) -> dict[str, torch.Tensor]:
+        return export_student_state(self.student) if self.distilled else self.student.state_dict()
+
+    def save_checkpoint(self, name: str) -> None:
+        """Save everything to ``OUTPUT_DIR/<name>.pth``. A collective: every process has a random state of its own."""
+        own = {
+            "random": random_state(),
+            "numbers": changed_numbers(module_numbers(self.detector), self._initial_numbers),
+        }
+        state: dict[str, Any] = {
+            "iteration": self.iter,
+            "training": {**self.state_dict(), "seed": self.seed, "processes": comm.gather(own)},
+        }
+        if self.distilled:
+            distiller, teacher = self.detector.distiller, self.detector.teacher
+            if self.cfg.MGD.REMATCH.SOURCE == "online":
+                gather_costs(distiller)
+            state["distillation"] = {
+                "distiller": distiller.state_dict(),
+                "costs": distiller.cost_state_dict(),
+                "teacher": {"weights": teacher.weights_path, "digest": teacher.digest},
+            }
+        self.checkpointer.save(name, **state)
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Continue from the last checkpoint in OUTPUT_DIR if ``resume`` and there is one, else load MODEL.WEIGHTS.
+
+        Raises:
+            FileNotFoundError: no such weights.
+            ValueError: the checkpoint is of another student, teacher, or kind of training than the config describes.
+        """
+        found = comm.all_gather(resume and self.checkpointer.has_checkpoint())
+        if len(set(found)) > 1:
+            raise ValueError(
+                f"only some processes see a checkpoint in {self.cfg.OUTPUT_DIR}; all must share that folder."
+            )
+        if found[0]:
+            self._resume()
+            return
+        if resume:
+            logger.info("There is no checkpoint in %s yet: this is a new training", self.cfg.OUTPUT_DIR)
+        if self.cfg.MODEL.WEIGHTS:
+            load_weights(self.student, self.cfg.MODEL.WEIGHTS)
+
+    def _resume(self) -> None:
+        path = self.checkpointer.newest_whole()
+        state = self.checkpointer.resume(path)
+        training = state["training"]
+        if self.distilled != ("distillation" in state):
+            raise ValueError(
+                f"{path} was trained {'without' if self.distilled else 'with'} a teacher: MGD.ENABLED cannot change in "
+                "the middle of a training."
+            )
+        try:
+            if self.distilled:
+                self._resume_distillation(path, state["distillation"])
+            self.load_state_dict(training)
+        except (KeyError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"{path} does not continue with this config, which has changed since: {reason}") from error
+        self.start_iter = self.iter + 1
+        if training["seed"] != self.seed:
+            logger.info("The seed of this run is %d, from %s", training["seed"], path)
+            self.seed = training["seed"]
+            self.cfg = _with_seed(self.cfg, self.seed)
+        self.data_loader.continue_at(self.start_iter, self.seed)
+        self._resume_process(training["processes"])
+
+    def _resume_distillation(self, path: str, state: dict[str, Any]) -> None:
+        teacher, distiller = self.detector.teacher, self.detector.distiller
+        check_same_teacher(path, state["teacher"], teacher.weights_path, teacher.digest)
+        distiller.load_state_dict(state["distiller"])
+        if comm.is_main_process():  # it saved the sum over all processes
+            distiller.load_cost_state_dict(state["costs"])
+
+    def _resume_process(self, processes: list[dict[str, Any]]) -> None:
+        """Random state and plain numbers of this process."""
+        rank = comm.get_rank()
+        if len(processes) == comm.get_world_size():
+            set_random_state(processes[rank]["random"])
+        else:
+            logger.warning(
+                "The checkpoint was written by %d processes and %d continue: not to the bit.",
+                len(processes),
+                comm.get_world_size(),
+            )
+            seed_all_rng(self.seed + self.start_iter + rank)
+        set_module_numbers(self.detector, processes[rank % len(processes)]["numbers"])
+
+
+def _with_seed(cfg: CfgNode, seed: int) -> CfgNode:
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.SEED = seed
+    cfg.freeze()
+    return cfg
+
+
+def _check_scaling(cfg: CfgNode) -> None:
+    """Detectron2 would scale its own schedule to the number of processes, and not that of the rematches."""
+    reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
+    if cfg.MGD.ENABLED and reference not in (0, comm.get_world_size()):
+        raise ValueError(
+            f"SOLVER.REFERENCE_WORLD_SIZE is {reference} and there are {comm.get_world_size()} processes: set it to 0, "
+            "and the schedule, MGD.REMATCH included, for this number."
+        )
+
+
+def _check_supported(cfg: CfgNode) -> None:
+    """What Detectron2's trainer offers and this one does not."""
+    if cfg.TEST.PRECISE_BN.ENABLED:
+        raise ValueError("TEST.PRECISE_BN.ENABLED is not supported: it could not be resumed.")
+    if cfg.TEST.AUG.ENABLED:
+        raise ValueError("TEST.AUG.ENABLED is not supported: evaluate the student with Detectron2's own train_net.py.")
+    if cfg.SOLVER.AMP.ENABLED and not cfg.MODEL.DEVICE.startswith("cuda"):
+        raise ValueError(f"SOLVER.AMP.ENABLED needs a GPU, and MODEL.DEVICE is {cfg.MODEL.DEVICE}.")
+
+
+def _distribute(model: nn.Module) -> nn.Module:
+    """Wrap the trainable parts where there are several processes. The teacher is no submodule of ``model``."""
+    if comm.get_world_size() == 1:
+        return model
+    device = next(model.parameters()).device
+    devices = [device] if device.type == "cuda" else None
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # new and old name
+    options: dict[str, Any] = {buffers: False}
+    return DistributedDataParallel(model, device_ids=devices, **options)
+
+
+def _inference_dir(cfg: CfgNode, dataset_name: str) -> str:
+    return os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
+
+
+def _write_results(path: str, metrics: dict[str, Any]) -> None:
+    """Metrics as strict json: what is not a number, such as the AP of a class without objects, is null."""
+    plain = OrderedDict(
+        (task, {name: None if math.isnan(value) else float(value) for name, value in numbers.items()})
+        for task, numbers in metrics.items()
+    )
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(plain, file, indent=2)
+        file.write("\n")

@@ -1,0 +1,262 @@
+#!/usr/bin/env python
+"""Train a student detector, with a teacher or alone; evaluate it; evaluate its teacher.
+
+The flags are those of Detectron2's tools/train_net.py, and three more. Works alone, with --num-gpus and
+--num-machines, and under torchrun; with NCCL on GPUs, and with gloo where there are none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, NoReturn
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # works without an installation too
+
+import detectron2.utils.comm as comm
+import torch
+import torch.distributed as dist
+import yaml
+from detectron2 import model_zoo
+from detectron2.config import CfgNode, get_cfg
+from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.evaluation import verify_results
+from detectron2.modeling import build_model
+from detectron2.utils.logger import setup_logger
+from torch.multiprocessing.spawn import ProcessExitedException
+
+from d2_mgd.detection import Trainer, add_mgd_config
+from d2_mgd.detection.checkpoint import TrainingCheckpointer, load_weights
+from d2_mgd.detection.config import student_config, validate_config
+from d2_mgd.detection.datasets import DatasetError, check_classes, check_datasets, register_coco
+from d2_mgd.detection.hooks import RematchError
+from d2_mgd.detection.loader import SampleError
+from d2_mgd.detection.preemption import forwarded_signals
+from d2_mgd.detection.teacher import build_teacher
+
+logger = logging.getLogger("d2_mgd.train_net")
+
+BAD_INPUT = 2  # exit status, as argparse has it
+_PATIENCE = 5.0  # seconds
+
+
+def parser() -> argparse.ArgumentParser:
+    """Detectron2's flags and ours."""
+    built = default_argument_parser()
+    built.description = __doc__
+    built.set_defaults(dist_url="auto")  # a free port, so that two trainings on one machine do not meet
+    built.add_argument(
+        "--register-coco",
+        nargs=3,
+        action="append",
+        default=[],
+        metavar=("NAME", "JSON", "IMAGES"),
+        help="name a COCO-format data set, for DATASETS.TRAIN and DATASETS.TEST; any number of times",
+    )
+    built.add_argument(
+        "--eval-teacher", action="store_true", help="evaluate the teacher alone on DATASETS.TEST, and train nothing"
+    )
+    return built
+
+
+def build_config(args: argparse.Namespace) -> CfgNode:
+    """The config of the command line, checked as far as it can be alone.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    cfg = get_cfg()
+    add_mgd_config(cfg)
+    if args.config_file:
+        with _named(args.config_file):
+            # Detectron2's own files hold python expressions and came with its code; a stranger's must not.
+            cfg.merge_from_file(args.config_file, allow_unsafe=_is_of_detectron2(args.config_file))
+    with _named("KEY VALUE overrides"):
+        cfg.merge_from_list(args.opts)
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+    if not (args.eval_only or args.eval_teacher):  # a student is evaluated where its teacher is not at hand
+        validate_config(cfg)
+    cfg.freeze()
+    return cfg
+
+
+def set_up(args: argparse.Namespace) -> CfgNode:
+    """Data sets, config, loggers, and the two configs in OUTPUT_DIR. In every process."""
+    for name, json_file, images in args.register_coco:
+        register_coco(name, json_file, images)
+    cfg = build_config(args)
+    trains = not (args.eval_only or args.eval_teacher)
+    if comm.get_world_size() == 1 or comm.get_local_rank() == 0:
+        check_datasets(cfg, train=trains)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2_mgd")
+    default_setup(cfg, args)
+    if cfg.MODEL.DEVICE == "cpu":
+        logger.info("No GPU is used: the model is on the CPU")
+        _share_cores()
+    if trains and comm.is_main_process():
+        _write_student_config(cfg)
+    return cfg
+
+
+def run(args: argparse.Namespace) -> Any:
+    """Train or evaluate, in every process."""
+    try:
+        cfg = set_up(args)
+        if args.eval_teacher:
+            return evaluate_teacher(cfg)
+        if args.eval_only:
+            return evaluate_student(cfg, args.resume)
+        trainer = Trainer(cfg)
+        trainer.resume_or_load(resume=args.resume)
+    except (ValueError, FileNotFoundError, AssertionError, KeyError) as error:
+        if " " not in str(error):  # no sentence: not somebody's input, but a mistake in the program
+            raise
+        _refuse(error)
+    try:
+        return trainer.train()
+    except (DatasetError, SampleError, RematchError, OSError) as error:
+        _refuse(error)
+
+
+def evaluate_student(cfg: CfgNode, resume: bool) -> Any:
+    """Evaluate MODEL.WEIGHTS, or with ``resume`` the last checkpoint, as a plain Detectron2 model without a teacher."""
+    model = build_model(student_config(cfg))
+    check_classes(cfg.DATASETS.TEST, model)
+    checkpointer = TrainingCheckpointer(model, cfg.OUTPUT_DIR)
+    if resume and checkpointer.has_checkpoint():
+        checkpointer.resume()
+    elif cfg.MODEL.WEIGHTS:
+        load_weights(model, cfg.MODEL.WEIGHTS)
+    else:
+        raise ValueError("there is nothing to evaluate: give MODEL.WEIGHTS, or --resume and a training's OUTPUT_DIR.")
+    results = Trainer.test(cfg, model)
+    if comm.is_main_process():
+        verify_results(cfg, results)
+    return results
+
+
+def evaluate_teacher(cfg: CfgNode) -> Any:
+    """Evaluate the teacher alone."""
+    if not cfg.MGD.TEACHER.CONFIG_FILE:
+        raise ValueError("--eval-teacher needs a config with MGD.TEACHER.CONFIG_FILE.")
+    return Trainer.test_teacher(cfg, build_teacher(cfg))
+
+
+def _write_student_config(cfg: CfgNode) -> None:
+    """``student.yaml``, with which Detectron2's own tools/train_net.py evaluates the trained student."""
+    plain = student_config(cfg)
+    plain.defrost()
+    plain.MODEL.WEIGHTS = os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
+    plain.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "student")
+    with open(os.path.join(cfg.OUTPUT_DIR, "student.yaml"), "w", encoding="utf-8") as file:
+        file.write(plain.dump())
+
+
+def _share_cores() -> None:
+    """Processes on one machine share its cores, unless the user has said how."""
+    if comm.get_world_size() > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // comm.get_local_size()))
+
+
+def _is_of_detectron2(path: str) -> bool:
+    """Whether a file is one of the model zoo's, where Detectron2 is installed."""
+    return Path(model_zoo.__file__).resolve().parent in Path(path).resolve().parents
+
+
+@contextmanager
+def _named(source: str) -> Iterator[None]:
+    """What the config library finds wrong becomes one sentence that begins with where it is."""
+    try:
+        yield
+    except yaml.constructor.ConstructorError as error:
+        raise ValueError(f"{source} (or a base of it) asks for python, {error.problem}: that is not run.") from error
+    except (AssertionError, KeyError, ValueError, OSError, yaml.YAMLError) as error:
+        text = " ".join(str(error.args[0] if error.args else error).split())
+        raise ValueError(f"{source}: {text.rstrip('.')}.") from error
+
+
+def _refuse(error: BaseException) -> NoReturn:
+    """Say what is wrong in one sentence and leave.
+
+    Mostly all processes find the same: the others give the first of a machine time to say it and to end the run. Who is
+    still there then has an error of its own.
+    """
+    if comm.get_world_size() > 1 and comm.get_local_rank() != 0:
+        time.sleep(_PATIENCE)
+    # Detectron2 finds what a config has wrong about a model by assertions and missing keys.
+    text = str(error.args[0]) if isinstance(error, (AssertionError, KeyError)) else str(error)
+    print(f"train_net.py: error: {' '.join(text.split())}", file=sys.stderr, flush=True)
+    raise SystemExit(BAD_INPUT) from error
+
+
+def _run_under_torchrun(args: argparse.Namespace) -> Any:
+    """One process of many, started by torchrun; how many and which is in the environment."""
+    local_rank = int(os.environ["LOCAL_RANK"])
+    with_gpus = _wants_gpus(args)
+    if with_gpus:
+        torch.cuda.set_device(local_rank)
+    dist.init_process_group("nccl" if with_gpus else "gloo")
+    comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
+    try:
+        return run(args)
+    finally:
+        dist.destroy_process_group()
+
+
+def _wants_gpus(args: argparse.Namespace) -> bool:
+    """Whether the processes of a run work on GPUs, each on its own."""
+    return torch.cuda.is_available() and build_config(args).MODEL.DEVICE.startswith("cuda")
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Run the command line.
+
+    Args:
+        arguments: of the command line; by default those of this process.
+
+    Returns:
+        What the last evaluation found, if it ran in this process.
+
+    Raises:
+        SystemExit: 2 after one sentence to stderr, for input that cannot work; 143 or 130 after a checkpoint, for
+            SIGTERM or Ctrl-C.
+    """
+    args = parser().parse_args(arguments)
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
+        args.resume = True  # torchrun has started the processes anew after one of them had failed
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "LOCAL_RANK" in os.environ:
+        return _run_under_torchrun(args)
+    processes = args.num_gpus * args.num_machines
+    if processes > 1:
+        _check_processes(args)
+    try:
+        with forwarded_signals() if processes > 1 else nullcontext():
+            return launch(run, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,))
+    except ProcessExitedException as error:  # that process has said why
+        raise SystemExit(error.exit_code) from error
+
+
+def _check_processes(args: argparse.Namespace) -> None:
+    """Several processes: enough GPUs, and a place to meet. On CPUs, --num-gpus is the number of processes."""
+    try:
+        with_gpus = _wants_gpus(args)
+        if with_gpus and args.num_gpus > torch.cuda.device_count():
+            raise ValueError(f"--num-gpus is {args.num_gpus}, but this machine has {torch.cuda.device_count()} GPUs.")
+        if args.num_machines > 1 and args.dist_url == "auto":
+            raise ValueError("--num-machines needs --dist-url, such as tcp://FIRST_MACHINE:29500, the same on all.")
+    except ValueError as error:
+        _refuse(error)
+    if not with_gpus:
+        # Detectron2 chooses NCCL wherever it sees a GPU, and the model is on the CPU.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+if __name__ == "__main__":
+    main()
