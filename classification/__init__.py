@@ -1,0 +1,4 @@
+"""Classification (ImageNet, CUB-200, any image folder) with Matching Guided Distillation, on the core of `d2_mgd`.
+
+`main_base.py` trains without a teacher and evaluates; `main_mgd.py` distils. Detectron2 is not needed.
+"""

@@ -1,0 +1,199 @@
+"""Options into networks, distiller and trainer.
+
+Shape shorthand: S student channels, T teacher channels, K classes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from classification.data import Folder, ImageDataset
+from classification.distillation import DistillationStep, Precision, Student, Teacher
+from classification.distributed import Process, first_then_others, synchronised_norms
+from classification.engine import Trainer
+from classification.errors import UserError, user_errors
+from classification.features import FeaturePair, margins, pair_features, published_factors
+from classification.models import TIMM, architecture, build, measure_features
+from classification.options import logit_loss
+from classification.weights import digest, load_file, load_weights, network_from_file, pretrained_network
+from d2_mgd.distill import MatchingGuidedDistiller
+
+__all__ = ["TeacherNetwork", "make_student", "make_teacher", "make_trainer"]
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+_SUMMED = ("partial_l2", "mse")  # losses that are summed over an image and take the published factors
+_IMAGENET_CLASSES = 1000
+
+
+@dataclass(frozen=True)
+class TeacherNetwork:
+    """A teacher with its weights.
+
+    Args:
+        name: architecture.
+        network: on the CPU.
+        num_classes: of its head.
+        record: what checkpoints keep of it.
+    """
+
+    name: str
+    network: nn.Module
+    num_classes: int
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+def make_student(process: Process, options: argparse.Namespace, num_classes: int) -> nn.Module:
+    """The student with its first weights, on the CPU; its head has the data's K classes."""
+    name = options.arch
+    if options.use_pretrained:
+        with first_then_others(process):
+            return pretrained_network(name, num_classes)
+    network = build(name, num_classes)
+    if options.student_resume is not None:
+        what = f"the student's file {options.student_resume}"
+        state = load_file(options.student_resume, name, "the student's file")
+        load_weights(network, state, name, what, new_head=not options.evaluate)
+    return network
+
+
+def make_teacher(process: Process, options: argparse.Namespace, num_classes: int) -> TeacherNetwork | None:
+    """The teacher that the options ask for, on the CPU; None for training without one.
+
+    Raises:
+        UserError: no teacher is known for the student, its weights are missing or do not fit, or its classes are not
+            the data's where its logits matter.
+    """
+    distilling = options.method != "base"
+    if not distilling and options.teacher_arch is None and options.teacher_resume is None:
+        return None
+    name = options.teacher_arch or architecture(options.arch).teacher
+    if name is None:
+        raise UserError(f"no teacher goes with {options.arch} by default: name one by --teacher-arch.")
+    features_only = distilling and not options.with_kd
+    if options.teacher_resume is not None:
+        path, what = options.teacher_resume, "the teacher's file"
+        network, classes = network_from_file(name, path, num_classes, what, features_only)
+        record = {"arch": name, "file": str(path.resolve()), "sha256": digest(path)}
+    else:
+        with first_then_others(process):
+            network, classes = pretrained_network(name, num_classes, new_head=False), _IMAGENET_CLASSES
+        record = {"arch": name, "file": "timm" if name.startswith(TIMM) else "torchvision IMAGENET1K_V1"}
+    if classes != num_classes and not features_only:
+        raise UserError(
+            f"the teacher tells {classes} classes apart and the data has {num_classes}: train it on the data first "
+            f"(main_base.py --arch {name} --use-pretrained 1), and name its file by --teacher-resume; only features "
+            "may come from a teacher of other classes."
+        )
+    return TeacherNetwork(name, network, classes, record)
+
+
+def make_trainer(
+    process: Process,
+    options: argparse.Namespace,
+    network: nn.Module,
+    teacher: TeacherNetwork | None,
+    folders: tuple[Folder, Folder],
+) -> Trainer:
+    """All parts of a run on their device, and wrapped for several."""
+    pairs: dict[str, FeaturePair] = {}
+    distiller = None
+    if teacher is not None and options.method not in ("base", "kd"):
+        every = pair_features(options.arch, teacher.name, options.features)
+        pairs = {name: pair for name, pair in every.items() if pair.distilled}
+        distiller = _make_distiller(process, options, network, teacher, every)
+    if options.sync_bn and process.world > 1:
+        network = synchronised_norms(network, process.device)
+    precision = Precision(_DTYPES[options.mixed_precision])
+    student = Student(
+        network.to(memory_format=torch.channels_last),
+        {name: pair.student for name, pair in pairs.items()},
+        distiller,
+        logit_loss=logit_loss(options) if options.method != "base" and options.with_kd else None,
+        precision=precision,
+    ).to(process.device)
+    frozen = None
+    if teacher is not None and options.method != "base":
+        taps = {name: pair.teacher for name, pair in pairs.items()}
+        frozen = Teacher(teacher.network.to(memory_format=torch.channels_last), taps, options.with_kd, precision)
+    if teacher is not None:
+        teacher.network.to(process.device)
+    step = _wrapped(process, options, student, frozen)
+    return Trainer(
+        options, process, student, step, _data_sets(options, *folders), None if teacher is None else teacher.record
+    )
+
+
+def _make_distiller(
+    process: Process,
+    options: argparse.Namespace,
+    network: nn.Module,
+    teacher: TeacherNetwork,
+    every: dict[str, FeaturePair],
+) -> MatchingGuidedDistiller:
+    pairs = {name: pair for name, pair in every.items() if pair.distilled}
+    size = options.image_size
+    student_maps = measure_features(options.arch, network, {name: pair.student for name, pair in pairs.items()}, size)
+    teacher_maps = measure_features(
+        teacher.name, teacher.network, {name: pair.teacher for name, pair in pairs.items()}, size
+    )
+    for name in pairs:
+        logger.info(
+            "feature %s: student %s x %s x %s, teacher %s x %s x %s", name, *student_maps[name], *teacher_maps[name]
+        )
+    summed = options.loss in _SUMMED
+    weights = published_factors(every, options.loss_factor) if summed else dict.fromkeys(pairs, options.loss_weight)
+    with user_errors():
+        return MatchingGuidedDistiller(
+            {name: (student_maps[name][0], teacher_maps[name][0]) for name in pairs},
+            reducer=options.mgd_reducer,
+            loss=options.loss,
+            metric=options.mgd_metric,
+            mode=options.mgd_mode,
+            align=options.mgd_align,
+            norm="sync_bn" if options.sync_bn and process.world > 1 else "bn",
+            weights=weights,
+            margins=margins(teacher.name, teacher.network, pairs) if options.loss == "partial_l2" else None,
+            reduction="image_sum" if summed else "mean",
+            spatial=options.mgd_spatial,
+        )
+
+
+def _wrapped(process: Process, options: argparse.Namespace, student: Student, teacher: Teacher | None) -> nn.Module:
+    """One module that a batch goes through, on one device, in one of several processes, or over several GPUs."""
+    if process.world > 1:
+        devices = [process.device] if process.device.type == "cuda" else None
+        # Running statistics are averaged when somebody reads them, not sent around at every step.
+        wrapped = nn.parallel.DistributedDataParallel(
+            student, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+        return DistillationStep(wrapped, teacher)
+    step = DistillationStep(student, teacher)
+    if (
+        process.device.type == "cuda"
+        and options.gpu is None
+        and ":" not in options.device
+        and torch.cuda.device_count() > 1
+    ):
+        logger.info(
+            "data parallel on %d GPUs in one process; --multiprocessing-distributed is faster.",
+            torch.cuda.device_count(),
+        )
+        return nn.DataParallel(step)
+    return step
+
+
+def _data_sets(options: argparse.Namespace, train: Folder, valid: Folder) -> dict[str, ImageDataset]:
+    size = options.image_size
+    return {
+        "train": ImageDataset(train, size, augment=True, replace_broken=options.skip_broken_images),
+        "valid": ImageDataset(valid, size, augment=False),
+        "rematch": ImageDataset(train, size, augment=False),
+    }

@@ -1,0 +1,171 @@
+"""One step's forward: the teacher's maps, the student's maps and logits, and the losses.
+
+Shape shorthand: N images, K classes.
+
+The teacher and the trainable part are two modules, so that only the trainable part is wrapped for DDP. Both together
+are one module, :class:`DistillationStep`, which nn.DataParallel can split over GPUs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from d2_mgd.distill import FeatureTaps, LogitLoss, MatchingGuidedDistiller, Tap
+
+__all__ = ["DistillationStep", "Forward", "Precision", "Student", "Teacher"]
+
+Maps = dict[str, Tensor]
+
+
+class Forward(NamedTuple):
+    """What a step's forward gives.
+
+    Args:
+        logits: (N, K) of the student.
+        losses: name -> (1,) loss times N, so that the shares of several GPUs add up.
+        student_maps, teacher_maps: without gradients; only where they were asked for.
+    """
+
+    logits: Tensor
+    losses: dict[str, Tensor]
+    student_maps: Maps
+    teacher_maps: Maps
+
+
+class Precision:
+    """Mixed precision or none; entered inside a forward, since DataParallel's threads start without it.
+
+    Args:
+        dtype: ``torch.bfloat16`` or ``torch.float16``, or None for float32.
+    """
+
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
+        self.dtype = dtype
+
+    def on(self, device: torch.device) -> torch.autocast:
+        """The context to run a network in."""
+        return torch.autocast(device.type, dtype=self.dtype or torch.bfloat16, enabled=self.dtype is not None)
+
+
+class Teacher(nn.Module):
+    """A frozen network and the maps of it that are wanted; always in eval mode.
+
+    Args:
+        network: the teacher.
+        taps: feature name -> where; none for distillation of the logits alone.
+        with_logits: also run the head.
+        precision: of the forward; float32 by default.
+    """
+
+    def __init__(
+        self, network: nn.Module, taps: Mapping[str, Tap], with_logits: bool, precision: Precision | None = None
+    ) -> None:
+        super().__init__()
+        self.network = network.requires_grad_(False).eval()
+        self.taps = FeatureTaps(network, taps) if taps else None
+        self.with_logits = with_logits
+        self.precision = precision or Precision()
+
+    def train(self, mode: bool = True) -> Teacher:
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, with_logits: bool | None = None) -> tuple[Maps, Tensor | None]:
+        """Maps by name, and logits (N, K) or None; without logits the forward ends at the deepest tap."""
+        with_logits = self.with_logits if with_logits is None else with_logits
+        # The taps of a replica of DataParallel belong to the original network, so a replica runs to the end.
+        replica = getattr(self, "_is_replica", False)
+        with self.precision.on(images.device):
+            if self.taps is not None and not with_logits and not replica:
+                return self.taps.run(images), None
+            logits = self.network(images)
+        return ({} if self.taps is None else self.taps.collect()), logits if with_logits else None
+
+
+class Student(nn.Module):
+    """All that is trained: the student and the distiller's norms (or projections); gives logits and losses.
+
+    Args:
+        network: the student; it stays a plain network, taps are hooks on it.
+        taps: feature name -> where; empty without a distiller.
+        distiller: compares the maps; None without features.
+        logit_loss: compares the logits, where the teacher gives them; plain KD at temperature 1.5 by default.
+        precision: of the forward; float32 by default.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        taps: Mapping[str, Tap] | None = None,
+        distiller: MatchingGuidedDistiller | None = None,
+        logit_loss: LogitLoss | None = None,
+        precision: Precision | None = None,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.distiller = distiller
+        self.taps = FeatureTaps(network, taps) if taps else None
+        self.logit_loss = logit_loss or LogitLoss("kd", temperature=1.5)
+        self.precision = precision or Precision()
+
+    def forward(
+        self,
+        images: Tensor,
+        targets: Tensor,
+        teacher_maps: Maps,
+        teacher_logits: Tensor | None,
+        keep_maps: bool = False,
+    ) -> Forward:
+        """Logits and losses of a batch; arguments after the targets are the teacher's."""
+        with self.precision.on(images.device):
+            logits = self.network(images)
+        maps = {} if self.taps is None else self.taps.collect()
+        losses = {"loss_class": F.cross_entropy(logits.float(), targets)}
+        if self.distiller is not None:
+            losses.update(self.distiller(maps, teacher_maps))
+        if teacher_logits is not None:
+            losses["loss_kd"] = self.logit_loss(logits, teacher_logits, targets)
+        summed = {name: loss.reshape(1) * images.shape[0] for name, loss in losses.items()}
+        kept = {name: found.detach() for name, found in maps.items()} if keep_maps else {}
+        return Forward(logits, summed, kept, teacher_maps if keep_maps else {})
+
+    @torch.no_grad()
+    def maps(self, images: Tensor) -> Maps:
+        """The tapped maps alone."""
+        assert self.taps is not None
+        with self.precision.on(images.device):
+            if getattr(self, "_is_replica", False):
+                self.network(images)
+                return self.taps.collect()
+            return self.taps.run(images)
+
+
+class DistillationStep(nn.Module):
+    """Teacher and student as one module.
+
+    Args:
+        student: the trainable part, possibly wrapped in DDP.
+        teacher: None for training without one.
+    """
+
+    def __init__(self, student: nn.Module, teacher: Teacher | None = None) -> None:
+        super().__init__()
+        self.student = student
+        self.teacher = teacher
+
+    def forward(self, images: Tensor, targets: Tensor | None = None, keep_maps: bool = False) -> Forward:
+        """A training forward; or, without targets, the maps of both networks alone."""
+        if targets is None:
+            assert self.teacher is not None
+            wrapped = isinstance(self.student, nn.parallel.DistributedDataParallel)
+            student = self.student.module if wrapped else self.student
+            assert isinstance(student, Student)
+            teacher_maps, _ = self.teacher(images, with_logits=False)
+            return Forward(images.new_empty(0), {}, student.maps(images), teacher_maps)
+        teacher_maps, teacher_logits = ({}, None) if self.teacher is None else self.teacher(images)
+        return self.student(images, targets, teacher_maps, teacher_logits, keep_maps)

@@ -1,0 +1,109 @@
+"""Batches to the device, and the errors of a network on a split, exact over any number of processes.
+
+Shape shorthand: N images.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from classification.data import Batch, Normalize
+from classification.distillation import Precision
+from classification.errors import UserError
+from classification.metrics import Sums, errors
+
+__all__ = ["Evaluation", "Intake", "evaluate", "progress_bar"]
+
+logger = logging.getLogger(__name__)
+
+
+class Intake:
+    """Moves batches to where the network is, normalised, channels last; and deals with images that cannot be read.
+
+    Args:
+        device: where the network is.
+        skip_broken: go on without images that cannot be read.
+    """
+
+    def __init__(self, device: torch.device, skip_broken: bool) -> None:
+        self.device = device
+        self.skip_broken = skip_broken
+        self.normalize = Normalize().to(device)
+        self.broken: set[str] = set()
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(N, 3, H, W) float32 images and (N,) targets; N may be zero.
+
+        Raises:
+            UserError: an image could not be read, and that was not asked to be skipped.
+        """
+        for path in batch.broken:
+            self._note(path)
+        images = batch.images.to(self.device, non_blocking=True)
+        if images.shape[0]:
+            images = self.normalize(images).contiguous(memory_format=torch.channels_last)
+        return images, batch.targets.to(self.device, non_blocking=True)
+
+    def _note(self, path: str) -> None:
+        if not self.skip_broken:
+            raise UserError(
+                f"the image {path} cannot be read: remove it (tools/check_imagefolder.py names all such), or go on "
+                "without such images by --skip-broken-images."
+            )
+        if path not in self.broken:
+            self.broken.add(path)
+            logger.warning("skipped, since it cannot be read: %s (%d so far)", path, len(self.broken))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Of a network on a split.
+
+    Args:
+        err1, err5: top-1 and top-5 error in percent (of K < 5 classes: the best K).
+        loss: mean cross-entropy.
+        images: how many there were.
+    """
+
+    err1: float
+    err5: float
+    loss: float
+    images: int
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, batches: Any, intake: Intake, precision: Precision, what: str, is_main: bool
+) -> Evaluation:
+    """Evaluate on this process's share of the images; each image counts once (collective at the end).
+
+    Raises:
+        UserError: not one image could be read.
+    """
+    model.eval()
+    sums = Sums(intake.device)
+    for batch in progress_bar(batches, what, is_main):
+        images, targets = intake(batch)
+        if images.shape[0]:
+            with precision.on(intake.device):
+                logits = model(images)
+            logits = logits.float()
+            losses = nn.functional.cross_entropy(logits, targets, reduction="sum")
+            sums.add(images.shape[0], {"loss": losses, **errors(logits, targets)})
+    count, totals = sums.totals(("loss", "err1", "err5"))
+    if count == 0:
+        raise UserError("not one image could be read for the evaluation.")
+    return Evaluation(100.0 * totals["err1"] / count, 100.0 * totals["err5"] / count, totals["loss"] / count, count)
+
+
+def progress_bar(batches: Any, what: str, is_main: bool, done: int = 0) -> Any:
+    """A bar for people; none where the output goes to a file, or from other processes than the main one."""
+    shown = is_main and sys.stderr.isatty()
+    return tqdm(batches, what, total=done + len(batches), initial=done, leave=False, disable=not shown)

@@ -1,0 +1,35 @@
+"""Train or evaluate a network without a teacher.
+
+    python classification/main_base.py DATA --arch mobilenet_v1
+    python classification/main_base.py DATA --arch mobilenet_v1 --teacher-resume T --student-resume S --evaluate
+
+DATA has train/ and valid/ (or val/) with a folder per class. docs/classification.md has recipes and all options.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a script: the repository need not be installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from classification.errors import UserError
+from classification.options import parse_base
+from classification.run import main as run
+
+__all__ = ["main"]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    try:
+        options = parse_base(arguments)
+    except UserError as error:
+        print(f"main_base.py: error: {error}", file=sys.stderr)
+        return 2
+    return run(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

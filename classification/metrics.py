@@ -1,0 +1,136 @@
+"""Numbers of a run: running sums, `metrics.json`, TensorBoard, the table at the end.
+
+Shape shorthand: N images, K classes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from classification.checkpoint import replace_file
+from classification.distributed import sum_over_processes
+
+__all__ = ["Journal", "Sums", "Throughput", "errors", "table"]
+
+logger = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def errors(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """How many of N images are not among the best class, and not among the best five (or K, if fewer)."""
+    best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+    hits = best == targets.unsqueeze(1)
+    wrong = targets.new_tensor(targets.shape[0])
+    return {"err1": wrong - hits[:, 0].sum(), "err5": wrong - hits.sum()}
+
+
+class Sums:
+    """Sums over images, exact over batches and processes; kept on the device, so that adding waits for nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.values: dict[str, Tensor] = {}
+
+    def add(self, images: int, values: Mapping[str, Tensor]) -> None:
+        """Add a batch: the number of images, and sums over them."""
+        for name, value in {"images": torch.tensor(float(images)), **values}.items():
+            value = value.detach().to(device=self.device, dtype=torch.float64).sum()
+            self.values[name] = self.values[name] + value if name in self.values else value
+
+    def totals(self, names: Sequence[str]) -> tuple[int, dict[str, float]]:
+        """Number of images, and the sums, of all processes (collective; all give the same names)."""
+        images, *totals = sum_over_processes(self._packed(names)).tolist()
+        return round(images), dict(zip(names, totals))
+
+    def means(self, names: Sequence[str]) -> dict[str, float]:
+        """Means over the images of all processes (collective; all give the same names)."""
+        images, totals = self.totals(names)
+        return {name: total / images for name, total in totals.items()}
+
+    def gather(self, names: Sequence[str], is_main: bool) -> None:
+        """Let the main process hold the sums of all processes, and the others none (collective)."""
+        packed = sum_over_processes(self._packed(names))
+        self.values = dict(zip(("images", *names), packed.unbind())) if is_main else {}
+
+    def _packed(self, names: Sequence[str]) -> Tensor:
+        zero = torch.zeros((), dtype=torch.float64, device=self.device)
+        return torch.stack([self.values.get(name, zero) for name in ("images", *names)])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: value.cpu() for name, value in self.values.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.values = {name: value.to(self.device) for name, value in state.items()}
+
+
+class Throughput:
+    """Images per second since it was made."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+        self.images = 0
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.start
+
+    @property
+    def per_second(self) -> float:
+        return self.images / max(self.seconds, 1e-9)
+
+
+class Journal:
+    """`metrics.json`, one line an epoch, and TensorBoard's files; after a restart both go on from the checkpoint.
+
+    Args:
+        folder: the run's.
+        step: number of finished steps; what TensorBoard has of later ones is dropped.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path = folder / "metrics.json"
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step if step else None)
+
+    def step(self, values: Mapping[str, float], step: int) -> None:
+        """Curves of the training steps."""
+        for name, value in values.items():
+            self.writer.add_scalar(f"step/{name}", value, step)
+
+    def epoch(self, history: Sequence[Mapping[str, Any]], step: int) -> None:
+        """Write all epochs' lines, and the newest one's curves."""
+        replace_file(self.path, "".join(json.dumps(line, allow_nan=True) + "\n" for line in history))
+        for name, value in history[-1].items():
+            if isinstance(value, (int, float)) and math.isfinite(value):
+                self.writer.add_scalar(f"epoch/{name}", value, step)
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
+    """Aligned columns: the first to the left, the others to the right."""
+    text = [[_cell(value) for value in row] for row in [header, *rows]]
+    sizes = [max(len(row[column]) for row in text) for column in range(len(header))]
+    lines = [
+        "  ".join([row[0].ljust(sizes[0]), *(cell.rjust(size) for cell, size in zip(row[1:], sizes[1:]))]).rstrip()
+        for row in text
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if isinstance(value, float) else str(value)

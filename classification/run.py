@@ -1,0 +1,248 @@
+"""A run, from options to the table at its end."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import platform
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import nn
+
+from classification.assembly import TeacherNetwork, make_student, make_teacher, make_trainer
+from classification.checkpoint import CHECKPOINT, STUDENT_BEST, STUDENT_LAST, read_training_state, replace_file
+from classification.data import find_classes, find_folders
+from classification.distributed import Process, launch, say
+from classification.engine import Progress, Trainer
+from classification.errors import UserError
+from classification.metrics import table
+from classification.models import architecture
+from classification.options import as_values
+
+__all__ = ["main"]
+
+logger = logging.getLogger(__name__)
+
+_TABLE = ("network", "top-1 error", "top-5 error", "epoch")
+_LOG_FORMAT = "%(asctime)s %(message)s"
+# Options that may differ when a run goes on, and it is still the same run.
+_FREE = {
+    "workers",
+    "resume",
+    "print_freq",
+    "overwrite",
+    "device",
+    "gpu",
+    "dist_url",
+    "rank",
+    "data",
+    "output_dir",
+    "nproc",
+}
+
+
+def main(options: argparse.Namespace) -> int:
+    """Run what the options ask for; returns the exit status."""
+    try:
+        _check(options)
+    except UserError as error:
+        return say(error)
+    return launch(_work, options)
+
+
+def _check(options: argparse.Namespace) -> None:
+    """What can be known before processes start."""
+    architecture(options.arch)
+    if options.teacher_arch is not None:
+        architecture(options.teacher_arch)
+    find_classes(options.data, options.val_split)
+    for file in (options.student_resume, options.teacher_resume, None if options.evaluate else _resume_path(options)):
+        if file is not None and not file.is_file():
+            raise UserError(f"the file {file} does not exist.")
+
+
+def _work(process: Process, options: argparse.Namespace) -> None:
+    _start_logging(process)
+    _check_process(process, options)
+    folders = find_folders(options.data, options.val_split)
+    classes = list(folders[0].classes)
+    resume = None if options.evaluate else _resume_path(options)
+    state = None if resume is None else read_training_state(resume, options.arch, classes)
+    torch.manual_seed(options.seed)
+    network = make_student(process, options, len(classes))  # before the teacher: every method starts from the same
+    teacher = make_teacher(process, options, len(classes))
+    trainer = make_trainer(process, options, network, teacher, folders)
+    _describe(trainer, teacher)
+    if options.evaluate:
+        _evaluate(trainer, teacher, len(classes))
+        return
+    if process.is_main:
+        _open_folder(options, anew=state is None)
+    if state is None:
+        _look_at(trainer, teacher, len(classes))
+        torch.manual_seed(options.seed + 1 + process.rank)
+    else:
+        _compare_options(state, options, trainer.teacher)
+        trainer.restore(state)
+        logger.info(
+            "going on from %s: %d epochs and %d steps are done", resume, trainer.progress.epoch, trainer.progress.step
+        )
+    if process.is_main:
+        _record(trainer)
+    progress = trainer.fit()
+    if process.is_main:
+        print(_summary(progress, options, teacher))
+
+
+def _start_logging(process: Process) -> None:
+    form = (
+        _LOG_FORMAT if process.world == 1 else _LOG_FORMAT.replace("%(message)s", f"rank {process.rank}: %(message)s")
+    )
+    level = logging.INFO if process.is_main else logging.WARNING
+    logging.basicConfig(level=level, format=form, datefmt="%H:%M:%S", stream=sys.stderr, force=True)
+
+
+def _check_process(process: Process, options: argparse.Namespace) -> None:
+    if options.mixed_precision == "fp16" and process.device.type != "cuda":
+        raise UserError("--mixed-precision fp16 needs a GPU; on a CPU use bf16.")
+    if options.batch_size % process.local_world:
+        logger.warning(
+            "--batch-size %d is no multiple of the %d processes: each takes %d images.",
+            options.batch_size, process.local_world, options.batch_size // process.local_world,
+        )  # fmt: skip
+
+
+def _resume_path(options: argparse.Namespace) -> Path | None:
+    own = options.output_dir / CHECKPOINT
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 or options.resume == "auto":
+        if own.is_file():
+            return own
+        logger.info("%s does not exist yet: starting anew.", own)
+        return None
+    if options.resume is not None:
+        return Path(options.resume)
+    if own.is_file() and not options.overwrite:
+        raise UserError(
+            f"{options.output_dir} holds a run already: go on with --resume, start anew there with --overwrite, or "
+            "choose another --output-dir."
+        )
+    return None
+
+
+def _open_folder(options: argparse.Namespace, anew: bool) -> None:
+    folder = options.output_dir
+    if anew:  # what an earlier run left must not be taken for this one's
+        for name in (CHECKPOINT, STUDENT_LAST, STUDENT_BEST, "metrics.json", "run.json", "log.txt"):
+            (folder / name).unlink(missing_ok=True)
+        for name in ("tensorboard", "matching"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(folder / "log.txt")
+    except OSError as error:
+        raise UserError(f"--output-dir {folder} cannot be written to: {error.strerror}.") from error
+    handler.setFormatter(logging.Formatter(_LOG_FORMAT))
+    logging.getLogger().addHandler(handler)
+
+
+def _describe(trainer: Trainer, teacher: TeacherNetwork | None) -> None:
+    data = trainer.data
+    logger.info(
+        "%d training and %d evaluation images of %d classes; batches of %d in %d process(es) on %s",
+        len(data["train"]), len(data["valid"]), len(data["train"].folder.classes), trainer.batch_size,
+        trainer.process.world, trainer.process.device,
+    )  # fmt: skip
+    logger.info("student %s: %.2f million parameters", trainer.options.arch, _millions(trainer.student.network))
+    if teacher is not None:
+        logger.info("teacher %s: %.2f million parameters", teacher.name, _millions(teacher.network))
+
+
+def _millions(network: nn.Module) -> float:
+    return sum(parameter.numel() for parameter in network.parameters()) / 1e6
+
+
+def _evaluate(trainer: Trainer, teacher: TeacherNetwork | None, num_classes: int) -> None:
+    rows: list[list[Any]] = []
+    if teacher is not None and teacher.num_classes == num_classes:
+        found = trainer.evaluate(teacher.network)
+        rows.append([f"{teacher.name} (teacher)", found.err1, found.err5])
+    elif teacher is not None:
+        logger.info(
+            "the teacher's %d classes are not the data's %d, so it has no error here.", teacher.num_classes, num_classes
+        )
+    found = trainer.evaluate()
+    rows.append([f"{trainer.options.arch} (student)", found.err1, found.err5])
+    if trainer.process.is_main:
+        print(table(rows, _TABLE[:3]))
+
+
+def _look_at(trainer: Trainer, teacher: TeacherNetwork | None, num_classes: int) -> None:
+    """Show what both networks can do before any training."""
+    if teacher is not None and teacher.num_classes == num_classes:
+        found = trainer.evaluate(teacher.network)
+        trainer.progress.teacher = {"err1": found.err1, "err5": found.err5}
+        logger.info("teacher before training: error top-1 %.3f, top-5 %.3f", found.err1, found.err5)
+        if 100.0 - found.err1 < 120.0 / num_classes:
+            logger.warning(
+                "the teacher hardly does better than guessing: is its file the right one, and of these classes?"
+            )
+    elif teacher is not None:
+        logger.info(
+            "the teacher's %d classes are not the data's %d: only its features are used.",
+            teacher.num_classes,
+            num_classes,
+        )
+    found = trainer.evaluate()
+    logger.info("student before training: error top-1 %.3f, top-5 %.3f", found.err1, found.err5)
+
+
+def _compare_options(state: dict[str, Any], options: argparse.Namespace, teacher: dict[str, Any] | None) -> None:
+    now = as_values(options)
+    changed = [
+        f"{key} {state['options'].get(key)} -> {value}"
+        for key, value in now.items()
+        if key not in _FREE and state["options"].get(key) != value
+    ]
+    if changed:
+        logger.warning("options that differ from the run so far: %s", "; ".join(changed))
+    before = state["teacher"] or {}
+    if (teacher or {}).get("sha256") != before.get("sha256"):
+        logger.warning("the teacher's weights are not those of the run so far (%s).", before.get("file"))
+
+
+def _record(trainer: Trainer) -> None:
+    record = {
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "options": as_values(trainer.options),
+        "teacher": trainer.teacher,
+        "teacher_errors": trainer.progress.teacher,
+        "processes": trainer.process.world,
+        "device": torch.cuda.get_device_name(trainer.process.device)
+        if trainer.process.device.type == "cuda"
+        else "cpu",
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+        },
+    }
+    replace_file(trainer.options.output_dir / "run.json", json.dumps(record, indent=2) + "\n")
+
+
+def _summary(progress: Progress, options: argparse.Namespace, teacher: TeacherNetwork | None) -> str:
+    rows: list[list[Any]] = []
+    if teacher is not None:
+        errors = progress.teacher or {}
+        rows.append([f"{teacher.name} (teacher)", errors.get("err1"), errors.get("err5"), None])
+    if progress.best is not None:
+        for what, line in (("best", progress.best), ("last", progress.history[-1])):
+            rows.append([f"{options.arch} ({what})", line["err1"], line["err5"], line["epoch"]])
+    return f"{table(rows, _TABLE)}\nweights, metrics and matchings: {options.output_dir}"

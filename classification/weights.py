@@ -1,0 +1,187 @@
+"""Weights into networks: torchvision's, a file's, with the head that the data asks for."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from classification.errors import UserError
+from classification.models import TIMM, _timm_model, architecture, build
+
+__all__ = ["digest", "load_file", "load_weights", "network_from_file", "pretrained_network", "read_checkpoint"]
+
+logger = logging.getLogger(__name__)
+
+State = Mapping[str, Tensor]
+
+
+def read_checkpoint(path: Path, what: str) -> dict[str, Any]:
+    """Read a ``.pth`` file without running any code of it.
+
+    Args:
+        path: the file.
+        what: how error messages call it.
+
+    Raises:
+        UserError: it is missing, cut short, holds code, or is no dictionary.
+    """
+    if not path.is_file():
+        raise UserError(f"{what} {path} does not exist.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
+            raise UserError(f"{what} {path} holds more than weights and plain values, and is not read.") from error
+        raise UserError(f"{what} {path} is damaged or cut short, or no checkpoint at all.") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(f"{what} {path} is damaged or cut short, or no checkpoint at all.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{what} {path} holds a {type(content).__name__}, not a dictionary of weights.")
+    return content
+
+
+def load_file(path: Path, name: str, what: str) -> dict[str, Tensor]:
+    """A network's weights out of a file of ours, of the published code, or of plain torchvision.
+
+    Raises:
+        UserError: as in :func:`read_checkpoint`; the file names another architecture; or it holds no weights.
+    """
+    content = read_checkpoint(path, what)
+    stored = content.get("arch")
+    if isinstance(stored, str) and architecture_name(stored) != architecture_name(name):
+        raise UserError(f"{what} {path} is of {stored}, not of {name}.")
+    state = content
+    for key in ("state_dict", "student", "model"):
+        if isinstance(content.get(key), dict):
+            state = content[key]
+            break
+    state = {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)}
+    if not state:
+        raise UserError(f"{what} {path} holds no weights.")
+    return state
+
+
+def architecture_name(name: str) -> str:
+    """One name for the two that ShuffleNet-V2 of width 1 has."""
+    return "shufflenet_v2_x1_0" if name == "shufflenet_v2" else name
+
+
+def load_weights(model: nn.Module, state: State, name: str, what: str, new_head: bool = False) -> None:
+    """Load all weights; with ``new_head`` all but those of a head with another number of classes.
+
+    Raises:
+        UserError: the weights are of another network.
+    """
+    own = model.state_dict()
+    head = head_mismatch(own, state)
+    if head and not new_head:
+        raise UserError(
+            f"{what} has {state[head[0]].shape[0]} classes, and {own[head[0]].shape[0]} are needed (the data's train/ "
+            "folders say how many)."
+        )
+    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in state if key not in own]
+    shapes = [key for key in own if key in state and key not in head and own[key].shape != state[key].shape]
+    if missing or unexpected or shapes:
+        parts = [
+            f"{len(keys)} {kind} (such as {keys[0]})"
+            for kind, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+            if keys
+        ]
+        raise UserError(f"{what} is not of {name}: weights {', '.join(parts)}.")
+    if head:
+        logger.info(
+            "%s: the head has %d classes; ours of %d starts anew.", what, state[head[0]].shape[0], own[head[0]].shape[0]
+        )
+    model.load_state_dict({key: value for key, value in state.items() if key not in head}, strict=False)
+
+
+def head_mismatch(own: State, state: State) -> list[str]:
+    """Keys of the head where it alone differs, in its number of classes; otherwise none."""
+    differ = [key for key in own if key in state and own[key].shape != state[key].shape]
+    modules = {key.rpartition(".")[0] for key in differ}
+    same_inputs = all(own[key].shape[1:] == state[key].shape[1:] for key in differ)
+    return differ if len(modules) == 1 and same_inputs else []
+
+
+def pretrained_network(name: str, num_classes: int, new_head: bool = True) -> nn.Module:
+    """A network with the ImageNet weights that torchvision (or timm) publishes.
+
+    Args:
+        name: architecture.
+        num_classes: of the head; where that is not 1000, the head starts anew.
+        new_head: False gives the published head and all of its classes whatever ``num_classes`` is.
+
+    Raises:
+        UserError: there are none, or they are neither on this machine nor can be downloaded; it says where to put them.
+    """
+    if name.startswith(TIMM):
+        try:
+            return _timm_model(name, num_classes if new_head else 1000, pretrained=True)
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"the weights of {name} could not be loaded: {_first_line(error)}") from error
+    published = architecture(name).torchvision
+    if published is None:
+        raise UserError(
+            f"torchvision publishes no weights of {name}: name a file by --student-resume or --teacher-resume."
+        )
+    weights = torchvision.models.get_model_weights(published)["IMAGENET1K_V1"]
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    try:
+        state = weights.get_state_dict(progress=False, check_hash=True)
+    except (URLError, OSError, RuntimeError) as error:
+        file = weights.url.rpartition("/")[2]
+        raise UserError(
+            f"the ImageNet weights of {name} are not on this machine and cannot be downloaded ({_first_line(error)}): "
+            f"put {file} from {weights.url} into {folder}, or name a file of your own by --teacher-resume (or "
+            "--student-resume for the student)."
+        ) from error
+    model = build(name, num_classes if new_head else 1000)
+    load_weights(model, state, name, f"torchvision's file of {name}", new_head=True)
+    return model
+
+
+def network_from_file(name: str, path: Path, num_classes: int, what: str, other_classes: bool) -> tuple[nn.Module, int]:
+    """A network from a file, and the number of its classes.
+
+    Args:
+        name: architecture.
+        path: the file.
+        num_classes: of the data.
+        what: how error messages call the file.
+        other_classes: whether a head with another number of classes will do.
+
+    Raises:
+        UserError: as in :func:`load_file` and :func:`load_weights`.
+    """
+    state = load_file(path, name, what)
+    model = build(name, num_classes)
+    head = head_mismatch(model.state_dict(), state)
+    if head and other_classes:
+        num_classes = int(state[head[0]].shape[0])
+        model = build(name, num_classes)
+    load_weights(model, state, name, f"{what} {path}")
+    return model, num_classes
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, as a checkpoint's record of its teacher."""
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

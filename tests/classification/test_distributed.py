@@ -1,0 +1,177 @@
+"""The published spawn flags and torchrun, with two processes on the CPU; and what must not depend on their number."""
+
+import json
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from classification.distillation import Student
+from classification.distributed import Process, average_buffers, gather_objects, sum_over_processes, synchronised_norms
+from classification.metrics import Sums
+from d2_mgd.distill import MatchingGuidedDistiller, Tap, load_reports
+from d2_mgd.distill.norms import MaskedBatchNorm
+from tests.classification.conftest import SMALL, Run, command, run_command
+
+METHOD = [
+    "--arch",
+    "shufflenet_v2_x0_5",
+    "--distiller",
+    "mgd",
+    "--mgd-reducer",
+    "amp",
+    "--mgd-update-freq",
+    1,
+    "--mgd-with-kd",
+    1,
+]
+# Maps of few pixels have many optimal matchings, and rounding would choose among them.
+METHOD += ["--image-size", 64, "--features", "stage2", "stage3"]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def spawn_flags(port: int) -> list[object]:
+    return ["--world-size", 1, "--rank", 0, "--dist-url", f"tcp://localhost:{port}", "--multiprocessing-distributed"]
+
+
+@pytest.fixture(scope="module")
+def two_processes(data: Path, resnet18_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The published line for DDP, with synchronised batch-norm; two epochs."""
+    folder = tmp_path_factory.mktemp("ddp")
+    teacher = ["--teacher-arch", "resnet18", "--teacher-resume", resnet18_file]
+    words = command(
+        "main_mgd.py", data, *SMALL, *METHOD, *teacher, *spawn_flags(free_port()), "--nproc", 2, "--sync-bn", 1,
+        "--epochs", 2, "--output-dir", folder / "run",
+    )  # fmt: skip
+    done = run_command(words, folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+def test_two_processes_and_one_give_the_same_matching(
+    two_processes: Path, mgd: Run, data: Path, resnet18_file: Path, tmp_path: Path
+) -> None:
+    teacher = ["--teacher-arch", "resnet18", "--teacher-resume", resnet18_file]
+    assert mgd(data, *METHOD, *teacher) == 0
+    together, alone = (load_reports(run / "matching" / "epoch_0000.npz") for run in (two_processes, tmp_path / "run"))
+    assert list(alone) == ["stage2", "stage3"]
+    for feature, report in alone.items():
+        assert together[feature].num_images == report.num_images == 24
+        np.testing.assert_allclose(together[feature].cost, report.cost, atol=1e-5)
+        assert together[feature].matching == report.matching
+    later = load_reports(two_processes / "matching" / "epoch_0001.npz")
+    assert all(report.num_images == 24 for report in later.values())
+
+
+def test_two_processes_write_one_run(two_processes: Path) -> None:
+    history = [json.loads(line) for line in (two_processes / "metrics.json").read_text().splitlines()]
+    assert [line["epoch"] for line in history] == [1, 2]
+    assert {"train_loss_kd", "train_loss_distill/stage3", "err1"} <= set(history[0])
+    stored = torch.load(two_processes / "checkpoint.pth", weights_only=True)
+    assert (stored["world"], len(stored["random"])) == (2, 2)
+    assert stored["distiller"]["features.stage3.norm.num_batches_tracked"] == 6
+
+
+def _gradients(rank: int, world: int, url: str, target: Path) -> None:
+    """One backward of a distilled student on this process's share of eight images, in float64."""
+    if world > 1:
+        torch.set_num_threads(1)
+        torch.distributed.init_process_group("gloo", init_method=url, rank=rank, world_size=world)
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)
+    )
+    distiller = MatchingGuidedDistiller({"a": (6, 12)}, norm="sync_bn", reduction="image_sum")
+    images, targets, maps = torch.randn(8, 3, 9, 9), torch.arange(8) % 3, {"a": torch.randn(8, 12, 7, 7).double()}
+    network, mine = synchronised_norms(network, torch.device("cpu")), slice(rank, None, world)
+    student = Student(network, {"a": Tap("1")}, distiller).double()
+    distiller.observe(student.maps(images[mine].double()), {"a": maps["a"][mine]})
+    distiller.rematch()
+    step: nn.Module = student
+    if world > 1:
+        step = nn.parallel.DistributedDataParallel(student, broadcast_buffers=False)
+    output = step(images[mine].double(), targets[mine], {"a": maps["a"][mine]}, None)
+    (sum(output.losses.values()).sum() / len(targets[mine])).backward()
+    average_buffers(student)
+    found = {name: parameter.grad for name, parameter in student.named_parameters()}
+    found.update({name: buffer for name, buffer in student.named_buffers()})
+    if rank == 0:
+        torch.save(found, target)
+    if world > 1:
+        torch.distributed.destroy_process_group()
+
+
+def test_halves_of_a_batch_in_two_processes_are_the_batch(tmp_path: Path) -> None:
+    """With synchronised statistics: the same gradients, running statistics and matching."""
+    url = f"tcp://127.0.0.1:{free_port()}"
+    torch.multiprocessing.spawn(_gradients, (2, url, tmp_path / "two.pth"), nprocs=2)
+    _gradients(0, 1, "", tmp_path / "one.pth")
+    two, one = (torch.load(tmp_path / name, weights_only=True) for name in ("two.pth", "one.pth"))
+    assert {"network.0.weight", "distiller.features.a.norm.weight", "distiller.features.a.groups"} <= set(one)
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-9, atol=1e-9, msg=name)
+
+
+def test_torchrun_counts_every_image_once(base: Run, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """15 images in two processes: 8 and 7."""
+    assert base(data, "--arch", "mobilenet_v1", "--epochs", 2) == 0
+    student = ["--arch", "mobilenet_v1", "--student-resume", tmp_path / "run" / "student_last.pth", "--evaluate"]
+    capsys.readouterr()
+    assert base(data, *student) == 0
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()))
+    done = run_command(command("main_base.py", data, *SMALL, *student, launcher=launcher), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == capsys.readouterr().out
+
+
+def test_an_error_in_the_processes_is_said_and_ends_all(data: Path, tmp_path: Path, resnet18_file: Path) -> None:
+    arguments = [data, *SMALL, "--arch", "mobilenet_v1", "--student-resume", resnet18_file]
+    done = run_command(command("main_base.py", *arguments, "--multiprocessing-distributed", "--nproc", 2), tmp_path)
+    assert done.returncode == 2
+    assert "is of resnet18, not of mobilenet_v1" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_port_in_use(mgd: Run, data: Path, resnet18_file: Path, capsys: pytest.CaptureFixture) -> None:
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        port = busy.getsockname()[1]
+        teacher = ["--teacher-arch", "resnet18", "--teacher-resume", resnet18_file]
+        for flags in (spawn_flags(port), ["--world-size", 2, "--rank", 0, "--dist-url", f"tcp://localhost:{port}"]):
+            assert mgd(data, *METHOD, *teacher, *flags) == 2
+            assert f"port {port} of --dist-url" in capsys.readouterr().err
+    assert mgd(data, *METHOD, *teacher, "--multiprocessing-distributed", "--dist-url", "tcp://localhost") == 2
+    assert "is not of the form tcp://ADDRESS:PORT" in capsys.readouterr().err
+
+
+def test_synchronised_norms_keep_weights_and_names() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.BatchNorm2d(4, eps=1e-3, momentum=0.2)))
+    nn.init.normal_(network[1][0].weight)
+    state = {key: value.clone() for key, value in network.state_dict().items()}
+    converted = synchronised_norms(network, torch.device("cpu"))
+    norm = converted[1][0]
+    assert isinstance(norm, MaskedBatchNorm)
+    assert (norm.sync, norm.eps, norm.momentum) == (True, 1e-3, 0.2)
+    assert all(torch.equal(value, state[key]) for key, value in converted.state_dict().items())
+
+
+def test_a_single_process_needs_no_group() -> None:
+    assert Process(0, 1, 0, 1, torch.device("cpu")).is_main
+    assert gather_objects("a") == ["a"]
+    assert torch.equal(sum_over_processes(torch.ones(2)), torch.ones(2))
+    norm = nn.BatchNorm2d(2)
+    average_buffers(norm)
+    sums = Sums(torch.device("cpu"))
+    sums.add(3, {"x": torch.tensor([1.0, 2.0])})
+    sums.add(1, {"x": torch.tensor(5.0)})
+    assert sums.totals(["x"]) == (4, {"x": 8.0})
+    assert sums.means(["x"]) == {"x": 2.0}

@@ -1,0 +1,172 @@
+"""Going on: a killed run ends as the undisturbed one does, bit for bit; and checkpoints that do not fit."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.classification.conftest import SMALL, Run, command
+
+TIMES = ("seconds", "images_per_second")
+
+
+def flat(value: object, name: str = "") -> dict[str, object]:
+    """Nested containers as one level of names."""
+    if isinstance(value, dict):
+        return {key: v for k, inner in value.items() for key, v in flat(inner, f"{name}/{k}").items()}
+    if isinstance(value, list):
+        return {key: v for k, inner in enumerate(value) for key, v in flat(inner, f"{name}/{k}").items()}
+    return {name: value}
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Weights, optimiser, matchings, random numbers and metrics are equal; times and paths are not looked at."""
+    for name in ("student_last.pth", "student_best.pth", "checkpoint.pth"):
+        left, right = (flat(torch.load(run / name, weights_only=True)) for run in (one, other))
+        left, right = ({k: v for k, v in d.items() if "/options/" not in k} for d in (left, right))
+        assert left.keys() == right.keys()
+        for key, value in left.items():
+            if key.rpartition("/")[2] in TIMES:
+                continue
+            same = torch.equal(value, right[key]) if isinstance(value, torch.Tensor) else value == right[key]
+            assert same, f"{name}: {key}"
+    histories = [[json.loads(line) for line in (run / "metrics.json").read_text().splitlines()] for run in (one, other)]
+    assert [{k: v for k, v in line.items() if k not in TIMES} for line in histories[0]] == [
+        {k: v for k, v in line.items() if k not in TIMES} for line in histories[1]
+    ]
+
+
+def kill_after_checkpoint(words: list[str], checkpoint: Path) -> None:
+    """Start a run, and kill it and its workers outright as soon as there is a checkpoint."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment, start_new_session=True
+    )
+    deadline = time.monotonic() + 200
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert process.poll() is None, process.stderr.read() if process.stderr else ""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.fixture
+def method(data: Path, resnet18_file: Path) -> list[object]:
+    """Everything that has a state: dropout, a random reducer, costs that grow with the steps, meters, momentum."""
+    teacher = ["--teacher-arch", "resnet18", "--teacher-resume", resnet18_file]
+    arguments = [
+        "--arch",
+        "mobilenet_v2",
+        "--mgd-reducer",
+        "rd",
+        "--mgd-update-freq",
+        1,
+        "--mgd-update-source",
+        "online",
+    ]
+    return [data, *SMALL, *arguments, "--mgd-with-kd", 1, "--epochs", 3, "--lr", 0.01, "--checkpoint-freq", 1, *teacher]
+
+
+def test_a_killed_run_ends_as_the_undisturbed_one(mgd: Run, method: list[object], tmp_path: Path) -> None:
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    assert mgd(*method, "--output-dir", undisturbed, small=False) == 0
+    kill_after_checkpoint(
+        command("main_mgd.py", *method, "--workers", 2, "--output-dir", killed), killed / "checkpoint.pth"
+    )
+    before = torch.load(killed / "checkpoint.pth", weights_only=True)["progress"]
+    assert before["epoch"] < 3
+    assert mgd(*method, "--resume", killed / "checkpoint.pth", small=False) == 0
+    assert_same_run(undisturbed, killed)
+
+
+@pytest.mark.parametrize("step", [2])
+def test_every_step_can_be_gone_on_from(
+    mgd: Run, method: list[object], tmp_path: Path, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that stops right after the checkpoint of a step in the middle of the second epoch."""
+    from classification.engine import Trainer
+
+    class Stopped(Exception):
+        pass
+
+    save = Trainer.save
+
+    def stop(self: Trainer, names: list[str]) -> None:
+        save(self, names)
+        if (self.progress.epoch, self.progress.step) == (1, step):
+            raise Stopped
+
+    assert mgd(*method, "--output-dir", tmp_path / "undisturbed", small=False) == 0
+    monkeypatch.setattr(Trainer, "save", stop)
+    with pytest.raises(Stopped):
+        mgd(*method, "--output-dir", tmp_path / "stopped", small=False)
+    monkeypatch.undo()
+    assert mgd(*method, "--output-dir", tmp_path / "stopped", "--resume", "auto", small=False) == 0
+    assert_same_run(tmp_path / "undisturbed", tmp_path / "stopped")
+
+
+def test_going_on_with_more_epochs(base: Run, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    arguments = ["--arch", "shufflenet_v2_x0_5", "--lr-drop-epochs", 1]
+    assert base(data, *arguments, "--epochs", 2) == 0
+    assert base(data, *arguments, "--output-dir", tmp_path / "parts") == 0
+    assert base(data, *arguments, "--epochs", 2, "--resume", tmp_path / "parts" / "checkpoint.pth") == 0
+    assert "options that differ from the run so far: epochs 1 -> 2" in (tmp_path / "parts" / "log.txt").read_text()
+    assert_same_run(tmp_path / "run", tmp_path / "parts")
+    # and a finished run has nothing left to do
+    assert base(data, *arguments, "--epochs", 2, "--resume", "auto", "--output-dir", tmp_path / "parts") == 0
+    assert_same_run(tmp_path / "run", tmp_path / "parts")
+
+
+def test_resume_without_a_checkpoint_starts_anew(base: Run, data: Path, tmp_path: Path) -> None:
+    assert base(data, "--arch", "mobilenet_v1", "--resume", "auto", "--output-dir", tmp_path / "run") == 0
+    assert (tmp_path / "run" / "checkpoint.pth").exists()
+
+
+def test_a_restart_by_torchrun_goes_on_by_itself(
+    base: Run, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert base(data, "--arch", "mobilenet_v1") == 0
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert base(data, "--arch", "mobilenet_v1", "--epochs", 2) == 0
+    assert len((tmp_path / "run" / "metrics.json").read_text().splitlines()) == 2
+
+
+def test_checkpoints_that_do_not_fit(
+    base: Run, mgd: Run, data: Path, resnet18_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert base(data, "--arch", "mobilenet_v1") == 0
+    checkpoint = tmp_path / "run" / "checkpoint.pth"
+    assert base(data, "--arch", "resnet18", "--resume", checkpoint) == 2
+    assert "is of mobilenet_v1, and --arch is resnet18" in capsys.readouterr().err
+    teacher = ["--teacher-arch", "resnet18", "--teacher-resume", resnet18_file]
+    assert mgd(data, "--arch", "mobilenet_v1", *teacher, "--resume", checkpoint) == 2
+    assert "one of the two has a feature distiller, and the other has not" in capsys.readouterr().err
+    assert base(data, "--arch", "mobilenet_v1", "--resume", tmp_path / "run" / "student_last.pth") == 2
+    assert "to start from its weights use --student-resume" in capsys.readouterr().err
+    assert base(data, "--arch", "mobilenet_v1", "--resume", tmp_path / "none.pth") == 2
+    assert "none.pth does not exist" in capsys.readouterr().err
+    other = tmp_path / "other"
+    shutil.copytree(data, other)
+    for split in ("train", "valid"):
+        (other / split / "ant").rename(other / split / "aphid")
+    assert base(other, "--arch", "mobilenet_v1", "--resume", checkpoint) == 2
+    assert "was trained on 3 other classes than these 3" in capsys.readouterr().err
+    checkpoint.write_bytes(checkpoint.read_bytes()[:100_000])
+    assert base(data, "--arch", "mobilenet_v1", "--resume", checkpoint) == 2
+    assert "checkpoint.pth is damaged or cut short" in capsys.readouterr().err
+
+
+def test_going_on_with_another_distiller_is_refused(
+    mgd: Run, data: Path, resnet18_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    teacher = ["--arch", "shufflenet_v2_x0_5", "--teacher-arch", "resnet18", "--teacher-resume", resnet18_file]
+    assert mgd(data, *teacher, "--features", "stage2", "stage3") == 0
+    checkpoint = tmp_path / "run" / "checkpoint.pth"
+    assert mgd(data, *teacher, "--features", "stage3", "--resume", checkpoint, "--epochs", 2) == 2
+    assert "the checkpoint does not fit these options" in capsys.readouterr().err
