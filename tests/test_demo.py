@@ -1,0 +1,170 @@
+"""The demo through its command line, with few scenes and iterations; what it finishes, goes on with, and refuses."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+
+import torch
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def _tool(name: str) -> ModuleType:
+    """A program of tools/, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+demo = _tool("demo")
+demo_report = _tool("demo_report")
+
+
+def _run(output: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "tools" / "demo.py"), "--quick", "--output", str(output), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=280)
+
+
+def _mark(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / demo.MARK).read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("demo")
+    run = _run(output)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "student distilled" in run.stdout
+    return output
+
+
+def test_three_detectors_are_measured(finished: Path) -> None:
+    results = json.loads((finished / "results.json").read_text(encoding="utf-8"))
+    assert list(results) == ["teacher", "student", "distilled"]
+    for result in results.values():
+        assert {"AP", "AP50", "AP75", "AP-ball", "AP-mushroom", "parameters", "seconds"} <= set(result)
+        assert 0.0 <= result["AP"] <= 100.0
+    assert results["student"]["parameters"] == results["distilled"]["parameters"] < results["teacher"]["parameters"]
+
+
+def test_the_report_has_every_part(finished: Path) -> None:
+    page = (finished / "report.html").read_text(encoding="utf-8")
+    markdown = (finished / "report.md").read_text(encoding="utf-8")
+    links = re.findall(r"\]\((figures/.+?)\)", markdown)
+    names = {Path(link).stem for link in links}
+    assert {"curves", "distillation_loss", "rematches", "detections", "group_best"} <= names
+    assert {"matching_p3", "matching_p4", "matching_p5"} <= names
+    assert all((finished / link).stat().st_size > 2000 for link in links)
+    assert page.count("data:image/png;base64,") == len(links)
+    assert not re.search(r"(?:src|href)=\"(?!data:)", page)
+    for text in (page, markdown):
+        assert "student distilled" in text
+        assert "tools/train_net.py" in text
+
+
+def test_what_is_finished_is_used_again_and_what_is_not_goes_on(finished: Path) -> None:
+    marks = {name: (finished / name / demo.MARK).read_text() for name in ("scenes", "teacher", "distilled")}
+    unfinished = _mark(finished / "student")
+    before = unfinished.pop("result")
+    (finished / "student" / demo.MARK).write_text(json.dumps(unfinished))
+    run = _run(finished)
+    assert run.returncode == 0, run.stderr[-3000:]
+    for name, text in marks.items():
+        assert (finished / name / demo.MARK).read_text() == text, f"{name} was done again"
+    after = _mark(finished / "student")
+    assert after["result"]["AP"] == before["AP"]
+    assert after["seconds"] > unfinished["seconds"]  # of both runs
+
+
+def test_the_distilled_checkpoint_is_a_plain_student(finished: Path) -> None:
+    cfg = get_cfg()  # an unmodified Detectron2's
+    cfg.merge_from_file(str(finished / "distilled" / "student.yaml"))
+    stored = torch.load(finished / "distilled" / "model_final.pth", map_location="cpu", weights_only=True)
+    assert build_model(cfg).load_state_dict(stored["model"], strict=False).unexpected_keys == []
+
+
+def test_both_students_start_alike_and_see_the_same_images(finished: Path) -> None:
+    from d2_mgd.detection import Trainer
+    from d2_mgd.detection.datasets import register_coco
+
+    run = demo.Demo(finished, seed=0, size=demo.QUICK)
+    for name, split in ((demo.TRAIN, "train"), (demo.TEST, "test")):
+        register_coco(name, str(finished / "scenes" / f"{split}.json"), str(finished / "scenes" / split))
+    started = []
+    for stage in (demo.STUDENT, demo.DISTILLED):
+        cfg = run.parsed_config(stage)
+        cfg.merge_from_list(["OUTPUT_DIR", str(finished / "unused"), "DATALOADER.NUM_WORKERS", "0"])
+        cfg.MGD.TEACHER.WEIGHTS = str(finished / "teacher" / "model_final.pth")
+        trainer = Trainer(cfg)
+        batches = list(itertools.islice(iter(trainer.data_loader), 2))
+        started.append((trainer.student.state_dict(), batches, cfg))
+    (alone, alone_batches, alone_cfg), (distilled, distilled_batches, distilled_cfg) = started
+    assert all(torch.equal(distilled[name], value) for name, value in alone.items())
+    for first, second in zip(alone_batches, distilled_batches):
+        assert all(torch.equal(a["image"], b["image"]) for a, b in zip(first, second))
+    assert alone_cfg.SOLVER == distilled_cfg.SOLVER
+    assert alone_cfg.INPUT == distilled_cfg.INPUT
+
+
+def test_another_seed_starts_over(tmp_path: Path) -> None:
+    size = demo.Size(train=2, test=1)
+    demo.Demo(tmp_path, 0, size).make_scenes()
+    first = (tmp_path / "scenes" / "train.json").read_text()
+    stamp = (tmp_path / "scenes" / "train.json").stat().st_mtime_ns
+    demo.Demo(tmp_path, 0, size).make_scenes()
+    assert (tmp_path / "scenes" / "train.json").stat().st_mtime_ns == stamp
+    demo.Demo(tmp_path, 1, size).make_scenes()
+    assert (tmp_path / "scenes" / "train.json").read_text() != first
+
+
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "scenes").mkdir()
+    (tmp_path / "scenes" / "precious.txt").write_text("mine")
+    for arguments in ([], ["--fresh"]):
+        run = _run(tmp_path, *arguments)
+        assert run.returncode == demo.BAD_INPUT
+        assert f"{tmp_path / 'scenes'} is not of this demo" in run.stderr
+        assert "Traceback" not in run.stderr
+    assert (tmp_path / "scenes" / "precious.txt").read_text() == "mine"
+
+
+def test_a_training_that_fails_says_why(tmp_path: Path, capfd: Any) -> None:
+    broken = demo.Size(train=2, test=1, overrides=(*demo.QUICK.overrides, "MODEL.RETINANET.NUM_CLASSES", "5"))
+    run = demo.Demo(tmp_path, 0, broken)
+    run.make_scenes()
+    with pytest.raises(demo.DemoError, match="training the teacher failed with status 2"):
+        run.train(demo.TEACHER)
+    assert "classes" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "distilled", "share", "words"),
+    [
+        (40.0, 20.0, 30.0, 0.5, "50% of the way"),
+        (40.0, 20.0, 15.0, -0.25, "did not help"),
+        (20.0, 25.0, 30.0, None, "25.0 AP alone, 30.0 AP with its teacher."),
+        (None, 25.0, 25.0, None, "did not help"),
+    ],
+)
+def test_the_report_says_what_came_out(
+    teacher: float | None, student: float, distilled: float, share: float | None, words: str
+) -> None:
+    results = {"teacher": {"AP": teacher}, "student": {"AP": student}, "distilled": {"AP": distilled}}
+    assert demo_report.share_recovered(results) == share
+    assert words in demo_report._lead(results)

@@ -1,0 +1,137 @@
+"""Rendered scenes: what is annotated is there, is visible, and follows from the seed; the files are COCO's format."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools.coco import COCO
+
+from d2_mgd.scene_items import DRAWN, clutter, fractal_noise
+from d2_mgd.scenes import CLASSES, render_scene, write_scenes
+
+
+@functools.cache
+def _scenes(count: int, width: int = 128, height: int = 128) -> list:
+    return [render_scene(np.random.default_rng(seed), width, height) for seed in range(count)]
+
+
+@pytest.mark.parametrize(("width", "height"), [(128, 128), (96, 160)])
+def test_boxes_lie_in_the_image_and_hold_their_pixels(width: int, height: int) -> None:
+    for image, objects in _scenes(40 if width == 128 else 10, width, height):
+        assert image.shape == (height, width, 3)
+        assert image.dtype == np.uint8
+        for thing in objects:
+            x0, y0, x1, y1 = thing.box
+            assert 0 <= x0 < x1 <= width
+            assert 0 <= y0 < y1 <= height
+            assert 12 <= thing.area <= (x1 - x0) * (y1 - y0)
+
+
+def test_scenes_are_varied() -> None:
+    scenes = _scenes(40)
+    objects = [thing for _, found in scenes for thing in found]
+    assert {thing.category for thing in objects} == set(range(len(CLASSES)))
+    sides = [max(thing.box[2] - thing.box[0], thing.box[3] - thing.box[1]) for thing in objects]
+    assert np.percentile(sides, 95) > 2.5 * np.percentile(sides, 5)
+    assert len({len(found) for _, found in scenes}) > 3
+    # never flat: the pixels of the corners, which mostly show the ground, differ within a scene
+    assert all(image[:24, :24].astype(float).std(axis=(0, 1)).max() > 2.0 for image, _ in scenes)
+
+
+def test_some_objects_are_partly_hidden_and_none_is_mostly() -> None:
+    """Boxes of different objects overlap somewhere, and every object that is annotated stays recognisable."""
+    overlapping = 0
+    for _, found in _scenes(40):
+        for index, first in enumerate(found):
+            for second in found[index + 1 :]:
+                wide = min(first.box[2], second.box[2]) - max(first.box[0], second.box[0])
+                high = min(first.box[3], second.box[3]) - max(first.box[1], second.box[1])
+                overlapping += wide > 0 and high > 0
+    assert overlapping > 10
+
+
+def test_the_same_seed_gives_the_same_scene() -> None:
+    first, objects = render_scene(np.random.default_rng(5))
+    again, same = render_scene(np.random.default_rng(5))
+    other, _ = render_scene(np.random.default_rng(6))
+    assert (first == again).all()
+    assert objects == same
+    assert (first != other).any()
+
+
+@pytest.mark.parametrize("category", range(len(CLASSES)))
+@pytest.mark.parametrize("radius", [8.0, 40.0])
+def test_items_are_whole_and_have_a_texture(category: int, radius: float) -> None:
+    for seed in range(4):
+        item = DRAWN[category](np.random.default_rng(seed), radius, 1.0)
+        assert item.colours.shape == (*item.alpha.shape, 3)
+        assert np.isfinite(item.colours).all()
+        assert item.alpha.min() >= 0.0
+        assert item.alpha.max() <= 1.0
+        rim = np.concatenate([item.alpha[0], item.alpha[-1], item.alpha[:, 0], item.alpha[:, -1]])
+        assert (rim < 0.5).all(), "the canvas cuts it off"
+        inside = item.colours[item.alpha > 0.5]
+        assert len(inside) > 0.2 * radius**2
+        assert inside.std(axis=0).max() > 0.03
+
+
+def test_edges_are_anti_aliased() -> None:
+    item = DRAWN[0](np.random.default_rng(0), 30.0, 0.0)
+    partial = (item.alpha > 0.05) & (item.alpha < 0.95)
+    assert 60 < partial.sum() < 0.2 * item.alpha.size
+
+
+def test_clutter_is_drawn_in_all_its_forms() -> None:
+    for seed in range(40):
+        item = clutter(np.random.default_rng(seed), 20.0, 0.3)
+        assert np.isfinite(item.colours).all()
+        assert item.alpha.max() > 0.5
+
+
+def test_noise_fills_its_range_smoothly() -> None:
+    noise = fractal_noise(np.random.default_rng(0), (64, 96), 32.0)
+    assert noise.shape == (64, 96)
+    assert 0.0 <= noise.min() < 0.35
+    assert 0.65 < noise.max() <= 1.0
+    assert np.abs(np.diff(noise, axis=0)).mean() < 0.1
+
+
+def test_files_are_a_coco_data_set(tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    sizes = {"train": 5, "test": 3}
+    paths = write_scenes(tmp_path, sizes, seed=1, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(number, 8) for number in range(1, 9)]
+    for split, count in (("train", 5), ("test", 3)):
+        description, images = paths[split]
+        coco = COCO(str(description))
+        assert [category["name"] for category in coco.loadCats(coco.getCatIds())] == list(CLASSES)
+        assert len(coco.getImgIds()) == count
+        for record in coco.loadImgs(coco.getImgIds()):
+            with Image.open(images / record["file_name"]) as image:
+                assert image.size == (record["width"], record["height"])
+        ids = [annotation["id"] for annotation in coco.dataset["annotations"]]
+        assert len(set(ids)) == len(ids) > count
+    assert json.loads(paths["train"][0].read_text()) != json.loads(paths["test"][0].read_text())
+
+
+def test_a_longer_split_starts_with_a_shorter_one(tmp_path: Path) -> None:
+    short = write_scenes(tmp_path / "short", {"train": 2}, seed=3)["train"][1]
+    long = write_scenes(tmp_path / "long", {"test": 1, "train": 4}, seed=3)["train"][1]
+    for name in ("000000.jpg", "000001.jpg"):
+        assert (short / name).read_bytes() == (long / name).read_bytes()
+    other = write_scenes(tmp_path / "other", {"train": 1}, seed=4)["train"][1]
+    assert (short / "000000.jpg").read_bytes() != (other / "000000.jpg").read_bytes()
+
+
+def test_workers_change_nothing(tmp_path: Path) -> None:
+    alone = write_scenes(tmp_path / "alone", {"train": 3, "test": 2}, seed=2, width=64, height=64)
+    shared = write_scenes(tmp_path / "shared", {"train": 3, "test": 2}, seed=2, width=64, height=64, workers=2)
+    for split in ("train", "test"):
+        assert alone[split][0].read_text() == shared[split][0].read_text()
+        for path in sorted(alone[split][1].iterdir()):
+            assert path.read_bytes() == (shared[split][1] / path.name).read_bytes()
