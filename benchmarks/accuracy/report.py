@@ -1,0 +1,80 @@
+"""docs/results.md, written from the studies and their json lines and from nothing else."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.accuracy.results import NOT_RUN, Results, rematch_table, table
+from benchmarks.accuracy.study import AnyStudy, Study, load_study
+
+__all__ = ["report", "write_report"]
+
+_HEAD = f"""# Results
+
+Written by `python -m benchmarks.accuracy report` from the json lines in `benchmarks/accuracy/results`; change it there.
+Accuracies are top-1 in percent on the test images, mean and standard deviation over seeds. *Last epoch* is what counts;
+the best epoch is chosen by the test images and stands beside it because others report it. *Of the gap* is the share of
+the distance between the student alone and its teacher that a method recovers. *{NOT_RUN}* means just that: there is no
+number, measured or guessed. The published numbers are those of each method's authors, for the same pair and schedule.
+[methods.md](methods.md) says what the methods do.
+"""
+
+
+def write_report(studies: Path, results: Path, output: Path) -> None:
+    """Write the page. It appears whole or not at all."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(output.name + ".tmp")
+    temporary.write_text(report(studies, results), encoding="utf-8")
+    os.replace(temporary, output)
+
+
+def report(studies: Path, results: Path) -> str:
+    """The page: studies that have results first, each with its table; then those that wait for their first run."""
+    loaded = [load_study(path) for path in sorted(studies.glob("*.yaml"))]
+    found = {study.name: Results(results / f"{study.name}.jsonl") for study in loaded}
+    done = [study for study in loaded if _lines(study, found[study.name])]
+    waiting = [study for study in loaded if study not in done]
+    parts = [_HEAD, *(_section(study, found[study.name]) for study in [*done, *waiting])]
+    return "\n".join(parts)
+
+
+def _lines(study: AnyStudy, results: Results) -> list[dict[str, Any]]:
+    return [line for run in study.runs() if (line := results.of(run)) is not None]
+
+
+def _section(study: AnyStudy, results: Results) -> str:
+    lines = _lines(study, results)
+    text = [f"## {study.title}\n"]
+    if study.note:
+        text.append(f"{study.note.strip()}\n")
+    if not isinstance(study, Study):
+        text.append(f"Numbers are {study.metric.name} of the pipeline itself.\n")
+    if study.aims:
+        text.append("To reach: " + "; ".join(study.aims) + ".\n")
+    text.append(table(study, results))
+    matchings = rematch_table(study, results)
+    if matchings:
+        text.append(
+            "What the last rematch found, mean over seeds. *Cost over chance* is the matched pairs' mean cost over\n"
+            "that of a random matching; *changed* the share of student channels whose group changed; *lost by\n"
+            f"keeping* how much more the old matching would cost.\n\n{matchings}"
+        )
+    text.append(_provenance(study, lines))
+    return "\n".join(text)
+
+
+def _provenance(study: AnyStudy, lines: Sequence[dict[str, Any]]) -> str:
+    data = "cifar100.npz" if isinstance(study, Study) else "FOLDER"
+    command = f"`python -m benchmarks.accuracy run {study.name} --data {data}`"
+    if not lines:
+        return f"{command}\n"
+    devices, commits = (sorted({str(line[key]) for line in lines}) for key in ("device", "commit"))
+    torches = sorted({line["versions"]["torch"] for line in lines})
+    seconds = sum(line["seconds"] for line in lines)
+    return (
+        f"{command}: {len(lines)} runs, {seconds / 60:.0f} minutes in all; {', '.join(devices)}; torch "
+        f"{', '.join(torches)}; commit {', '.join(commits)}.\n"
+    )

@@ -1,0 +1,265 @@
+"""Results: json lines that only grow, and the table and the plot that are made of them."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import statistics
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.accuracy.data import StudyError
+from benchmarks.accuracy.study import TEACHER, AnyRun, AnyStudy, Study
+from benchmarks.accuracy.training import Engine, Outcome
+
+__all__ = ["NOT_RUN", "Cell", "Results", "as_line", "cells", "plot", "table"]
+
+NOT_RUN = "not run"
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Results:
+    """The json lines of a study, one a run. A line is written when its run is done, so what is there is whole.
+
+    Runs that other studies of the same folder did count here too: what computes the same has the same digest.
+
+    Args:
+        path: the file; it need not exist.
+
+    Raises:
+        StudyError: a line is no json object with a digest. A last line that was cut short is left out.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.by_digest: dict[str, dict[str, Any]] = {}
+        self._whole: int | None = None  # bytes up to a last line that was cut short
+        for found in sorted({path, *path.parent.glob("*.jsonl")}):
+            self._read(found)
+
+    def _read(self, path: Path) -> None:
+        lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
+        for number, line in enumerate(lines, start=1):
+            try:
+                if line.strip():
+                    content = json.loads(line)
+                    self.by_digest[content["digest"]] = content
+            except (ValueError, TypeError, KeyError) as error:
+                if number < len(lines):  # the last one has no line end: the writer was stopped
+                    raise StudyError(f"{path}, line {number}, is no result: {error}.") from error
+        if path == self.path and lines[-1]:
+            self._whole = len("\n".join([*lines[:-1], ""]).encode())
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Append a result, in place of a line that was cut short."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "ab") as file:
+            if self._whole is not None:
+                file.truncate(self._whole)
+                self._whole = None
+            file.write((json.dumps(line) + "\n").encode())
+        self.by_digest[line["digest"]] = line
+
+    def of(self, run: AnyRun) -> dict[str, Any] | None:
+        """The line of a run, or None."""
+        return self.by_digest.get(run.digest)
+
+
+def as_line(study: AnyStudy, run: AnyRun, outcome: Outcome, engine: Engine) -> dict[str, Any]:
+    """A run's json line: what ran, from which commit, with which versions and device, and what came of it."""
+    return {
+        "study": study.name,
+        "method": run.method,
+        "seed": run.seed,
+        "digest": run.digest,
+        "epochs": len(outcome.accuracy),
+        "best": max(outcome.accuracy),
+        "last": outcome.accuracy[-1],
+        "seconds": round(outcome.seconds, 1),
+        "device": device_name(engine.device),
+        "mixed_precision": engine.mixed_precision,
+        "compiled": engine.compiled,
+        "commit": commit(),
+        "versions": versions(),
+        "accuracy": outcome.accuracy,
+        "rematches": outcome.rematches,
+        "metrics": outcome.metrics,
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or that of the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    models = [line.split(":", 1)[1].strip() for line in _lines(info) if line.startswith("model name")]
+    return f"CPU ({models[0] if models else platform.machine()})"
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+
+
+def commit() -> str:
+    """Of this code, with ``+`` where files of it were changed since; "unknown" outside a git checkout."""
+    try:
+        head, changed = (
+            subprocess.run(["git", *what], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+            for what in (
+                ["rev-parse", "--short=12", "HEAD"],
+                ["status", "--porcelain", "--untracked-files=no", "--", "d2_mgd", "benchmarks/accuracy/*.py"],
+            )
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + ("+" if changed else "")
+
+
+def versions() -> dict[str, str]:
+    """Of what computes the results."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "numpy", "ortools"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "unknown"
+    return found
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of a table: a method's results over seeds.
+
+    Args:
+        method: the row's name.
+        wanted: how many runs the study asks for.
+        best, last: top-1 in percent of those that are there, seed by seed.
+    """
+
+    method: str
+    wanted: int
+    best: tuple[float, ...]
+    last: tuple[float, ...]
+
+
+def cells(study: AnyStudy, results: Results) -> list[Cell]:
+    """The rows of a study, in its order; results of other settings than its own count for nothing."""
+    lines: dict[str, list[dict[str, Any] | None]] = {}
+    for run in study.runs():
+        lines.setdefault(run.method, []).append(results.of(run))
+    found = []
+    for name in study.rows:
+        done = [line for line in lines[name] if line is not None]
+        best, last = (tuple(float(line[key]) for line in done) for key in ("best", "last"))
+        found.append(Cell(name, len(lines[name]), best, last))
+    return found
+
+
+def mean_and_deviation(values: Sequence[float]) -> str:
+    """``72.31 ± 0.24`` (the sample's deviation); without it for one value."""
+    if not values:
+        return NOT_RUN
+    text = f"{statistics.fmean(values):.2f}"
+    return f"{text} ± {statistics.stdev(values):.2f}" if len(values) > 1 else text
+
+
+def table(study: AnyStudy, results: Results) -> str:
+    """Markdown: last and best epoch, mean and standard deviation over seeds, the gap that is recovered."""
+    rows = cells(study, results)
+    by_name = {row.method: row for row in rows}
+    gap = _gap(by_name)
+    published = bool(study.published)
+    head = ["", "last epoch", "best epoch", "runs", "of the gap", *(["published"] if published else [])]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    for row in rows:
+        values = [
+            row.method,
+            mean_and_deviation(row.last),
+            mean_and_deviation(row.best),
+            f"{len(row.last)}/{row.wanted}",
+        ]
+        values.append(_recovered(row, gap))
+        if published:
+            values.append(f"{study.published[row.method]:.2f}" if row.method in study.published else "")
+        lines.append(values)
+    if published:
+        lines += [
+            [name, "", "", "", "", f"{value:.2f}"] for name, value in study.published.items() if name not in by_name
+        ]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _gap(by_name: Mapping[str, Cell]) -> tuple[float, float] | None:
+    """Last accuracy of the student alone and of the teacher."""
+    student, teacher = by_name["student"].last, by_name[TEACHER].last
+    return (statistics.fmean(student), statistics.fmean(teacher)) if student and teacher else None
+
+
+def _recovered(row: Cell, gap: tuple[float, float] | None) -> str:
+    if gap is None or not row.last or row.method in (TEACHER, "student", "student before") or gap[1] <= gap[0]:
+        return ""
+    return f"{(statistics.fmean(row.last) - gap[0]) / (gap[1] - gap[0]):.0%}"
+
+
+def rematch_table(study: AnyStudy, results: Results) -> str:
+    """Markdown: for each method that matches, and each feature, what its matchings were like; "" if none ran.
+
+    ``cost over chance`` is the last matching's mean cost over that of a random one; ``changed`` the share of student
+    channels whose group the last rematch changed; ``lost by keeping`` what the old matching would cost more then.
+    """
+    found: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
+    for run in study.runs():
+        last = {entry["feature"]: entry for entry in (results.of(run) or {}).get("rematches", [])}
+        for feature, entry in last.items():
+            lost = math.nan if entry["kept"] is None else entry["kept"] / entry["cost"] - 1.0
+            found.setdefault((run.method, feature), []).append(
+                (entry["cost"] / entry["chance"], entry["changed"], lost)
+            )
+    if not found:
+        return ""
+    lines = ["| | feature | cost over chance | changed | lost by keeping |\n| --- | --- | ---: | ---: | ---: |\n"]
+    for (method, feature), values in found.items():
+        ratio, changed, lost = (statistics.fmean(column) for column in zip(*values))
+        kept = "" if math.isnan(lost) else f"{lost:.1%}"
+        lines.append(f"| {method} | {feature} | {ratio:.3f} | {changed:.0%} | {kept} |\n")
+    return "".join(lines)
+
+
+def plot(study: AnyStudy, results: Results, path: Path) -> None:
+    """Accuracy by epoch of every row that ran: the mean over seeds, and its range; as an image file."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    curves: dict[str, list[list[float]]] = {}
+    for run in study.runs():
+        line = results.of(run)
+        if line is not None and run.method in study.rows:
+            curves.setdefault(run.method, []).append(line["accuracy"])
+    if not curves:
+        raise StudyError(f"no run of {study.name} has a result yet, so there is nothing to plot.")
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for index, (name, runs) in enumerate(curves.items()):
+        epochs = range(1, len(runs[0]) + 1)
+        mean = [statistics.fmean(values) for values in zip(*runs)]
+        axes.plot(epochs, mean, color=f"C{index}", label=f"{name} {mean[-1]:.2f}", linewidth=1.5)
+        axes.fill_between(epochs, _each(min, runs), _each(max, runs), color=f"C{index}", alpha=0.15, linewidth=0)
+    what = "top-1 on test images (%)" if isinstance(study, Study) else study.metric.name
+    axes.set(title=study.title, xlabel="epoch" if isinstance(study, Study) else "evaluation", ylabel=what)
+    axes.grid(alpha=0.3)
+    axes.legend(title="last epoch", fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _each(function: Any, runs: Iterable[Sequence[float]]) -> list[float]:
+    return [function(values) for values in zip(*runs)]

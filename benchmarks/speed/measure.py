@@ -1,0 +1,123 @@
+"""Timing in turn, ratios with their spread, and what a result has to say about the machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import Any
+
+import torch
+
+__all__ = ["NOT_ON_A_GPU", "Row", "as_table", "in_turn", "machine", "ratio_row"]
+
+NOT_ON_A_GPU = "not run on a GPU"
+_PACKAGES = ("torch", "torchvision", "detectron2", "numpy", "ortools", "scipy")
+
+
+@dataclass
+class Row:
+    """One line of the table.
+
+    Args:
+        name: what is measured.
+        goal: what its value should be at most, or, where ``at_least``, at least.
+        value: median; None if it was not measured.
+        low, high: quartiles.
+        seconds: median seconds of each of the things compared.
+        note: conditions, or why there is no value.
+    """
+
+    name: str
+    goal: float | None = None
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    note: str = ""
+    at_least: bool = False
+
+
+def in_turn(things: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
+    """Seconds of each thing in each round; things take turns, so that a change of the machine's load meets all."""
+    seconds: dict[str, list[float]] = {name: [] for name in things}
+    for index in range(warmup + rounds):
+        for name, thing in things.items():
+            _finish()
+            start = time.perf_counter()
+            thing()
+            _finish()
+            if index >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratio_row(
+    name: str, goal: float | None, seconds: Mapping[str, list[float]], over: str, under: str, note: str
+) -> Row:
+    """The ratio of two of the things, round by round."""
+    ratios = [a / b for a, b in zip(seconds[over], seconds[under])]
+    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
+    medians = {thing: statistics.median(values) for thing, values in seconds.items()}
+    return Row(name, goal, statistics.median(ratios), low, high, medians, note)
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, load, GPU and versions."""
+    versions: dict[str, str] = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": [round(value, 2) for value in os.getloadavg()],
+        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
+        "versions": versions,
+    }
+
+
+def as_table(result: Mapping[str, Any]) -> str:
+    """A Markdown table of rows, under a line on the machine."""
+    about = result["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    lines = [
+        f"{about['processor']}, {about['cores']} cores, {about['threads']} threads; GPU: {about['gpu'] or 'none'}; "
+        f"load average before and after: {about['load_average'][0]:.1f}, {result['load_average_after'][0]:.1f}; "
+        f"{versions}.",
+        "",
+        "| what | value (quartiles) | goal | median times | conditions |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    lines += [_line(row) for row in result["rows"]]
+    return "\n".join(lines) + "\n"
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    value = "-" if row["value"] is None else f"{row['value']:.3f}"
+    if row["low"] is not None:
+        value += f" ({row['low']:.3f} to {row['high']:.3f})"
+    sign = ">=" if row["at_least"] else "<="
+    goal = "" if row["goal"] is None else f"{sign} {row['goal']:g}"
+    seconds = ", ".join(f"{name} {value:.3g} s" for name, value in row["seconds"].items())
+    return f"| {row['name']} | {value} | {goal} | {seconds} | {row['note']} |"
+
+
+def _finish() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

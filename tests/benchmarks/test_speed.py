@@ -1,0 +1,68 @@
+"""The speed benchmarks run, compare equals with equals, and say what they did not run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import linear_sum_assignment
+
+from benchmarks.run import main
+from benchmarks.speed.classification import Pair
+from benchmarks.speed.kernels import copied_rows, loss_row
+from benchmarks.speed.measure import NOT_ON_A_GPU, in_turn, ratio_row
+from benchmarks.speed.reference import Published
+from d2_mgd.matching import solve_matching
+
+
+def test_things_take_turns_and_are_compared_round_by_round() -> None:
+    order: list[str] = []
+    seconds = in_turn({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=2, warmup=1)
+    assert order == ["a", "b"] * 3 and [len(values) for values in seconds.values()] == [2, 2]
+    row = ratio_row("a / b", 1.0, {"a": [2.0, 30.0, 4.0], "b": [1.0, 10.0, 1.0]}, "a", "b", "")
+    assert row.value == 3.0 and row.seconds == {"a": 4.0, "b": 1.0}
+
+
+@pytest.mark.parametrize("size", [(6, 24), (5, 23)])
+def test_scipy_solves_the_same_problem(size: tuple[int, int]) -> None:
+    cost = np.random.default_rng(0).random(size)
+    expanded = copied_rows(cost)
+    assert expanded[linear_sum_assignment(expanded)].sum() == pytest.approx(solve_matching(cost).total_cost)
+
+
+def test_the_floor_trains_the_same_student_as_the_distilled_step() -> None:
+    pair = Pair(2, 64)
+    names = [name for name, _ in pair.plain_student.named_parameters()]
+    assert names == [name for name, _ in pair.student.network.named_parameters()]
+    with torch.no_grad():
+        deepest = pair.plain_teacher(pair.images)
+        maps, _ = pair.teacher(pair.images)
+    torch.testing.assert_close(deepest, maps["stage4"].relu())
+    before = {name: value.clone() for name, value in pair.student.network.named_parameters()}
+    pair.floor()
+    pair.distilled(observe=True)
+    assert any(not torch.equal(before[name], value) for name, value in pair.student.network.named_parameters())
+    assert pair.distiller.costs["stage4"].num_images == 2
+
+
+def test_a_run_writes_both_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--quick", "--only", "solve,loss", "--output", str(tmp_path / "speed")]) == 0
+    result = json.loads((tmp_path / "speed.json").read_text())
+    table = (tmp_path / "speed.md").read_text()
+    assert table.strip() in capsys.readouterr().out
+    assert result["machine"]["versions"]["torch"] == torch.__version__.split("+")[0]
+    for row in result["rows"]:
+        assert row["name"] in table
+        assert row["value"] is not None or row["note"] == NOT_ON_A_GPU
+    assert loss_row("cpu", quick=True).value > 0  # type: ignore[operator]
+
+
+def test_bad_input_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--only", "speed"])
+    assert "no benchmark speed; there are: solve, classification" in capsys.readouterr().err
+    with pytest.raises(FileNotFoundError, match=r"no mgd/builder\.py in it"):
+        Published(tmp_path)
