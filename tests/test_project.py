@@ -1,0 +1,171 @@
+"""What a user relies on around the code: how to install, what imports what, and that the documents tell the truth."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+import d2_mgd
+from d2_mgd._install import DETECTRON2_INSTALL, DETECTRON2_URL
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("**/*.md")])
+
+
+def _setup() -> dict:
+    """The arguments that setup.py hands to setuptools."""
+    code = (
+        "import json, runpy, setuptools; said = {}; setuptools.setup = said.update;"
+        "runpy.run_path('setup.py'); print(json.dumps(said, default=str))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    return json.loads(out)
+
+
+def _imports(path: Path) -> set[str]:
+    """Dotted names of the modules that a file imports, at its top or inside its functions."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module)
+    return names
+
+
+def _python(code: str) -> str:
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+# --- installing ---
+
+
+@pytest.mark.parametrize("name", ["README.md", "Makefile"])
+def test_the_line_that_installs_detectron2_is_the_same_everywhere(name: str) -> None:
+    lines = [line for line in (ROOT / name).read_text(encoding="utf-8").splitlines() if "detectron2.git" in line]
+    assert lines, f"{name} does not say how to install Detectron2"
+    assert all(DETECTRON2_INSTALL in line for line in lines)
+
+
+def test_setup_offers_the_same_detectron2_and_the_version_of_the_package() -> None:
+    said = _setup()
+    assert f"detectron2 @ {DETECTRON2_URL}" in said["extras_require"]["detectron2"]
+    assert said["version"] == d2_mgd.__version__
+    assert {"d2_mgd", "d2_mgd.matching", "d2_mgd.distill", "d2_mgd.detection"} <= set(said["packages"])
+
+
+def test_every_direct_dependency_has_a_lower_bound_and_a_pin_within_it() -> None:
+    said = _setup()
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    pinned = {pin.name.lower(): next(iter(pin.specifier)) for pin in pins}
+    assert all(pin.operator == "==" for pin in pinned.values())
+    wanted = [*said["install_requires"], *(line for extra in said["extras_require"].values() for line in extra)]
+    for requirement in map(Requirement, wanted):
+        if requirement.url:
+            continue
+        assert requirement.specifier, f"setup.py names no version of {requirement.name}"
+        assert requirement.name.lower() in pinned, f"constraints.txt does not pin {requirement.name}"
+        assert requirement.specifier.contains(pinned[requirement.name.lower()].version), (
+            f"{requirement} excludes its pin"
+        )
+
+
+# --- importing ---
+
+
+def test_importing_the_package_is_light() -> None:
+    assert _python("import sys, d2_mgd; print(d2_mgd.__version__, 'torch' in sys.modules)").split() == [
+        d2_mgd.__version__,
+        "False",
+    ]
+
+
+def test_the_core_imports_without_detectron2() -> None:
+    _python("import sys; sys.modules['detectron2'] = None; import d2_mgd.matching, d2_mgd.distill")
+
+
+def test_detection_without_detectron2_says_how_to_install_it() -> None:
+    code = "import sys; sys.modules['detectron2'] = None; import d2_mgd.detection"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert run.returncode != 0
+    assert DETECTRON2_INSTALL in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("folder", "forbidden"),
+    [
+        ("d2_mgd/matching", ["d2_mgd.distill", "d2_mgd.detection", "classification", "detectron2", "torchvision"]),
+        ("d2_mgd/distill", ["d2_mgd.detection", "classification", "detectron2"]),
+        ("d2_mgd/detection", ["classification", "tools"]),
+        ("classification", ["d2_mgd.detection", "detectron2", "tools"]),
+    ],
+)
+def test_imports_point_one_way(folder: str, forbidden: list[str]) -> None:
+    files = sorted((ROOT / folder).rglob("*.py"))
+    assert files, f"there is no code in {folder}"
+    wrong = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in files
+        for name in sorted(_imports(path))
+        if any(name == part or name.startswith(f"{part}.") for part in forbidden)
+    ]
+    assert not wrong
+
+
+# --- documents ---
+
+
+def _anchor(heading: str) -> str:
+    """The link target that GitHub and MkDocs make of a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text(encoding="utf-8")):
+        if target.startswith(("http://", "https://", "mailto:")):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (document.parent / name).resolve() if name else document
+        assert path.exists(), f"{target} does not exist"
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            assert anchor in map(_anchor, headings), f"{target}: no such heading"
+
+
+@pytest.mark.parametrize("name", ["Makefile", *(str(path.relative_to(ROOT)) for path in DOCUMENTS)])
+def test_the_programs_that_are_named_exist(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    called = re.findall(r"(?:python|\$\(PY\)|torchrun\S*(?: --\S+)*)\s+((?:[\w-]+/)+[\w-]+\.py)", text)
+    called += [
+        f"{module.replace('.', '/')}.py" for module in re.findall(r"-m ((?:benchmarks|classification)\.[\w.]+)", text)
+    ]
+    missing = [
+        path for path in called if not (ROOT / path).exists() and not (ROOT / path[:-3] / "__main__.py").exists()
+    ]
+    assert not missing
+
+
+def test_the_examples_in_the_documentation_run(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "core.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert blocks
+    script = tmp_path / "core.py"  # one script: a block may use what the ones before it made
+    script.write_text("\n".join(blocks), encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(
+        [sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "student.pth").exists()
