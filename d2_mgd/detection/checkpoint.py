@@ -18,6 +18,7 @@ from torch import nn
 
 from d2_mgd.detection.manifest import CheckpointManifest, write_atomically
 from d2_mgd.detection.weights import SafeCheckpointer, file_digest, load_weights, local_weights_file, read_tensors
+from d2_mgd.reliability import system_reason
 
 __all__ = [
     "CheckpointError",
@@ -77,7 +78,7 @@ class TrainingCheckpointer(SafeCheckpointer):
             try:
                 self._write(f"{name}.pth", state)
             except (OSError, RuntimeError) as error:  # of the disk, as torch tells of it
-                reason = _reason_of(error)
+                reason = system_reason(error)
                 failure = f"cannot write the checkpoint {name}.pth to {self.save_dir}: {reason}; the earlier ones are "
                 failure += "intact, and --resume continues from the last of them."
         failure = next((text for text in comm.all_gather(failure) if text), "")
@@ -166,16 +167,6 @@ class TrainingCheckpointer(SafeCheckpointer):
                 f"shape, {other[0]!r} first."
             )
         return data
-
-
-def _reason_of(error: BaseException) -> str:
-    """What the system said: torch's own errors hide it in what they came from."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror
-        cause = cause.__cause__ or cause.__context__
-    return (" ".join(str(error).split()) or type(error).__name__).split(" Exception raised from")[0][:200]
 
 
 def check_same_teacher(path: str, recorded: dict[str, str], weights_path: str, digest: str) -> None:

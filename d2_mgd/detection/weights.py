@@ -7,7 +7,6 @@ ResNet names is renamed to Detectron2's on the way in.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import pickle
@@ -21,6 +20,8 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import PathHandler, PathManager
 from torch import Tensor, nn
+
+from d2_mgd.reliability import file_digest
 
 __all__ = [
     "SafeCheckpointer",
@@ -97,15 +98,6 @@ def local_weights_file(location: str) -> str:
     if not os.path.isfile(path):
         raise FileNotFoundError(f"the weights file {location} does not exist.")
     return path
-
-
-def file_digest(path: str) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 # --- what is in a file ---

@@ -92,7 +92,7 @@ def test_one_ctrl_c_that_arrives_twice_is_one() -> None:
             os.kill(os.getpid(), signal.SIGINT)
     finally:
         hook.after_train()
-    assert hook._received == signal.SIGINT and threading.current_thread() is threading.main_thread()
+    assert hook.stop.received == signal.SIGINT and threading.current_thread() is threading.main_thread()
 
 
 def start(arguments: list[str]) -> subprocess.Popen[str]:

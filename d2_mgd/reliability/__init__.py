@@ -1,0 +1,19 @@
+"""What long runs need whatever they train: files that are whole or absent, a list of checkpoints, being told to leave.
+
+Knows no network, no Detectron2.
+"""
+
+from d2_mgd.reliability.files import file_digest, remove_leftovers, system_reason, write_atomically
+from d2_mgd.reliability.manifest import CheckpointManifest
+from d2_mgd.reliability.signals import StopRequest, forwarded_signals, loader_process_signals
+
+__all__ = [
+    "CheckpointManifest",
+    "StopRequest",
+    "file_digest",
+    "forwarded_signals",
+    "loader_process_signals",
+    "remove_leftovers",
+    "system_reason",
+    "write_atomically",
+]

@@ -1,0 +1,77 @@
+"""Files that are whole or absent."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Callable
+from typing import IO, Any
+
+__all__ = ["file_digest", "remove_leftovers", "system_reason", "write_atomically"]
+
+_LEFTOVER = re.compile(r"\..+\.\d+\.tmp")
+
+
+def write_atomically(path: str | os.PathLike[str], write: Callable[[IO[bytes]], Any]) -> None:
+    """Write a file so that at every moment, and after a crash, ``path`` is the whole old file or the whole new one.
+
+    Args:
+        path: where the file shall be; its folder exists.
+        write: gets a file opened for writing bytes.
+    """
+    folder, name = os.path.split(os.path.abspath(path))
+    temporary = os.path.join(folder, f".{name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise
+    _sync_folder(folder)
+
+
+def remove_leftovers(folder: str | os.PathLike[str]) -> list[str]:
+    """Remove what :func:`write_atomically` left in a folder when its process was killed; nobody may be writing there.
+
+    Returns:
+        The names of the removed files.
+    """
+    names = [name for name in os.listdir(folder) if _LEFTOVER.fullmatch(name)]
+    for name in names:
+        os.remove(os.path.join(folder, name))
+    return names
+
+
+def _sync_folder(folder: str) -> None:
+    """Make a rename in ``folder`` survive a power cut, where the system can."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_digest(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def system_reason(error: BaseException) -> str:
+    """What the system said, such as "No space left on device": torch's own errors hide it in what they came from."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    return (" ".join(str(error).split()) or type(error).__name__).split(" Exception raised from")[0][:200]
