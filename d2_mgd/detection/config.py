@@ -13,7 +13,16 @@ from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 
 import d2_mgd
-from d2_mgd.distill import ALIGNMENTS, FEATURE_LOSSES, NORMS, REDUCERS, REDUCTIONS, SPATIAL_WEIGHTS, RematchSchedule
+from d2_mgd.distill import (
+    ALIGNMENTS,
+    FEATURE_LOSSES,
+    NORMS,
+    REDUCERS,
+    REDUCTIONS,
+    SPATIAL_WEIGHTS,
+    RematchSchedule,
+    WeightSchedule,
+)
 from d2_mgd.matching import METRICS, MODES
 
 __all__ = [
@@ -21,9 +30,11 @@ __all__ = [
     "add_mgd_config",
     "feature_losses",
     "feature_weights",
+    "rematch_schedule",
     "student_config",
     "teacher_config",
     "validate_config",
+    "weight_schedule",
 ]
 
 META_ARCHITECTURE = "TeacherStudentDetector"
@@ -95,12 +106,29 @@ def add_mgd_config(cfg: CfgNode) -> None:
     # Then every so many iterations, with another period from each milestone on; 0 or no period at all is never.
     cfg.MGD.REMATCH.PERIODS = [5000, 31000]
     cfg.MGD.REMATCH.MILESTONES = [20000]
+    # In place of periods, after these numbers of iterations; ...
+    cfg.MGD.REMATCH.AT = []
+    # ... and each a constant factor later than the one before, often at first and seldom later: [first, last, count].
+    cfg.MGD.REMATCH.LOG_SPACED = []
     # Images of a pass, over all processes (published: 1000 batches of 16).
     cfg.MGD.REMATCH.NUM_IMAGES = 2000
     # Batch size of the pass, for each process.
     cfg.MGD.REMATCH.BATCH_SIZE = 8
     # Online: observe every so many steps.
     cfg.MGD.REMATCH.EVERY = 10
+
+    # The factor of all distillation losses as the training goes on. Where it is 0, the teacher does not run.
+    cfg.MGD.SCHEDULE = CfgNode()
+    # "constant", or falling from START to STOP along a line ("linear") or half a cosine ("cosine").
+    cfg.MGD.SCHEDULE.DECAY = "constant"
+    # The iteration that distillation begins with; the first matching is measured then.
+    cfg.MGD.SCHEDULE.START = 0
+    # The iteration that it ends before; 0 is SOLVER.MAX_ITER.
+    cfg.MGD.SCHEDULE.STOP = 0
+    # What "linear" and "cosine" fall to, as a share of the weight.
+    cfg.MGD.SCHEDULE.END = 0.0
+    # Iterations in which the weight first rises from 0.
+    cfg.MGD.SCHEDULE.WARMUP = 0
 
     cfg.MGD.CHECKPOINT = CfgNode()
     # How many checkpoints stay in OUTPUT_DIR, with a teacher or without; 0 keeps all.
@@ -255,6 +283,41 @@ def feature_losses(cfg: CfgNode) -> dict[str, str]:
     return found
 
 
+def rematch_schedule(cfg: CfgNode) -> RematchSchedule:
+    """When to rematch, in finished iterations: as MGD.REMATCH says it.
+
+    Raises:
+        ValueError: numbers that do not fit together.
+    """
+    rematch = cfg.MGD.REMATCH
+    try:
+        if not rematch.AT and not rematch.LOG_SPACED:
+            return RematchSchedule(rematch.PERIODS, rematch.MILESTONES, rematch.START)
+        if rematch.LOG_SPACED and len(rematch.LOG_SPACED) != 3:
+            raise ValueError(f"LOG_SPACED is [first, last, count], got {list(rematch.LOG_SPACED)}.")
+        spaced = RematchSchedule.log_spaced(*rematch.LOG_SPACED).at if rematch.LOG_SPACED else []
+        return RematchSchedule(start=rematch.START, at=[*rematch.AT, *spaced])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"MGD.REMATCH: {error}") from error
+
+
+def weight_schedule(cfg: CfgNode) -> WeightSchedule | None:
+    """The factor of the distillation losses by finished iterations, as MGD.SCHEDULE says it; None where it is always 1.
+
+    Raises:
+        ValueError: numbers that do not fit together, or a distillation that would never begin.
+    """
+    node, last = cfg.MGD.SCHEDULE, cfg.SOLVER.MAX_ITER
+    if last <= node.START:
+        raise ValueError(f"MGD.SCHEDULE.START is {node.START}, and SOLVER.MAX_ITER {last}: nothing would be distilled.")
+    try:
+        schedule = WeightSchedule(node.DECAY, node.START, node.STOP or last, node.WARMUP, node.END)
+    except ValueError as error:
+        raise ValueError(f"MGD.SCHEDULE: {error}") from error
+    always = node.DECAY == "constant" and not node.START and not node.WARMUP and not 0 < node.STOP < last
+    return None if always else schedule
+
+
 def _check_margin(feature: str, loss: str, before_activation: bool) -> None:
     if re.fullmatch(r"p\d", feature):
         raise ValueError(
@@ -299,20 +362,19 @@ def validate_config(cfg: CfgNode) -> None:
     _check_choice("MGD.ALIGN", mgd.ALIGN, ALIGNMENTS)
     _check_choice("MGD.NORM", mgd.NORM, NORMS)
     _check_choice("MGD.STUDENT.TRAIN_LAST_NORM", mgd.STUDENT.TRAIN_LAST_NORM, LAST_NORMS)
-    _check_rematch(mgd.REMATCH, needed=mgd.ALIGN == "matching")
+    _check_rematch(cfg, needed=mgd.ALIGN == "matching")
+    weight_schedule(cfg)
     teacher_config(cfg)
 
 
-def _check_rematch(rematch: CfgNode, needed: bool) -> None:
+def _check_rematch(cfg: CfgNode, needed: bool) -> None:
+    rematch = cfg.MGD.REMATCH
     _check_choice("MGD.REMATCH.SOURCE", rematch.SOURCE, SOURCES)
     for key in ("NUM_IMAGES", "BATCH_SIZE", "EVERY"):
         if rematch[key] < 1:
             raise ValueError(f"MGD.REMATCH.{key} must be at least 1, got {rematch[key]}.")
-    try:
-        schedule = RematchSchedule(rematch.PERIODS, rematch.MILESTONES, rematch.START)
-    except ValueError as error:
-        raise ValueError(f"MGD.REMATCH: {error}") from error
-    if needed and not schedule.start and not any(schedule.periods):
+    schedule = rematch_schedule(cfg)
+    if needed and not schedule.start and not any(schedule.periods) and not schedule.at:
         raise ValueError("MGD.REMATCH.START is False and PERIODS holds no period, so nothing would ever be matched.")
 
 

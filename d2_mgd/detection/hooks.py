@@ -44,6 +44,9 @@ class MatchingHook(HookBase):
     A rematch whose cost is empty or not finite keeps the matching in force, with a warning; if there is none yet, it
     is a :class:`RematchError`.
 
+    Where the model's weight schedule says when distillation starts and stops, the rematch before the first step is that
+    before its start, and there are none outside.
+
     Args:
         model: a :class:`~d2_mgd.detection.TeacherStudentDetector`, not wrapped.
         schedule: when.
@@ -83,7 +86,7 @@ class MatchingHook(HookBase):
     def before_train(self) -> None:
         # After resuming, a rematch that is due was done before the checkpoint, except at the end of a shorter training.
         start = self.trainer.start_iter
-        if start < self.trainer.max_iter and self.schedule.due(start) and self.newest != start:
+        if start < self.trainer.max_iter and self._due(start) and self.newest != start:
             self.rematch(start)
 
     def before_step(self) -> None:
@@ -92,8 +95,15 @@ class MatchingHook(HookBase):
 
     def after_step(self) -> None:
         finished = self.trainer.iter + 1
-        if finished < self.trainer.max_iter and self.schedule.due(finished):
+        if finished < self.trainer.max_iter and self._due(finished):
             self.rematch(finished)
+
+    def _due(self, finished: int) -> bool:
+        weight = self.model.schedule
+        if weight is None:
+            return self.schedule.due(finished)
+        first = finished == weight.start and self.schedule.start
+        return weight.active(finished) and (first or self.schedule.due(finished))
 
     def rematch(self, finished: int) -> None:
         """Measure if need be, solve, use the new matching, and tell.

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
 from d2_mgd.detection.config import (
@@ -23,6 +24,7 @@ from d2_mgd.detection.config import (
     student_config,
     teacher_config,
     validate_config,
+    weight_schedule,
 )
 from d2_mgd.detection.features import (
     FeaturePair,
@@ -35,7 +37,7 @@ from d2_mgd.detection.features import (
 )
 from d2_mgd.detection.norms import make_trainable
 from d2_mgd.detection.teacher import FrozenTeacher
-from d2_mgd.distill import MatchingGuidedDistiller
+from d2_mgd.distill import MatchingGuidedDistiller, WeightSchedule
 
 __all__ = ["TeacherStudentDetector"]
 
@@ -50,7 +52,8 @@ Masks = dict[str, "Tensor | None"]
 class TeacherStudentDetector(nn.Module):
     """Trains an unmodified Detectron2 model with the maps of another. In inference it is the student.
 
-    One training step runs the student once, with its own losses, and the teacher once, as far as its deepest feature.
+    One training step runs the student once, with its own losses, and the teacher once, as far as its deepest feature;
+    where the schedule makes the distillation weigh nothing, the teacher not at all.
 
     Args:
         student: any Detectron2 meta-architecture with a backbone.
@@ -61,6 +64,7 @@ class TeacherStudentDetector(nn.Module):
         input_format: channel order of the images that the student gets, as INPUT.FORMAT says it.
         train_last_norm: what becomes of the last, frozen norm of each distilled backbone stage of the student:
             ``affine`` trains scale and shift, ``sync_bn`` the statistics too, ``none`` nothing.
+        schedule: factor of the distillation losses by the iteration of Detectron2's event storage; None is always 1.
 
     Raises:
         ValueError: a feature that one of them lacks, strides or widths that do not fit, channel orders that cannot be
@@ -78,6 +82,7 @@ class TeacherStudentDetector(nn.Module):
         before_activation: bool = True,
         input_format: str = "BGR",
         train_last_norm: str = "affine",
+        schedule: WeightSchedule | None = None,
     ) -> None:
         super().__init__()
         teacher.check_format(input_format)
@@ -88,6 +93,7 @@ class TeacherStudentDetector(nn.Module):
         self.teacher = teacher
         self.distiller = distiller
         self.input_format = input_format
+        self.schedule = schedule
         self.observe_next = False  # set it, and the next training step's maps count in the matching costs
         self._student_features = {name: pair.student for name, pair in self.pairs.items()}
         self._watched = WatchedMaps(student, self._student_features)
@@ -111,6 +117,7 @@ class TeacherStudentDetector(nn.Module):
             "before_activation": cfg.MGD.BEFORE_ACTIVATION,
             "input_format": cfg.INPUT.FORMAT,
             "train_last_norm": cfg.MGD.STUDENT.TRAIN_LAST_NORM,
+            "schedule": weight_schedule(cfg),
         }
 
     @property
@@ -127,12 +134,17 @@ class TeacherStudentDetector(nn.Module):
         """
         if not self.training:
             return self.student(batched_inputs)
+        factor = self._factor()
+        if factor == 0.0:
+            self.observe_next = False
+            return {**self.student(batched_inputs), **self.distiller.no_losses(self.device)}
         task_losses, maps, batch = self._watched.forward(batched_inputs)
         student_maps, teacher_maps, valid = self._beside_teacher(batched_inputs, maps, batch)
         if self.observe_next:
             self.observe_next = False
             self.distiller.observe(student_maps, teacher_maps, valid)
-        return {**task_losses, **self._distill(student_maps, teacher_maps, valid, _boxes(batched_inputs))}
+        losses = self._distill(student_maps, teacher_maps, valid, _boxes(batched_inputs))
+        return {**task_losses, **{name: factor * loss for name, loss in losses.items()}}
 
     @torch.no_grad()
     def extract_maps(self, batched_inputs: Batch) -> tuple[Maps, Maps, Masks]:
@@ -146,6 +158,15 @@ class TeacherStudentDetector(nn.Module):
 
     def extra_repr(self) -> str:
         return f"features={list(self.pairs)}, teacher={self.teacher!r}"
+
+    def _factor(self) -> float:
+        """Of the distillation losses in this step."""
+        if self.schedule is None:
+            return 1.0
+        storage = get_event_storage()
+        factor = self.schedule.factor(storage.iter)
+        storage.put_scalar("distill_factor", factor, smoothing_hint=False)
+        return factor
 
     def _beside_teacher(self, batched_inputs: Batch, student_maps: Maps, batch: Tensor) -> tuple[Maps, Maps, Masks]:
         images = [sample["image"] for sample in batched_inputs]
@@ -166,11 +187,7 @@ class TeacherStudentDetector(nn.Module):
     ) -> dict[str, Tensor]:
         if self.distiller.matched:
             return self.distiller(student_maps, teacher_maps, valid, boxes)
-        # Until the first rematch; every parameter still takes part, as distributed training wants it.
-        zero = torch.zeros((), device=self.device)
-        for parameter in self.distiller.parameters():
-            zero = zero + 0.0 * parameter.sum()
-        return {f"loss_distill/{name}": zero for name in student_maps}
+        return self.distiller.no_losses(self.device)  # until the first rematch
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> TeacherStudentDetector:
         # .to() and its like: the teacher goes where the student goes

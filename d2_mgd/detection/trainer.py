@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from d2_mgd.detection.checkpoint import TrainingCheckpointer, check_same_teacher, load_weights
-from d2_mgd.detection.config import META_ARCHITECTURE, student_config, validate_config
+from d2_mgd.detection.config import META_ARCHITECTURE, rematch_schedule, student_config, validate_config
 from d2_mgd.detection.datasets import check_classes
 from d2_mgd.detection.features import export_student_state
 from d2_mgd.detection.hooks import CheckpointHook, MatchingHook, gather_costs
@@ -37,7 +37,6 @@ from d2_mgd.detection.state import (
     set_module_numbers,
     set_random_state,
 )
-from d2_mgd.distill import RematchSchedule
 
 __all__ = ["Trainer"]
 
@@ -117,13 +116,12 @@ class Trainer(DefaultTrainer):
 
     def _matching_hook(self) -> MatchingHook:
         cfg = self.cfg
-        rematch = cfg.MGD.REMATCH
         return MatchingHook(
             self.detector,
-            RematchSchedule(rematch.PERIODS, rematch.MILESTONES, rematch.START),
+            rematch_schedule(cfg),
             lambda finished: build_pass_loader(cfg, self.data_loader.records, (self.seed, finished)),
-            source=rematch.SOURCE,
-            every=rematch.EVERY,
+            source=cfg.MGD.REMATCH.SOURCE,
+            every=cfg.MGD.REMATCH.EVERY,
             output_dir=cfg.OUTPUT_DIR,
             mixed_precision=cfg.SOLVER.AMP.ENABLED,
         )
@@ -300,7 +298,7 @@ def _check_scaling(cfg: CfgNode) -> None:
     if cfg.MGD.ENABLED and reference not in (0, comm.get_world_size()):
         raise ValueError(
             f"SOLVER.REFERENCE_WORLD_SIZE is {reference} and there are {comm.get_world_size()} processes: set it to 0, "
-            "and the schedule, MGD.REMATCH included, for this number."
+            "and the schedule, MGD.REMATCH and MGD.SCHEDULE included, for this number."
         )
 
 

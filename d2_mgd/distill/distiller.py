@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from d2_mgd.distill.checks import check_names, check_weights, checked_mode, checked_ties
 from d2_mgd.distill.fused import Comparison, can_fuse, fused_norm, sum_of_squares
 from d2_mgd.distill.losses import FEATURE_LOSSES, REDUCTIONS, FeatureLoss, loss_divisor, reduce_loss
 from d2_mgd.distill.norms import build_norm
@@ -23,8 +24,7 @@ from d2_mgd.distill.reducers import REDUCERS, Reducer
 from d2_mgd.distill.registry import lookup
 from d2_mgd.distill.reports import RematchReport
 from d2_mgd.distill.spatial import SPATIAL_WEIGHTS, Boxes, SpatialWeight
-from d2_mgd.distill.ties import checked_ties
-from d2_mgd.matching import MODES, ChannelCost, ChannelMatching, solve_matching
+from d2_mgd.matching import ChannelCost, ChannelMatching, solve_matching
 from d2_mgd.matching.channel_matching import PADDING
 
 __all__ = ["ALIGNMENTS", "MatchingGuidedDistiller"]
@@ -104,8 +104,8 @@ class MatchingGuidedDistiller(nn.Module):
         margins = dict(margins or {})
         strides = dict(strides or {})
         for what, names in (("loss", losses), ("weight", weights), ("margin", margins), ("stride", strides)):
-            _check_names(what, names, channels)
-        _check_weights(weights)
+            check_names(what, names, channels)
+        check_weights(weights)
         self.channels = {name: (int(student), int(teacher)) for name, (student, teacher) in channels.items()}
         self.align = align
         self.ties = checked_ties(tie, self.channels, align)
@@ -122,7 +122,7 @@ class MatchingGuidedDistiller(nn.Module):
                 teacher,
                 align=align,
                 reducer=lookup(REDUCERS, "reducer", reducer),
-                mode=_checked_mode(mode, reducer, name, student, teacher) if align == "matching" else None,
+                mode=checked_mode(mode, reducer, name, student, teacher) if align == "matching" else None,
                 loss=lookup(FEATURE_LOSSES, "loss", losses[name]),
                 norm=norm,
                 weight=weights.get(name, 1.0),
@@ -174,6 +174,16 @@ class MatchingGuidedDistiller(nn.Module):
                 raise RuntimeError(f"feature {name} has no matching yet: observe some images and rematch first.")
             losses[f"loss_distill/{name}"] = self._feature(name)(student, teacher, mask, boxes)
         return losses
+
+    def no_losses(self, device: torch.device) -> dict[str, Tensor]:
+        """Zeros on ``device``, for a step in which nothing is compared.
+
+        Every parameter takes part in them, as distributed training wants it.
+        """
+        zero = torch.zeros((), device=device)
+        for parameter in self.parameters():
+            zero = zero + 0.0 * parameter.sum()
+        return {f"loss_distill/{name}": zero for name in self.channels}
 
     @torch.no_grad()
     def observe(
@@ -414,30 +424,3 @@ def _solve_once(solve: Any, group: Any) -> Any:
 def _key(name: str) -> str:
     """A feature's name as a module's name, which may hold no dot."""
     return name.replace(".", "/")
-
-
-def _check_names(what: str, given: Mapping[str, Any], channels: Mapping[str, Any]) -> None:
-    unknown = [name for name in given if name not in channels]
-    if unknown:
-        raise ValueError(f"a {what} was given for {', '.join(unknown)}, but the features are: {', '.join(channels)}.")
-
-
-def _check_weights(weights: Mapping[str, float]) -> None:
-    for name, weight in weights.items():
-        if not (math.isfinite(weight) and weight >= 0):
-            raise ValueError(f"feature {name}: a weight must be finite and not negative, got {weight}.")
-
-
-def _checked_mode(mode: str | None, reducer: str, name: str, num_student: int, num_teacher: int) -> str:
-    if mode is None:
-        return "one_to_one" if reducer == "sm" and num_teacher >= num_student else "balanced"
-    if mode not in MODES:
-        raise ValueError(f"unknown matching mode {mode!r}; there are: {', '.join(MODES)}.")
-    if mode != "balanced" and num_teacher < num_student:
-        raise ValueError(
-            f"feature {name}: mode {mode!r} needs T >= S, got {num_teacher} teacher channels for {num_student} student "
-            "channels; use 'balanced'."
-        )
-    if reducer == "sm" and mode != "one_to_one" and num_teacher > num_student:
-        raise ValueError(f"feature {name}: reducer 'sm' goes with the mode 'one_to_one', not {mode!r}.")
-    return mode

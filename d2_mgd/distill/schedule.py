@@ -80,23 +80,27 @@ class WeightSchedule:
     """Factor of the distillation losses as a training goes on.
 
     0 before ``start`` and from ``stop`` on (stopping early helps students that are far smaller than their teacher: Cho
-    and Hariharan, ICCV 2019). In between 1, or falling from 1 to 0 along a line or half a cosine (Loshchilov and
-    Hutter, ICLR 2017, equation 5). ``warmup`` multiplies it by a line from 0 to 1 over as many steps after ``start``,
-    as DKD is published (Zhao et al., CVPR 2022).
+    and Hariharan, "On the Efficacy of Knowledge Distillation", ICCV 2019). In between 1, or falling from 1 to ``end``
+    along a line or half a cosine (Loshchilov and Hutter, "SGDR", ICLR 2017). ``warmup`` multiplies it by a line from 0
+    to 1 over as many steps after ``start``, as DKD is published (Zhao et al., CVPR 2022).
 
-    Steps are whatever the training counts: iterations or epochs.
+    Steps are whatever the training counts: iterations or epochs. The factor follows from their number alone, so a
+    resumed training goes on where it was.
 
     Args:
         decay: ``constant``, ``linear`` or ``cosine``.
         start: number of finished steps from which on the distillation counts.
         stop: number of finished steps from which on it does not; None is never, which ``constant`` alone can do.
         warmup: steps of the warm-up; 0 is none.
+        end: what ``linear`` and ``cosine`` fall to at ``stop``, 0 to 1.
 
     Raises:
         ValueError: an unknown decay, a decay without a stop, or numbers out of order.
     """
 
-    def __init__(self, decay: str = "constant", start: int = 0, stop: int | None = None, warmup: int = 0) -> None:
+    def __init__(
+        self, decay: str = "constant", start: int = 0, stop: int | None = None, warmup: int = 0, end: float = 0.0
+    ) -> None:
         if decay not in DECAYS:
             raise ValueError(f"unknown decay {decay!r} of the distillation weight; there are: {', '.join(DECAYS)}.")
         if stop is None and decay != "constant":
@@ -106,17 +110,25 @@ class WeightSchedule:
                 f"a weight schedule needs 0 <= start < stop and a warm-up of 0 or more, got start {start}, stop {stop} "
                 f"and warm-up {warmup}."
             )
+        if not 0.0 <= end <= 1.0:
+            raise ValueError(f"the distillation weight falls to a share of 0 to 1 of itself, got {end}.")
         self.decay = decay
         self.start = int(start)
         self.stop = None if stop is None else int(stop)
         self.warmup = int(warmup)
+        self.end = float(end)
+
+    def active(self, steps: float) -> bool:
+        """Whether ``steps`` finished steps lie between ``start`` and ``stop``."""
+        return steps >= self.start and (self.stop is None or steps < self.stop)
 
     def factor(self, steps: float) -> float:
         """The factor, 0 to 1, after ``steps`` finished steps."""
-        if steps < self.start or (self.stop is not None and steps >= self.stop):
+        if not self.active(steps):
             return 0.0
         factor = 1.0 if self.warmup == 0 else min(1.0, (steps - self.start) / self.warmup)
         if self.stop is None or self.decay == "constant":
             return factor
         done = (steps - self.start) / (self.stop - self.start)
-        return factor * (1.0 - done if self.decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * done)))
+        left = 1.0 - done if self.decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+        return factor * (self.end + (1.0 - self.end) * left)

@@ -46,6 +46,22 @@ def test_decays() -> None:
     assert WeightSchedule("cosine", stop=100).factor(25) == pytest.approx(0.5 + math.sqrt(0.5) / 2)
 
 
+def test_decays_to_a_share() -> None:
+    for decay in ("linear", "cosine"):
+        falling = WeightSchedule(decay, start=10, stop=30, end=0.2)
+        plain = WeightSchedule(decay, start=10, stop=30)
+        for step in range(10, 30):
+            assert falling.factor(step) == pytest.approx(0.2 + 0.8 * plain.factor(step))
+        assert falling.factor(30) == 0.0
+    assert WeightSchedule("constant", stop=30, end=0.2).factor(29) == 1.0
+
+
+def test_active_between_start_and_stop() -> None:
+    schedule = WeightSchedule(start=2, stop=5, warmup=3)
+    assert [schedule.active(step) for step in range(7)] == [False, False, True, True, True, False, False]
+    assert WeightSchedule().active(10**9)
+
+
 def test_warm_up_multiplies() -> None:
     assert [WeightSchedule(warmup=4).factor(step) for step in range(6)] == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
     both = WeightSchedule("linear", start=2, stop=10, warmup=4)
@@ -60,6 +76,7 @@ def test_warm_up_multiplies() -> None:
         ({"start": 5, "stop": 5}, "0 <= start < stop"),
         ({"start": -1}, "0 <= start < stop"),
         ({"warmup": -1}, "warm-up of 0 or more"),
+        ({"decay": "linear", "stop": 5, "end": 1.1}, "a share of 0 to 1 of itself, got 1.1"),
     ],
 )
 def test_weight_schedules_that_do_not_fit(options: dict[str, Any], message: str) -> None:
