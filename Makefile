@@ -8,7 +8,7 @@ IN_VENV := . $(VENV)/bin/activate &&
 # One worker a core, each on one thread: see tests/conftest.py.
 JOBS ?= auto
 CODE := d2_mgd classification tools examples benchmarks tests
-TYPED := d2_mgd classification tools examples
+TYPED := d2_mgd classification tools examples benchmarks
 
 export PIP_CONSTRAINT := constraints.txt
 export PIP_NO_INPUT := 1

@@ -2,7 +2,7 @@
 
     python -m benchmarks.run [--quick] [--only solve,data] [--reference DIR] [--output benchmarks/results/speed]
 
-Writes a json file and a Markdown table.
+Writes a json file and a Markdown page, and a plot of how time grows with the maps.
 """
 
 from __future__ import annotations
@@ -11,19 +11,22 @@ import argparse
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.speed import classification, data, detection, kernels
+from benchmarks.speed import classification, data, detection, kernels, profiling, scaling
 from benchmarks.speed.measure import Row, as_table, machine
 from benchmarks.speed.reference import Published
 
 __all__ = ["main"]
 
 RESULTS = Path(__file__).resolve().parent / "results"
+_BESIDE = ("scaling", "profile")  # beside the rows of the table
 
 
 def _parts(quick: bool, published: Published | None) -> dict[str, Callable[[], list[Row]]]:
@@ -38,9 +41,33 @@ def _parts(quick: bool, published: Published | None) -> dict[str, Callable[[], l
     }
 
 
+def _commit() -> str:
+    command = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _write(result: dict[str, Any], output: Path) -> None:
+    result["load_average_after"] = [round(value, 2) for value in os.getloadavg()]
+    output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    output.with_suffix(".md").write_text(_page(result, output), encoding="utf-8")
+
+
+def _page(result: dict[str, Any], output: Path) -> str:
+    page = f"# Speed\n\n`{result['command']}`, commit {result['commit']}.\n\n" + as_table(result)
+    if "profile" in result:
+        page += "\n## Where the time of a step goes\n\n" + profiling.as_markdown(result["profile"])
+    if "scaling" in result:
+        page += "\n## Growth\n\n" + scaling.as_markdown(result["scaling"])
+        page += f"\n![time over size]({output.name}_scaling.png)\n"
+    return page
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmarks; returns the exit status."""
-    names = list(_parts(True, None))
+    names = [*_parts(True, None), *_BESIDE]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--quick", action="store_true", help="tiny sizes: whether everything runs; its times mean nothing"
@@ -57,16 +84,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
 
-    result: dict[str, Any] = {"quick": options.quick, "machine": machine(), "rows": []}
     parts = _parts(options.quick, None if options.reference is None else Published(options.reference))
-    for name in chosen:
-        result["rows"] += [dataclasses.asdict(row) for row in parts[name]()]
-    result["load_average_after"] = [round(value, 2) for value in os.getloadavg()]
-    table = as_table(result)
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    options.output.with_suffix(".md").write_text(table, encoding="utf-8")
-    print(table)
+    result: dict[str, Any] = {
+        "command": f"python -m benchmarks.run {' '.join(sys.argv[1:] if arguments is None else arguments)}".strip(),
+        "commit": _commit(),
+        "quick": options.quick,
+        "machine": machine(),
+        "rows": [],
+    }
+    for name in chosen:
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        if name == "scaling":
+            result["scaling"] = scaling.measure_scaling(options.quick)
+            scaling.plot_scaling(result["scaling"], options.output.with_name(f"{options.output.name}_scaling.png"))
+        elif name == "profile":
+            result["profile"] = profiling.profile_step(options.quick)
+        else:
+            result["rows"] += [dataclasses.asdict(row) for row in parts[name]()]
+        _write(result, options.output)  # what is measured stays, should the next part be stopped
+    print(_page(result, options.output))
     return 0
 
 

@@ -1,0 +1,129 @@
+"""Where the time of one distilled step goes, by torch.profiler.
+
+Shares are of the whole step's time on the host, or on the GPU where there is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from benchmarks.speed.classification import Pair
+
+__all__ = ["as_markdown", "profile_step"]
+
+# part -> names in the profile whose time it is; the backward pass is split by the node of the distillation's loss
+_FORWARD = {
+    "teacher, forward": "part:teacher",
+    "student, forward": "part:student",
+    "distiller, forward": "part:distiller",
+}
+_DISTILLER_NODES = ("_SumOfSquaresBackward",)
+
+
+def profile_step(quick: bool = False) -> dict[str, Any]:
+    """Shares of one step of the classification pair, on the GPU if there is one, and its most expensive operators."""
+    on_gpu = torch.cuda.is_available()
+    batch, size, rounds = (2, 64, 1) if quick else (64 if on_gpu else 16, 224, 5)
+    pair = Pair(batch, size, "cuda" if on_gpu else "cpu", torch.bfloat16 if on_gpu else None)
+    modules = {
+        "part:teacher": pair.teacher,
+        "part:student": pair.student.network,
+        "part:distiller": pair.distiller,
+    }
+    with _named(modules):
+        for _ in range(2):
+            _step(pair)
+        activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
+        with profile(activities=activities) as recorded:
+            for _ in range(rounds):
+                _step(pair)
+    averages = {average.key: average for average in recorded.key_averages()}
+    seconds = _seconds_of(averages, on_gpu, rounds)
+    whole = seconds("part:step")
+    shares = {part: seconds(name) for part, name in _FORWARD.items()}
+    of_distiller = sum(seconds(f"autograd::engine::evaluate_function: {node}") for node in _DISTILLER_NODES)
+    shares["distiller, backward"] = of_distiller
+    shares["student, backward"] = seconds("part:backward") - of_distiller
+    shares["optimiser"] = seconds("part:optimiser")
+    shares["everything else"] = whole - sum(shares.values())
+    inner = [average for key, average in averages.items() if key.startswith("aten::")]
+    inner.sort(key=lambda average: _own(average, on_gpu), reverse=True)
+    return {
+        "device": "GPU" if on_gpu else "CPU",
+        "conditions": f"ResNet-50 to MobileNet-V1, batch {batch}, {size} px, amp + partial_l2, "
+        + ("bfloat16" if on_gpu else "float32"),
+        "seconds": whole,
+        "parts": {part: {"seconds": value, "share": value / whole} for part, value in shares.items()},
+        "operators": [
+            {"name": average.key, "share": _own(average, on_gpu) / 1e6 / rounds / whole} for average in inner[:8]
+        ],
+    }
+
+
+def as_markdown(found: dict[str, Any]) -> str:
+    """A table of the parts, and a line of the operators."""
+    lines = [
+        f"One distilled step on the {found['device']}: {1e3 * found['seconds']:.0f} ms under the profiler "
+        f"({found['conditions']}).",
+        "",
+        "| part | ms | share |",
+        "| --- | --- | --- |",
+    ]
+    for part, values in found["parts"].items():
+        lines.append(f"| {part} | {1e3 * values['seconds']:.1f} | {values['share']:.1%} |")
+    operators = ", ".join(f"`{entry['name']}` {entry['share']:.1%}" for entry in found["operators"])
+    return "\n".join([*lines, "", f"Operators by their own time: {operators}."]) + "\n"
+
+
+def _step(pair: Pair) -> None:
+    with record_function("part:step"):
+        pair.step.train()
+        with pair._precision():
+            output = pair.step(pair.images, pair.targets)
+        loss = torch.stack(list(output.losses.values())).sum() / pair.images.shape[0]
+        pair.optimizer.zero_grad(set_to_none=True)
+        with record_function("part:backward"):
+            loss.backward()
+        with record_function("part:optimiser"):
+            pair.optimizer.step()
+
+
+def _seconds_of(averages: dict[str, Any], on_gpu: bool, rounds: int) -> Callable[[str], float]:
+    def seconds(name: str) -> float:
+        if name not in averages:
+            return 0.0
+        average = averages[name]
+        return (average.device_time_total if on_gpu else average.cpu_time_total) / 1e6 / rounds
+
+    return seconds
+
+
+def _own(average: Any, on_gpu: bool) -> float:
+    return average.self_device_time_total if on_gpu else average.self_cpu_time_total
+
+
+@contextmanager
+def _named(modules: dict[str, torch.nn.Module]) -> Any:
+    """Each module's forward under its name in the profile."""
+    ranges: dict[str, Any] = {}
+    handles = []
+    for name, module in modules.items():
+
+        def enter(*_: Any, name: str = name) -> None:
+            ranges[name] = record_function(name)
+            ranges[name].__enter__()
+
+        def leave(*_: Any, name: str = name) -> None:
+            ranges.pop(name).__exit__(None, None, None)
+
+        handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
