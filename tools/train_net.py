@@ -8,6 +8,7 @@ The flags are those of Detectron2's tools/train_net.py, and three more. Works al
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
@@ -25,9 +26,11 @@ import torch.distributed as dist
 import yaml
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
+from detectron2.data import MetadataCatalog
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.evaluation import verify_results
 from detectron2.modeling import build_model
+from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 from torch.multiprocessing.spawn import ProcessExitedException
 
@@ -88,7 +91,7 @@ def build_config(args: argparse.Namespace) -> CfgNode:
 
 
 def set_up(args: argparse.Namespace) -> CfgNode:
-    """Data sets, config, loggers, and the two configs in OUTPUT_DIR. In every process."""
+    """Data sets, config, loggers, and what OUTPUT_DIR holds of them. In every process."""
     for name, json_file, images in args.register_coco:
         register_coco(name, json_file, images)
     cfg = build_config(args)
@@ -102,6 +105,7 @@ def set_up(args: argparse.Namespace) -> CfgNode:
         _share_cores()
     if trains and comm.is_main_process():
         _write_student_config(cfg)
+        _write_places(cfg)
     return cfg
 
 
@@ -157,6 +161,18 @@ def _write_student_config(cfg: CfgNode) -> None:
     plain.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "student")
     with open(os.path.join(cfg.OUTPUT_DIR, "student.yaml"), "w", encoding="utf-8") as file:
         file.write(plain.dump())
+
+
+def _write_places(cfg: CfgNode) -> None:
+    """``datasets.json``: where the COCO-format sets of the config are, for tools that show pictures of them."""
+    places = {}
+    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        known = MetadataCatalog.get(name)
+        if known.get("evaluator_type") == "coco":
+            paths = {key: PathManager.get_local_path(known.get(key)) for key in ("json_file", "image_root")}
+            places[name] = {key: os.path.abspath(path) for key, path in paths.items()}
+    with open(os.path.join(cfg.OUTPUT_DIR, "datasets.json"), "w", encoding="utf-8") as file:
+        json.dump(places, file, indent=2)
 
 
 def _share_cores() -> None:
