@@ -167,13 +167,26 @@ class MatchingGuidedDistiller(nn.Module):
             ValueError: a map is missing or has other channels than announced, or there are no boxes.
             RuntimeError: no :meth:`rematch` yet.
         """
-        losses = {}
-        for name in self.channels:
-            student, teacher, mask = self._maps(name, student_maps, teacher_maps, valid)
-            if self.align == "matching" and not self._feature(name).has_matching:
-                raise RuntimeError(f"feature {name} has no matching yet: observe some images and rematch first.")
-            losses[f"loss_distill/{name}"] = self._feature(name)(student, teacher, mask, boxes)
-        return losses
+        return {
+            f"loss_distill/{name}": self._compare(name, *self._maps(name, student_maps, teacher_maps, valid), boxes)
+            for name in self.channels
+        }
+
+    def compare(
+        self, name: str, student: Tensor, teacher: Tensor, valid: Tensor | None = None, boxes: Boxes | None = None
+    ) -> Tensor:
+        """The loss of one feature, a scalar with its weight included: for maps that are compared as they come.
+
+        Arguments, of this feature alone, and errors as in :meth:`forward`.
+        """
+        return self._compare(name, *self._maps(name, {name: student}, {name: teacher}, {name: valid}), boxes)
+
+    def _compare(
+        self, name: str, student: Tensor, teacher: Tensor, valid: Tensor | None, boxes: Boxes | None
+    ) -> Tensor:
+        if self.align == "matching" and not self._feature(name).has_matching:
+            raise RuntimeError(f"feature {name} has no matching yet: observe some images and rematch first.")
+        return self._feature(name)(student, teacher, valid, boxes)
 
     def no_losses(self, device: torch.device) -> dict[str, Tensor]:
         """Zeros on ``device``, for a step in which nothing is compared.

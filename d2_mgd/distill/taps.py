@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,8 @@ class FeatureTaps:
         output = model(images)
         maps = taps.collect()  # {"stage3": (N, C3, H3, W3), "stage4": (N, C4, H4, W4)}
         maps = taps.run(images)  # the same maps, and the forward ends at the deepest of them
+        with taps.each(use):  # use("stage3", map) while the model runs, so that no map waits for the others
+            output = model(images)
 
     Maps carry gradients as the model's own tensors do. A map that the model goes on to change in place is copied; the
     first forward in each mode finds out which ones are. Hooks sit on the model's submodules, so the model may be
@@ -122,6 +125,24 @@ class FeatureTaps:
             raise
         return self.collect()
 
+    @contextmanager
+    def each(self, use: Callable[[str, Tensor], None]) -> Iterator[None]:
+        """Within, this thread's next forward gives each map to ``use(name, map)`` as soon as it is there.
+
+        The taps keep none, so that a map can be forgotten before the next one comes.
+
+        Raises:
+            RuntimeError: on leaving, as :meth:`collect` does; and whatever ``use`` raises.
+        """
+        thread = threading.get_ident()
+        self._calls[thread] = _Call(use=use)
+        try:
+            yield
+        except BaseException:
+            self._calls.pop(thread, None)
+            raise
+        self.collect()
+
     def remove(self) -> None:
         """Take all hooks off the model."""
         for handle in self._handles:
@@ -151,8 +172,8 @@ class FeatureTaps:
     @torch.compiler.disable
     def _begin(self, module: nn.Module, args: Any) -> None:
         thread = threading.get_ident()
-        stop = thread in self._calls and self._calls[thread].stop
-        self._calls[thread] = _Call(stop=stop, running=True)
+        old = self._calls.get(thread, _Call())
+        self._calls[thread] = _Call(stop=old.stop, use=old.use, running=True)
 
     @torch.compiler.disable
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -203,6 +224,10 @@ class FeatureTaps:
                 "that runs once."
             )
         call.taken[name] = taken
+        if call.use is not None:
+            call.use(name, taken.map)
+            if taken.original is None:  # nothing left to check, so nothing is kept
+                taken.map = taken.map.new_empty(0)
 
     def _maybe_stop(self) -> None:
         call = self._call()
@@ -225,8 +250,11 @@ class _Taken:
 class _Call:
     """One forward in one thread."""
 
-    def __init__(self, stop: bool = False, running: bool = False) -> None:
+    def __init__(
+        self, stop: bool = False, use: Callable[[str, Tensor], None] | None = None, running: bool = False
+    ) -> None:
         self.stop = stop
+        self.use = use
         self.running = running
         self.taken: dict[str, _Taken] = {}
 

@@ -287,3 +287,37 @@ def test_a_forward_after_a_failed_run_is_whole():
         taps.run(torch.zeros(1, 2, 4, 4))
     assert model(torch.zeros(1, 3, 4, 4)).shape == (1, 5, 4, 4)
     assert list(taps.collect()) == ["first"]
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_each_map_is_given_as_it_comes_and_none_is_kept(before: bool) -> None:
+    model = nn.Sequential(*(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU(inplace=True)) for _ in "ab"))
+    images = torch.randn(2, 3, 4, 4)
+    taps = FeatureTaps(model, {name: Tap(name, before_activation=before) for name in "01"})
+    model(images)
+    wanted = {name: found.detach().clone() for name, found in taps.collect().items()}
+    order: list[str] = []
+    handle = model[1].register_forward_pre_hook(lambda *_: order.append("second block"))
+    given: dict[str, torch.Tensor] = {}
+
+    def use(name: str, found: torch.Tensor) -> None:
+        order.append(name)
+        given[name] = found.detach().clone()
+
+    for _ in range(2):
+        order.clear()
+        with taps.each(use):
+            model(images)
+        assert order == ["0", "second block", "1"]
+        for name in "01":
+            torch.testing.assert_close(given[name], wanted[name], rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="no map of 0"):
+        taps.collect()
+    with pytest.raises(KeyError), taps.each(lambda name, found: {}[name]):
+        model(images)
+    order.clear()
+    model(images)  # an ordinary forward again
+    assert order == ["second block"] and set(taps.collect()) == {"0", "1"}
+    with pytest.raises(RuntimeError, match="no map of 0"), taps.each(use):
+        pass
+    handle.remove()
