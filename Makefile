@@ -15,7 +15,7 @@ export PIP_NO_INPUT := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export GIT_TERMINAL_PROMPT := 0
 
-.PHONY: help install detectron2 demo demo-classification test lint format types bench clean
+.PHONY: help install detectron2 demo demo-classification test lint format types bench soak clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -73,6 +73,9 @@ format: install  ## let ruff mend what it can
 
 bench: install  ## speed and memory beside the alternatives: a quarter of an hour on two cores
 	$(PY) -m benchmarks.run
+
+soak: install  ## trainings killed at 20 moments must end as the undisturbed one: minutes
+	$(PY) -m benchmarks.soak --kills 20
 
 clean:  ## remove the environment, caches, and what the demos wrote
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis demo_output

@@ -18,7 +18,7 @@ from torch import nn
 
 from d2_mgd.detection.manifest import CheckpointManifest, write_atomically
 from d2_mgd.detection.weights import SafeCheckpointer, file_digest, load_weights, local_weights_file, read_tensors
-from d2_mgd.reliability import system_reason
+from d2_mgd.reliability import remove_leftovers, system_reason
 
 __all__ = [
     "CheckpointError",
@@ -89,6 +89,8 @@ class TrainingCheckpointer(SafeCheckpointer):
         path = os.path.join(self.save_dir, file_name)
         data = {"model": dict(self.export()), **state}
         logger.info("Saving checkpoint to %s", path)
+        for leftover in remove_leftovers(self.save_dir):
+            logger.info("Removed %s, which a training that was killed had not written to its end", leftover)
         self.manifest.forget(file_name)  # a crash between two writes must not make a good file a bad one
         write_atomically(path, lambda file: torch.save(data, file))
         self.manifest.add(file_name, state["iteration"])
