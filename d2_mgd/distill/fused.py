@@ -4,13 +4,13 @@ Shape shorthand: N images, S student channels, T teacher channels, H, W.
 
 The plain path makes the guided map, the normalised map, the loss of every element and some masks, each of full size,
 and keeps several for the backward pass. Here a CPU works through slices that stay in its cache, and one map is kept:
-the residual, of which the gradient is a multiple. Results equal the plain path's to rounding. Losses and reducers that
+the gradient, known but for a factor as soon as the residual is. Results equal the plain path's to rounding. Losses and reducers that
 are not known here take the plain path; a new one needs nothing of this file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -92,12 +92,14 @@ def sum_of_squares(student: Tensor, comparison: Comparison, norm: MaskedBatchNor
         Tensor: scalar, differentiable once in the student's map and the norm's parameters.
     """
     if norm is None:
-        return _SumOfSquares.apply(student, None, None, 0.0, None, comparison)
+        return _SumOfSquares.apply(student, None, None, None, 0.0, torch.is_grad_enabled(), comparison)
     with torch.no_grad():
         mean, variance = torch.batch_norm_update_stats(student, None, None, 0.0)
         norm.update_running(mean, variance, mean.new_tensor(student.numel() // student.shape[1]))
         statistics = (mean, torch.rsqrt(variance + norm.eps))
-    return _SumOfSquares.apply(student, norm.weight, norm.bias, norm.eps, statistics, comparison)
+    return _SumOfSquares.apply(
+        student, norm.weight, norm.bias, statistics, norm.eps, torch.is_grad_enabled(), comparison
+    )
 
 
 class _SumOfSquares(torch.autograd.Function):
@@ -107,8 +109,9 @@ class _SumOfSquares(torch.autograd.Function):
         student: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        epsilon: float,
         statistics: tuple[Tensor, Tensor] | None,
+        epsilon: float,
+        differentiated: bool,
         comparison: Comparison,
     ) -> Tensor:
         scale = shift = None
@@ -120,21 +123,33 @@ class _SumOfSquares(torch.autograd.Function):
         margin = _reduced_margin(comparison, student.dtype)
         for index in _slices(student):
             total += _compare(student[index], comparison, index, scale, shift, margin, residual[index])
-        ctx.epsilon = epsilon
-        ctx.save_for_backward(residual, student if weight is not None else None, weight, *(statistics or ()))
+        if differentiated:
+            # now, not in the backward pass: the student's map need not be kept for it
+            gradients = _gradients(residual, student, weight, statistics, epsilon, ctx.needs_input_grad[:3])
+            ctx.save_for_backward(*gradients)
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        residual, student, weight, *statistics = ctx.saved_tensors
-        if student is None:
-            return residual * (2.0 * gradient), None, None, None, None, None
-        factor = 2.0 * gradient
-        of_student, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
-            residual, student, weight * factor, None, None, *statistics, True, ctx.epsilon, [True, True, True]
-        )
-        return of_student, of_weight * factor, of_bias * factor, None, None, None
+        found = [None if saved is None else saved * gradient for saved in ctx.saved_tensors]
+        return *found, None, None, None, None
+
+
+def _gradients(
+    residual: Tensor,
+    student: Tensor,
+    weight: Tensor | None,
+    statistics: tuple[Tensor, Tensor] | None,
+    epsilon: float,
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Of the sum in the student's map and the norm's weight and bias; takes the residual's memory."""
+    if weight is None or statistics is None:
+        return residual.mul_(2.0) if needed[0] else None, None, None
+    return torch.ops.aten.native_batch_norm_backward(
+        residual.mul_(2.0), student, weight, None, None, *statistics, True, epsilon, list(needed)
+    )
 
 
 def _compare(
