@@ -4,8 +4,8 @@ Shape shorthand: N images, S student channels, T teacher channels, H, W.
 
 The plain path makes the guided map, the normalised map, the loss of every element and some masks, each of full size,
 and keeps several for the backward pass. Here a CPU works through slices that stay in its cache, and one map is kept:
-the gradient, known but for a factor as soon as the residual is. Results equal the plain path's to rounding. Losses and reducers that
-are not known here take the plain path; a new one needs nothing of this file.
+the gradient, known but for a factor as soon as the residual is. Results equal the plain path's to rounding. Losses and
+reducers that are not known here take the plain path; a new one needs nothing of this file.
 """
 
 from __future__ import annotations
