@@ -120,16 +120,26 @@ class Student(nn.Module):
         teacher_maps: Maps,
         teacher_logits: Tensor | None,
         keep_maps: bool = False,
+        factor: float = 1.0,
     ) -> Forward:
-        """Logits and losses of a batch; arguments after the targets are the teacher's."""
+        """Logits and losses of a batch.
+
+        Args:
+            images, targets: (N, 3, H, W) and (N,).
+            teacher_maps, teacher_logits: the teacher's; nothing is compared with them where ``factor`` is 0.
+            keep_maps: give the maps, too.
+            factor: of all losses but the labels'.
+        """
         with self.precision.on(images.device):
             logits = self.network(images)
         maps = {} if self.taps is None else self.taps.collect()
         losses = {"loss_class": F.cross_entropy(logits.float(), targets)}
-        if self.distiller is not None:
-            losses.update(self.distiller(maps, teacher_maps))
+        if self.distiller is not None and factor:
+            losses.update({name: factor * loss for name, loss in self.distiller(maps, teacher_maps).items()})
+        elif self.distiller is not None:
+            losses.update(self.distiller.no_losses(logits.device))
         if teacher_logits is not None:
-            losses["loss_kd"] = self.logit_loss(logits, teacher_logits, targets)
+            losses["loss_kd"] = factor * self.logit_loss(logits, teacher_logits, targets)
         summed = {name: loss.reshape(1) * images.shape[0] for name, loss in losses.items()}
         kept = {name: found.detach() for name, found in maps.items()} if keep_maps else {}
         return Forward(logits, summed, kept, teacher_maps if keep_maps else {})
@@ -158,8 +168,13 @@ class DistillationStep(nn.Module):
         self.student = student
         self.teacher = teacher
 
-    def forward(self, images: Tensor, targets: Tensor | None = None, keep_maps: bool = False) -> Forward:
-        """A training forward; or, without targets, the maps of both networks alone."""
+    def forward(
+        self, images: Tensor, targets: Tensor | None = None, keep_maps: bool = False, factor: float = 1.0
+    ) -> Forward:
+        """A training forward; or, without targets, the maps of both networks alone.
+
+        ``factor`` is that of the distillation losses; where it is 0, the teacher does not run.
+        """
         if targets is None:
             assert self.teacher is not None
             wrapped = isinstance(self.student, nn.parallel.DistributedDataParallel)
@@ -167,5 +182,12 @@ class DistillationStep(nn.Module):
             assert isinstance(student, Student)
             teacher_maps, _ = self.teacher(images, with_logits=False)
             return Forward(images.new_empty(0), {}, student.maps(images), teacher_maps)
-        teacher_maps, teacher_logits = ({}, None) if self.teacher is None else self.teacher(images)
-        return self.student(images, targets, teacher_maps, teacher_logits, keep_maps)
+        if self.teacher is None:
+            return self.student(images, targets, {}, None, keep_maps)
+        if factor == 0.0:
+            output = self.student(images, targets, {}, None, False, factor)
+            if self.teacher.with_logits:
+                output.losses["loss_kd"] = torch.zeros_like(output.losses["loss_class"])
+            return output
+        teacher_maps, teacher_logits = self.teacher(images)
+        return self.student(images, targets, teacher_maps, teacher_logits, keep_maps, factor)

@@ -20,8 +20,8 @@ from classification.distributed import Process, average_buffers, barrier, gather
 from classification.errors import UserError, user_errors
 from classification.evaluation import Evaluation, Intake, evaluate, progress_bar
 from classification.metrics import Journal, Sums, Throughput, errors
-from classification.options import as_values
-from d2_mgd.distill import MatchingGuidedDistiller, RematchSchedule, save_reports
+from classification.options import as_values, rematch_schedule, weight_schedule
+from d2_mgd.distill import MatchingGuidedDistiller, RematchSchedule, WeightSchedule, save_reports
 
 __all__ = ["Progress", "Trainer", "learning_rate_factor"]
 
@@ -101,7 +101,8 @@ class Trainer:
         self.batches = loader(data["train"], self.order, self.workers, process.device, keep=True)
         self.schedule = RematchSchedule(start=False)
         if student.distiller is not None and student.distiller.align == "matching":
-            self.schedule = RematchSchedule([options.mgd_update_freq])
+            self.schedule = rematch_schedule(options)
+        self.weight = WeightSchedule() if options.method == "base" else weight_schedule(options)
         self.journal: Journal | None = None
 
     @property
@@ -119,7 +120,7 @@ class Trainer:
         if self.process.is_main:
             self.options.output_dir.mkdir(parents=True, exist_ok=True)
             self.journal = Journal(self.options.output_dir, self.finished_steps)
-        if self.schedule.start and not self.distiller.matched:
+        if self.schedule.start and self.weight.active(self.progress.epoch) and not self.distiller.matched:
             self._observe_pass(self.progress.epoch)
             self._rematch(self.progress.epoch)
         while self.progress.epoch < self.options.epochs:
@@ -145,8 +146,8 @@ class Trainer:
         average_buffers(self.student)
         found = self.evaluate()
         line.update(err1=found.err1, err5=found.err5, loss=found.loss)
-        if self.schedule.due(epoch + 1) and epoch + 1 < options.epochs:  # none after the last: nobody would use it
-            if options.mgd_update_source == "pass":
+        if self._rematch_due(epoch + 1):
+            if options.mgd_update_source == "pass" or not self.distiller.matched:
                 self._observe_pass(epoch + 1)
             line.update(self._rematch(epoch + 1))
         line["broken_images"] = len(self.intake.broken)
@@ -199,8 +200,9 @@ class Trainer:
 
     def _train_step(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
         count = images.shape[0]
-        observing = self._observing()
-        output = self.step(images, targets, observing)
+        factor = self.weight.factor(self.finished_steps / self.order.steps)
+        observing = factor > 0.0 and self._observing()
+        output = self.step(images, targets, observing, factor)
         sums = {name: loss.sum() for name, loss in output.losses.items()}
         total = torch.stack(list(sums.values())).sum()
         self.optimizer.zero_grad(set_to_none=True)
@@ -212,13 +214,22 @@ class Trainer:
         self.sums.add(count, {**sums, "loss": total, **errors(output.logits.detach(), targets)})
         return {name: value.detach() / count for name, value in sums.items()}
 
+    def _rematch_due(self, epoch: int) -> bool:
+        """After so many finished epochs, of which the run has more: else nobody would use the matching.
+
+        The first is before the distillation starts.
+        """
+        if not self.weight.active(epoch) or epoch >= self.options.epochs:
+            return False
+        return self.schedule.due(epoch) or (epoch == self.weight.start and self.schedule.start)
+
     def _observing(self) -> bool:
         """Whether the next matching looks at this step: at the last steps before it, as many as hold enough images."""
-        if not self.schedule.periods or self.options.mgd_update_source == "pass":
+        if self.options.mgd_update_source == "pass" or not self.schedule.start:
             return False
-        period = self.schedule.periods[0]
-        due = (self.progress.epoch // period + 1) * period if period else self.options.epochs
-        if due >= self.options.epochs:
+        later = range(self.progress.epoch + 1, self.options.epochs)
+        due = next((epoch for epoch in later if self._rematch_due(epoch)), None)
+        if due is None:
             return False
         batch = self.batch_size * self.process.world
         left = due * self.order.steps - self.finished_steps
@@ -238,7 +249,10 @@ class Trainer:
         else:
             bar.set_postfix_str(text)
         rate = self.optimizer.param_groups[0]["lr"]
-        self.journal.step({**values, "lr": rate, "images_per_second": clock.per_second}, self.finished_steps)
+        values = {**values, "lr": rate, "images_per_second": clock.per_second}
+        if self.options.method != "base":
+            values["distill_factor"] = self.weight.factor((self.finished_steps - 1) / self.order.steps)
+        self.journal.step(values, self.finished_steps)
 
     def _check_finite(self, losses: Mapping[str, Tensor]) -> None:
         bad = [name for name, loss in losses.items() if not math.isfinite(float(loss))]

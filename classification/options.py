@@ -10,12 +10,22 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from classification.errors import UserError, user_errors
-from d2_mgd.distill import ALIGNMENTS, FEATURE_LOSSES, LOGIT_LOSSES, REDUCERS, SPATIAL_WEIGHTS, LogitLoss
+from d2_mgd.distill import (
+    ALIGNMENTS,
+    DECAYS,
+    FEATURE_LOSSES,
+    LOGIT_LOSSES,
+    REDUCERS,
+    SPATIAL_WEIGHTS,
+    LogitLoss,
+    RematchSchedule,
+    WeightSchedule,
+)
 from d2_mgd.distill.registry import names
 from d2_mgd.matching import MODES
 from d2_mgd.matching.cost import METRICS
 
-__all__ = ["logit_loss", "parse_base", "parse_mgd"]
+__all__ = ["logit_loss", "parse_base", "parse_mgd", "rematch_schedule", "weight_schedule"]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -54,7 +64,10 @@ def parse_mgd(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     else:
         kind = f"mgd-{options.mgd_reducer}" if options.mgd_align == "matching" else options.mgd_align
         options.method = f"{kind}-kd" if options.with_kd else kind
-    return _checked(options)
+    _checked(options)
+    rematch_schedule(options)
+    weight_schedule(options)
+    return options
 
 
 def _add_common(parser: argparse.ArgumentParser, nesterov: int, drops: list[int]) -> None:
@@ -162,6 +175,10 @@ def _add_distillation(parser: argparse.ArgumentParser) -> None:
         metavar="EPOCHS",
         help="epochs from one matching to the next; 0: never",
     )
+    add("--mgd-update-at", type=_whole(1), nargs="+", default=[], metavar="EPOCH",
+        help="match again after these epochs, in place of --mgd-update-freq")  # fmt: skip
+    add("--mgd-update-log", type=_whole(1), nargs=3, metavar=("FIRST", "LAST", "COUNT"),
+        help="the same, so many times, each a constant factor later than the one before")  # fmt: skip
     add("--mgd-update-images", type=_whole(1), default=20000, metavar="N", help="images that a matching is measured on")
     add("--mgd-update-source", choices=("pass", "online"), default="pass",
         help="a pass of its own over training images, or the maps of the last training steps")  # fmt: skip
@@ -186,6 +203,12 @@ def _add_distillation(parser: argparse.ArgumentParser) -> None:
     add("--loss-factor", type=_number(0.0, above=True), default=1e4,
         help="what partial_l2 and mse, summed over an image, are divided by (1e4, published for 224 px)")  # fmt: skip
     add("--loss-weight", type=_number(0.0), default=1.0, help="weight of pearson and channel_kl, which are means")
+    add("--distill-decay", choices=DECAYS, default="constant",
+        help="how the weight of distillation falls from --distill-start to --distill-stop, step by step")  # fmt: skip
+    add("--distill-start", type=_whole(0), default=0, metavar="EPOCH", help="epoch that distillation begins with")
+    add("--distill-stop", type=_whole(1), metavar="EPOCH", help="epoch that it ends before (--epochs)")
+    add("--distill-end", type=_number(0.0), default=0.0, metavar="SHARE", help="share of the weight that it falls to")
+    add("--distill-warmup", type=_whole(0), default=0, metavar="EPOCHS", help="in which its weight first rises from 0")
     add("--features", nargs="+", metavar="SPEC",
         help="features to compare: stage2, or NAME=STUDENT_MODULE:TEACHER_MODULE[:TEACHER_NORM]; MODULE@pre is before "
         "its last activation (the table's features without the ignored ones)")  # fmt: skip
@@ -213,6 +236,32 @@ def logit_loss(options: argparse.Namespace) -> LogitLoss:
             standardize=bool(options.kd_standardize),
             temperature=options.kd_temperature,
             **own,
+        )
+
+
+def rematch_schedule(options: argparse.Namespace) -> RematchSchedule:
+    """After which epochs to match again.
+
+    Raises:
+        UserError: numbers that do not fit together.
+    """
+    if not options.mgd_update_at and not options.mgd_update_log:
+        return RematchSchedule([options.mgd_update_freq])
+    with user_errors():
+        spaced = RematchSchedule.log_spaced(*options.mgd_update_log).at if options.mgd_update_log else []
+        return RematchSchedule(at=[*options.mgd_update_at, *spaced])
+
+
+def weight_schedule(options: argparse.Namespace) -> WeightSchedule:
+    """The factor of the distillation losses by epochs, those of the learning rate's warm-up included.
+
+    Raises:
+        UserError: numbers that do not fit together.
+    """
+    stop = options.epochs if options.distill_stop is None else options.distill_stop
+    with user_errors("--distill-...: "):
+        return WeightSchedule(
+            options.distill_decay, options.distill_start, stop, options.distill_warmup, options.distill_end
         )
 
 

@@ -1,0 +1,119 @@
+"""When distillation counts and how much, from the command line to the steps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from classification.distillation import DistillationStep, Teacher
+from classification.engine import Trainer
+from classification.errors import UserError
+from classification.options import parse_mgd, rematch_schedule, weight_schedule
+from tests.classification.conftest import SMALL, Run
+from tests.classification.test_engine import trainer_of
+from tests.classification.test_resume import assert_same_run
+
+
+def lines(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+
+
+def test_distillation_from_one_epoch_to_another(
+    mgd: Run, data: Path, resnet18_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    factors: list[float] = []
+    teacher_runs: list[bool] = []
+    forward, teach = DistillationStep.forward, Teacher.forward
+
+    def watch(self: DistillationStep, images: torch.Tensor, targets=None, keep_maps=False, factor=1.0):  # type: ignore[no-untyped-def]
+        if targets is not None:
+            factors.append(factor)
+        return forward(self, images, targets, keep_maps, factor)
+
+    def watch_teacher(self: Teacher, images: torch.Tensor, with_logits: bool | None = None):  # type: ignore[no-untyped-def]
+        teacher_runs.append(with_logits is None)  # a training step
+        return teach(self, images, with_logits)
+
+    monkeypatch.setattr(DistillationStep, "forward", watch)
+    monkeypatch.setattr(Teacher, "forward", watch_teacher)
+    words: list[object] = ["--arch", "shufflenet_v2_x0_5", "--teacher-arch", "resnet18"]
+    words += ["--teacher-resume", resnet18_file, "--mgd-with-kd", 1, "--mgd-update-at", 2, "--epochs", 4, "--lr", 0.01]
+    words += ["--distill-decay", "linear", "--distill-start", 1, "--distill-stop", 3, "--distill-end", 0.4]
+    assert mgd(data, *words) == 0
+    # three steps an epoch; the weight falls step by step
+    assert factors == pytest.approx([0, 0, 0, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0, 0, 0])
+    assert sum(teacher_runs) == 6
+    for number, line in enumerate(lines(tmp_path / "run")):
+        distilled = [value for name, value in line.items() if name.startswith(("train_loss_distill", "train_loss_kd"))]
+        assert len(distilled) > 1 and all((value > 0) == (number in (1, 2)) for value in distilled)
+    files = sorted(path.name for path in (tmp_path / "run" / "matching").iterdir())
+    assert files == ["epoch_0001.npz", "epoch_0002.npz"]  # before the start; as asked for; none for nobody
+
+
+@pytest.mark.parametrize("source", ["pass", "online"])
+def test_a_run_goes_on_in_the_middle_of_a_falling_weight(
+    mgd: Run, data: Path, resnet18_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    words: list[object] = [data, *SMALL, "--arch", "shufflenet_v2_x0_5", "--teacher-arch", "resnet18"]
+    words += ["--teacher-resume", resnet18_file, "--epochs", 3, "--lr", 0.01, "--checkpoint-freq", 1]
+    words += ["--mgd-update-source", source, "--distill-decay", "cosine", "--distill-start", 1]
+
+    class Stopped(Exception):
+        pass
+
+    save = Trainer.save
+
+    def stop(self: Trainer, names: list[str]) -> None:
+        save(self, names)
+        if (self.progress.epoch, self.progress.step) == (1, 2):
+            raise Stopped
+
+    assert mgd(*words, "--output-dir", tmp_path / "undisturbed", small=False) == 0
+    monkeypatch.setattr(Trainer, "save", stop)
+    with pytest.raises(Stopped):
+        mgd(*words, "--output-dir", tmp_path / "stopped", small=False)
+    monkeypatch.undo()
+    assert mgd(*words, "--output-dir", tmp_path / "stopped", "--resume", "auto", small=False) == 0
+    assert_same_run(tmp_path / "undisturbed", tmp_path / "stopped")
+
+
+def test_every_parameter_takes_part_where_nothing_is_compared(data: Path, tmp_path: Path) -> None:
+    trainer = trainer_of(data, tmp_path, "--mgd-with-kd", 1)
+    output = trainer.step(torch.randn(4, 3, 32, 32), torch.zeros(4, dtype=torch.int64), False, 0.0)
+    torch.stack(list(output.losses.values())).sum().backward()
+    assert float(output.losses["loss_kd"]) == 0.0 and not output.student_maps
+    assert all(p.grad is not None and not p.grad.any() for p in trainer.distiller.parameters())
+
+
+def test_options_say_when() -> None:
+    def epochs(*words: str) -> list[int]:
+        schedule = rematch_schedule(parse_mgd(["data", *words]))
+        return [epoch for epoch in range(65) if schedule.due(epoch)]
+
+    assert epochs("--mgd-update-freq", "20") == [0, 20, 40, 60]
+    assert epochs("--mgd-update-at", "3", "50") == [0, 3, 50]
+    assert epochs("--mgd-update-log", "1", "64", "4") == [0, 1, 4, 16, 64]
+    assert epochs("--mgd-update-log", "1", "4", "2", "--mgd-update-at", "9") == [0, 1, 4, 9]
+    default = weight_schedule(parse_mgd(["data"]))
+    assert [default.factor(epoch) for epoch in (0, 50.5, 99.9)] == [1.0, 1.0, 1.0]
+    warm = weight_schedule(parse_mgd(["data", "--warmup", "1", "--distill-decay", "linear"]))
+    assert warm.factor(55) == pytest.approx(0.5)  # to the last epoch, those of the warm-up included
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--distill-decay", "step"], "invalid choice: 'step'"),
+        (["--distill-start", "100"], r"--distill-\.\.\.: a weight schedule needs 0 <= start < stop"),
+        (["--distill-start", "5", "--distill-stop", "4"], "0 <= start < stop"),
+        (["--distill-end", "1.5"], "a share of 0 to 1 of itself"),
+        (["--mgd-update-log", "5", "4", "2"], "log-spaced rematches need 0 < first <= last"),
+        (["--mgd-update-at", "0"], "must be 1 or more, not 0"),
+    ],
+)
+def test_options_that_do_not_fit(words: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_mgd(["data", *words])
