@@ -9,6 +9,7 @@ are one module, :class:`DistillationStep`, which nn.DataParallel can split over 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -126,23 +127,32 @@ class Student(nn.Module):
 
         Args:
             images, targets: (N, 3, H, W) and (N,).
-            teacher_maps, teacher_logits: the teacher's; nothing is compared with them where ``factor`` is 0.
+            teacher_maps, teacher_logits: the teacher's; nothing is compared with them where ``factor`` is 0. Maps are
+                taken out of ``teacher_maps`` as they are used up.
             keep_maps: give the maps, too.
             factor: of all losses but the labels'.
         """
-        with self.precision.on(images.device):
+        found: dict[str, Tensor] = {}
+        kept: Maps = {}
+        of_teacher = dict(teacher_maps) if keep_maps else {}
+
+        def compare(name: str, student_map: Tensor) -> None:
+            """As soon as the student's map is there: afterwards neither map is needed, and memory is."""
+            if keep_maps:
+                kept[name] = student_map.detach()
+            if self.distiller is not None and factor:
+                loss = self.distiller.compare(name, student_map, teacher_maps.pop(name))
+                found[f"loss_distill/{name}"] = factor * loss
+
+        with self.precision.on(images.device), nullcontext() if self.taps is None else self.taps.each(compare):
             logits = self.network(images)
-        maps = {} if self.taps is None else self.taps.collect()
-        losses = {"loss_class": F.cross_entropy(logits.float(), targets)}
-        if self.distiller is not None and factor:
-            losses.update({name: factor * loss for name, loss in self.distiller(maps, teacher_maps).items()})
-        elif self.distiller is not None:
+        losses = {"loss_class": F.cross_entropy(logits.float(), targets), **found}
+        if self.distiller is not None and not factor:
             losses.update(self.distiller.no_losses(logits.device))
         if teacher_logits is not None:
             losses["loss_kd"] = factor * self.logit_loss(logits, teacher_logits, targets)
         summed = {name: loss.reshape(1) * images.shape[0] for name, loss in losses.items()}
-        kept = {name: found.detach() for name, found in maps.items()} if keep_maps else {}
-        return Forward(logits, summed, kept, teacher_maps if keep_maps else {})
+        return Forward(logits, summed, kept, of_teacher)
 
     @torch.no_grad()
     def maps(self, images: Tensor) -> Maps:

@@ -6,14 +6,16 @@ import os
 import platform
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["NOT_ON_A_GPU", "Row", "as_table", "in_turn", "machine", "ratio_row"]
+__all__ = ["NOT_ON_A_GPU", "Row", "as_table", "in_turn", "machine", "peak_tensor_bytes", "ratio_row"]
 
 NOT_ON_A_GPU = "not run on a GPU"
 _PACKAGES = ("torch", "torchvision", "detectron2", "numpy", "ortools", "scipy")
@@ -64,6 +66,20 @@ def ratio_row(
     low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
     medians = {thing: statistics.median(values) for thing, values in seconds.items()}
     return Row(name, goal, statistics.median(ratios), low, high, medians, note)
+
+
+def peak_tensor_bytes(thing: Callable[[], Any]) -> int:
+    """Most bytes of tensors that a call holds at a time, beyond those that were there before."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            thing()
+    held = peak = 0
+    for event in recorded.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
 
 
 def machine() -> dict[str, Any]:

@@ -5,7 +5,7 @@ Shares are of the whole step's time on the host, or on the GPU where there is on
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,11 +30,11 @@ def profile_step(quick: bool = False) -> dict[str, Any]:
     on_gpu = torch.cuda.is_available()
     batch, size, rounds = (2, 64, 1) if quick else (64 if on_gpu else 16, 224, 5)
     pair = Pair(batch, size, "cuda" if on_gpu else "cpu", torch.bfloat16 if on_gpu else None)
-    modules = {
-        "part:teacher": pair.teacher,
-        "part:student": pair.student.network,
-        "part:distiller": pair.distiller,
-    }
+    modules: list[tuple[str, torch.nn.Module]] = [
+        ("part:teacher", pair.teacher),
+        ("part:student", pair.student.network),
+    ]
+    modules += [("part:distiller", feature) for feature in pair.distiller.features.values()]
     with _named(modules):
         for _ in range(2):
             _step(pair)
@@ -46,6 +46,7 @@ def profile_step(quick: bool = False) -> dict[str, Any]:
     seconds = _seconds_of(averages, on_gpu, rounds)
     whole = seconds("part:step")
     shares = {part: seconds(name) for part, name in _FORWARD.items()}
+    shares["student, forward"] -= shares["distiller, forward"]  # which compares maps while the student makes them
     of_distiller = sum(seconds(f"autograd::engine::evaluate_function: {node}") for node in _DISTILLER_NODES)
     shares["distiller, backward"] = of_distiller
     shares["student, backward"] = seconds("part:backward") - of_distiller
@@ -108,11 +109,11 @@ def _own(average: Any, on_gpu: bool) -> float:
 
 
 @contextmanager
-def _named(modules: dict[str, torch.nn.Module]) -> Any:
+def _named(modules: Sequence[tuple[str, torch.nn.Module]]) -> Iterator[None]:
     """Each module's forward under its name in the profile."""
     ranges: dict[str, Any] = {}
     handles = []
-    for name, module in modules.items():
+    for name, module in modules:
 
         def enter(*_: Any, name: str = name) -> None:
             ranges[name] = record_function(name)

@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import math
 import statistics
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.speed.measure import in_turn
+from benchmarks.speed.measure import in_turn, peak_tensor_bytes
 from d2_mgd.distill import MatchingGuidedDistiller
 from d2_mgd.matching import ChannelCost, solve_matching
 
@@ -74,23 +72,9 @@ def _measure(shape: dict[str, int], rounds: int) -> dict[str, Any]:
     return {
         "S": students,
         "seconds": {name: statistics.median(values) for name, values in seconds.items()},
-        "peak_bytes": {name: _peak_bytes(things[name]) for name in ("cost", "loss")},
+        "peak_bytes": {name: peak_tensor_bytes(things[name]) for name in ("cost", "loss")},
         "map_bytes": student.nbytes + teacher.nbytes,
     }
-
-
-def _peak_bytes(thing: Callable[[], Any]) -> int:
-    """Most bytes of tensors that a call holds at a time, beyond those that were there before."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-            thing()
-    held = peak = 0
-    for event in recorded.profiler.kineto_results.events():  # type: ignore[union-attr]
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
 
 
 def growth(records: Sequence[dict[str, Any]], axis: str, part: str, of: str = "seconds") -> float | None:

@@ -13,8 +13,10 @@ from scipy.optimize import linear_sum_assignment
 from benchmarks.run import main
 from benchmarks.speed.classification import Pair
 from benchmarks.speed.kernels import copied_rows, loss_row
-from benchmarks.speed.measure import NOT_ON_A_GPU, in_turn, ratio_row
+from benchmarks.speed.measure import NOT_ON_A_GPU, in_turn, peak_tensor_bytes, ratio_row
+from benchmarks.speed.profiling import profile_step
 from benchmarks.speed.reference import Published
+from benchmarks.speed.scaling import growth
 from d2_mgd.matching import solve_matching
 
 
@@ -49,7 +51,7 @@ def test_the_floor_trains_the_same_student_as_the_distilled_step() -> None:
 
 
 def test_a_run_writes_both_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--quick", "--only", "solve,loss", "--output", str(tmp_path / "speed")]) == 0
+    assert main(["--quick", "--only", "solve,loss,scaling", "--output", str(tmp_path / "speed")]) == 0
     result = json.loads((tmp_path / "speed.json").read_text())
     table = (tmp_path / "speed.md").read_text()
     assert table.strip() in capsys.readouterr().out
@@ -57,7 +59,36 @@ def test_a_run_writes_both_files(tmp_path: Path, capsys: pytest.CaptureFixture[s
     for row in result["rows"]:
         assert row["name"] in table
         assert row["value"] is not None or row["note"] == NOT_ON_A_GPU
+    assert (tmp_path / "speed_scaling.png").stat().st_size > 1000 and "speed_scaling.png" in table
+    assert {record["axis"] for record in result["scaling"]} == {"T", "G", "H", "N"}
     assert loss_row("cpu", quick=True).value > 0  # type: ignore[operator]
+
+
+def test_peak_counts_what_is_held_at_once() -> None:
+    def one_after_the_other() -> None:
+        for _ in range(3):
+            torch.empty(1000, 256)
+
+    def together() -> None:
+        _ = [torch.empty(1000, 256) for _ in range(3)]
+
+    assert peak_tensor_bytes(one_after_the_other) == 1000 * 256 * 4
+    assert peak_tensor_bytes(together) == 3 * 1000 * 256 * 4
+
+
+def test_growth_is_the_power_and_needs_enough_points() -> None:
+    records = [{"axis": "T", "size": size, "seconds": {"solve": 0.01 * size**2}} for size in (1, 2, 4, 8)]
+    assert growth(records, "T", "solve") == pytest.approx(2.0)
+    assert growth(records[:2], "T", "solve") is None
+    quick = [{**record, "seconds": {"solve": 1e-5}} for record in records]
+    assert growth(quick, "T", "solve") is None
+
+
+def test_parts_of_a_step_are_all_of_it() -> None:
+    found = profile_step(quick=True)
+    assert sum(part["share"] for part in found["parts"].values()) == pytest.approx(1.0)
+    for name in ("teacher, forward", "student, forward", "distiller, forward", "distiller, backward"):
+        assert found["parts"][name]["seconds"] > 0
 
 
 def test_bad_input_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
