@@ -32,6 +32,7 @@ setup(
         "pillow>=10.4",
         "PyYAML>=6.0",
         "tqdm>=4.65",
+        "safetensors>=0.4",
     ],
     extras_require={
         # Needs torch and setuptools beforehand and no build isolation: see DETECTRON2_INSTALL in d2_mgd/_install.py.

@@ -23,6 +23,7 @@ from classification.models import TIMM, architecture, build, measure_features
 from classification.options import logit_loss
 from classification.weights import digest, load_file, load_weights, network_from_file, pretrained_network
 from d2_mgd.distill import MatchingGuidedDistiller
+from d2_mgd.reliability import StopRequest
 
 __all__ = ["TeacherNetwork", "make_student", "make_teacher", "make_trainer"]
 
@@ -101,6 +102,7 @@ def make_trainer(
     network: nn.Module,
     teacher: TeacherNetwork | None,
     folders: tuple[Folder, Folder],
+    stop: StopRequest | None = None,
 ) -> Trainer:
     """All parts of a run on their device, and wrapped for several."""
     pairs: dict[str, FeaturePair] = {}
@@ -126,9 +128,8 @@ def make_trainer(
     if teacher is not None:
         teacher.network.to(process.device)
     step = _wrapped(process, options, student, frozen)
-    return Trainer(
-        options, process, student, step, _data_sets(options, *folders), None if teacher is None else teacher.record
-    )
+    record = None if teacher is None else teacher.record
+    return Trainer(options, process, student, step, _data_sets(options, *folders), record, stop)
 
 
 def _make_distiller(

@@ -27,6 +27,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
 from classification.errors import UserError
+from d2_mgd.reliability import loader_process_signals
 
 __all__ = [
     "Batch",
@@ -300,12 +301,22 @@ class ShuffledBatches:
         return self.steps - self.first_step
 
     def __iter__(self) -> Iterator[list[Key]]:
-        order = _permutation(self.length, self.seed, 0, self.epoch)
-        together = self.batch_size * self.world
+        order = self._order()
         for step in range(self.first_step, self.steps):
-            end = min((step + 1) * together, math.ceil(self.length / self.world) * self.world)
-            positions = range(step * together + self.rank, end, self.world)
-            yield [Key(int(order[p % self.length]), _seed(self.seed, 1, self.epoch, p)) for p in positions]
+            yield self._keys(order, step)
+
+    def keys(self, step: int) -> list[Key]:
+        """What this process gets in a step of the epoch."""
+        return self._keys(self._order(), step)
+
+    def _order(self) -> np.ndarray:
+        return _permutation(self.length, self.seed, 0, self.epoch)
+
+    def _keys(self, order: np.ndarray, step: int) -> list[Key]:
+        together = self.batch_size * self.world
+        end = min((step + 1) * together, math.ceil(self.length / self.world) * self.world)
+        positions = range(step * together + self.rank, end, self.world)
+        return [Key(int(order[p % self.length]), _seed(self.seed, 1, self.epoch, p)) for p in positions]
 
 
 class StridedBatches:
@@ -357,5 +368,6 @@ def loader(
         num_workers=workers,
         pin_memory=device.type == "cuda",
         persistent_workers=keep and workers > 0,
+        worker_init_fn=loader_process_signals,
         generator=torch.Generator(),  # the loader draws from it; the training's own numbers stay as they are
     )

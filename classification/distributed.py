@@ -9,10 +9,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import signal
 import socket
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing import connection
 from typing import Any
 from urllib.parse import urlparse
 
@@ -21,20 +24,27 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from classification.errors import UserError
+from classification.errors import CommonError, UserError
 from d2_mgd.distill.norms import MaskedBatchNorm
+from d2_mgd.reliability import forwarded_signals
 
 __all__ = [
     "Process",
     "average_buffers",
+    "averaged_buffers",
     "barrier",
+    "fail_together",
     "first_then_others",
+    "from_main",
     "gather_objects",
+    "largest",
     "launch",
     "say",
     "sum_over_processes",
     "synchronised_norms",
 ]
+
+_PATIENCE = 30.0  # seconds between the end of a process that failed and that of the others
 
 Work = Callable[["Process", argparse.Namespace], None]
 
@@ -65,7 +75,8 @@ def launch(work: Work, options: argparse.Namespace) -> int:
     """Run ``work`` in as many processes as the options (or torchrun's environment) ask for.
 
     Returns:
-        int: exit status: 0, 2 after a :class:`UserError` (said on standard error), another where a process died.
+        int: exit status: 0, 2 after a :class:`UserError` (said on standard error), 130 after a Ctrl-C before there was
+            anything to save, another where a process died.
     """
     try:
         if options.multiprocessing_distributed:
@@ -86,8 +97,9 @@ def say(error: UserError, rank: int | None = None) -> int:
         error: what went wrong.
         rank: the process that it went wrong in; None where all find the same, and one of each machine says so.
     """
-    if rank is not None or os.environ.get("LOCAL_RANK", "0") == "0":
-        who = f"rank {rank}: " if rank else ""
+    common = rank is None or isinstance(error, CommonError)
+    if not common or os.environ.get("LOCAL_RANK", "0") == "0":
+        who = f"rank {rank}: " if rank and not common else ""
         print(f"{os.path.basename(sys.argv[0])}: error: {who}{error}", file=sys.stderr, flush=True)
     return 2
 
@@ -117,21 +129,42 @@ def _spawn(work: Work, options: argparse.Namespace) -> int:
     url = _url(options)
     if node == 0:
         _check_port(url)
-    try:
-        mp.spawn(_spawned, nprocs=here, args=(work, options, node, nodes, here, url))
-    except mp.ProcessExitedException as error:  # it has said why
-        return error.exit_code if error.exit_code > 0 else 1
-    return 0
+    with forwarded_signals():
+        context = mp.spawn(_spawned, nprocs=here, args=(work, options, node, nodes, here, url), join=False)
+        return _wait(context.processes)
+
+
+def _wait(processes: list[Any]) -> int:
+    """Wait for all; after one that failed the others, which may wait for it, get a little time, and then an end.
+
+    Returns:
+        Status of the first that failed, 0 if none did.
+    """
+    left, failed = list(processes), 0
+    while left:
+        ready = connection.wait([process.sentinel for process in left], _PATIENCE if failed else None)
+        if not ready:
+            for process in left:
+                process.kill()
+        for process in [process for process in left if process.sentinel in ready]:
+            process.join()
+            left.remove(process)
+            failed = failed or process.exitcode
+    return failed if failed >= 0 else 128 - failed
 
 
 def _spawned(
     local_rank: int, work: Work, options: argparse.Namespace, node: int, nodes: int, here: int, url: str
 ) -> None:
+    os.environ["LOCAL_RANK"] = str(local_rank)
     rank = node * here + local_rank
     process = Process(rank, nodes * here, local_rank, here, _device(options, local_rank))
-    status = _work(work, options, process, url)
-    if status:
-        sys.exit(status)
+    try:
+        status = _work(work, options, process, url)
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    sys.exit(status)
 
 
 def _work(work: Work, options: argparse.Namespace, process: Process, url: str | None) -> int:
@@ -150,6 +183,8 @@ def _work(work: Work, options: argparse.Namespace, process: Process, url: str | 
         return 0
     except UserError as error:
         return say(error, process.rank)
+    except KeyboardInterrupt:  # before there was anything to save
+        return 128 + signal.SIGINT
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -231,6 +266,33 @@ def barrier() -> None:
         dist.barrier()
 
 
+def largest(values: Tensor) -> list[int]:
+    """The largest of all processes' integers, each for itself; (n,) int64 in."""
+    if _together():
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+    return values.tolist()
+
+
+def from_main(value: Any) -> Any:
+    """The first process's value, in all."""
+    if not _together():
+        return value
+    shared = [value]
+    dist.broadcast_object_list(shared, src=0)
+    return shared[0]
+
+
+def fail_together(failure: str | None) -> None:
+    """Where the first process failed at what it does for all, all fail with its sentence.
+
+    Raises:
+        CommonError: ``failure`` of the first process is not None.
+    """
+    failure = from_main(failure)
+    if failure is not None:
+        raise CommonError(failure)
+
+
 def gather_objects(value: Any) -> list[Any]:
     """All processes' values in the first process; elsewhere an empty list."""
     if not _together():
@@ -253,16 +315,26 @@ def first_then_others(process: Process) -> Iterator[None]:
 
 
 @torch.no_grad()
-def average_buffers(module: nn.Module) -> None:
-    """Give all processes the mean of their running statistics, which each has from its own images."""
+def averaged_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Name -> the mean over processes of a running statistic, which each process has from its own images (collective).
+
+    Empty in a single process, whose statistics are their own means.
+    """
     if not _together():
-        return
-    statistics = [buffer for buffer in module.buffers() if buffer.dtype in (torch.float32, torch.float64)]
-    flat = torch.cat([buffer.double().flatten() for buffer in statistics])
+        return {}
+    own = {name: buffer for name, buffer in module.named_buffers() if buffer.dtype in (torch.float32, torch.float64)}
+    flat = torch.cat([buffer.double().flatten() for buffer in own.values()])
     dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    for buffer, mean in zip(statistics, flat.split([buffer.numel() for buffer in statistics])):
-        buffer.copy_(mean.view_as(buffer))
+    means = (flat / dist.get_world_size()).split([buffer.numel() for buffer in own.values()])
+    return {name: mean.view_as(buffer).to(buffer) for (name, buffer), mean in zip(own.items(), means)}
+
+
+@torch.no_grad()
+def average_buffers(module: nn.Module) -> None:
+    """Give all processes the mean of their running statistics (collective)."""
+    buffers = dict(module.named_buffers())
+    for name, mean in averaged_buffers(module).items():
+        buffers[name].copy_(mean)
 
 
 def synchronised_norms(module: nn.Module, device: torch.device) -> nn.Module:

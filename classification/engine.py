@@ -5,23 +5,29 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import signal
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from classification.checkpoint import CHECKPOINT, STUDENT_BEST, STUDENT_LAST, save_atomically, save_training_state
-from classification.data import ImageDataset, ShuffledBatches, StridedBatches, loader, rematch_indices
+from classification.checkpoint import Checkpoints
+from classification.data import Batch, ImageDataset, ShuffledBatches, StridedBatches, loader, rematch_indices
 from classification.distillation import Student
-from classification.distributed import Process, average_buffers, barrier, gather_objects, sum_over_processes
-from classification.errors import UserError, user_errors
-from classification.evaluation import Evaluation, Intake, evaluate, progress_bar
-from classification.metrics import Journal, Sums, Throughput, errors
-from classification.options import as_values, rematch_schedule, weight_schedule
-from d2_mgd.distill import MatchingGuidedDistiller, RematchSchedule, WeightSchedule, save_reports
+from classification.distributed import Process, average_buffers, fail_together, largest
+from classification.errors import CommonError, UserError, user_errors
+from classification.evaluation import Evaluation, Intake, Interrupted, evaluate, leave_if_told, progress_bar
+from classification.metrics import Journal, Sums, Throughput
+from classification.nonfinite import dump_step
+from classification.options import rematch_schedule, weight_schedule
+from classification.records import write_checkpoint, write_epoch, write_matching
+from classification.state import random_state, restore_training, training_state
+from classification.steps import FINE, Gradients, Stepper
+from d2_mgd.distill import MatchingGuidedDistiller, RematchSchedule, WeightSchedule
+from d2_mgd.reliability import StopRequest
 
 __all__ = ["Progress", "Trainer", "learning_rate_factor"]
 
@@ -48,6 +54,7 @@ class Progress:
         history: a line an epoch.
         best: the line with the least top-1 error.
         teacher: the teacher's errors, where it knows the data's classes.
+        skipped, skipped_in_row: steps that were skipped, in all and since the last that was not.
     """
 
     epoch: int = 0
@@ -55,6 +62,8 @@ class Progress:
     history: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, Any] | None = None
     teacher: dict[str, float] | None = None
+    skipped: int = 0
+    skipped_in_row: int = 0
 
 
 class Trainer:
@@ -67,6 +76,7 @@ class Trainer:
         step: the module that a batch goes through: the student (possibly wrapped) and the teacher.
         data: the data sets ``train``, ``valid`` and ``rematch``.
         teacher: what a checkpoint records of the teacher.
+        stop: hears of it when this process is told to leave.
     """
 
     def __init__(
@@ -77,6 +87,7 @@ class Trainer:
         step: nn.Module,
         data: Mapping[str, ImageDataset],
         teacher: Mapping[str, Any] | None = None,
+        stop: StopRequest | None = None,
     ) -> None:
         self.options = options
         self.process = process
@@ -87,14 +98,25 @@ class Trainer:
         self.intake = Intake(process.device, options.skip_broken_images)
         self.progress = Progress(epoch=options.start_epoch)
         self.sums = Sums(process.device)
-        self.optimizer = torch.optim.SGD(
+        self.summed: list[str] = []  # names of what is summed over the epoch
+        self.stop = stop or StopRequest()
+        self.checkpoints = Checkpoints(options.output_dir, options.keep_checkpoints)
+        optimizer = torch.optim.SGD(
             student.parameters(),
             options.lr,
             momentum=options.momentum,
             weight_decay=options.weight_decay,
             nesterov=bool(options.nesterov),
         )
-        self.scaler = torch.amp.GradScaler(process.device.type, enabled=options.mixed_precision == "fp16")
+        self.stepper = Stepper(
+            step,
+            student,
+            optimizer,
+            self.intake,
+            options.accumulate,
+            float16=options.mixed_precision == "fp16",
+            restorable=options.skip_nonfinite > 0,
+        )
         self.batch_size = options.batch_size // process.local_world
         self.workers = math.ceil(options.workers / process.local_world)
         self.order = ShuffledBatches(len(data["train"]), self.batch_size, options.seed, process.rank, process.world)
@@ -111,23 +133,49 @@ class Trainer:
         return self.student.distiller
 
     @property
+    def together(self) -> int:
+        """Images of a step of all processes."""
+        return self.batch_size * self.process.world
+
+    @property
     def finished_steps(self) -> int:
         """Steps of the whole run."""
         return self.progress.epoch * self.order.steps + self.progress.step
 
     def fit(self) -> Progress:
-        """Train to the last epoch."""
+        """Train to the last epoch.
+
+        Raises:
+            SystemExit: told to leave, all is saved; the status is 143 (SIGTERM) or 130 (Ctrl-C).
+        """
         if self.process.is_main:
             self.options.output_dir.mkdir(parents=True, exist_ok=True)
             self.journal = Journal(self.options.output_dir, self.finished_steps)
-        if self.schedule.start and self.weight.active(self.progress.epoch) and not self.distiller.matched:
-            self._observe_pass(self.progress.epoch)
-            self._rematch(self.progress.epoch)
-        while self.progress.epoch < self.options.epochs:
-            self._epoch()
+        try:
+            if self.schedule.start and self.weight.active(self.progress.epoch) and not self.distiller.matched:
+                self._observe_pass(self.progress.epoch)
+                self._rematch(self.progress.epoch)
+            while self.progress.epoch < self.options.epochs:
+                self._epoch()
+        except Interrupted as told:
+            self._leave(told.signal)
         if self.journal is not None:
             self.journal.close()
         return self.progress
+
+    def _leave(self, received: int) -> NoReturn:
+        name = signal.Signals(received).name
+        if self.progress.step == 0:  # in the pass for the first matching
+            logger.warning("%s: left before a step; there is nothing to save.", name)
+        else:
+            self.save()
+            logger.warning(
+                "%s: left after %d epochs and %d of %d steps, all of it saved; the same command with --resume goes on.",
+                name, self.progress.epoch, self.progress.step, self.order.steps,
+            )  # fmt: skip
+        if self.journal is not None:
+            self.journal.close()
+        raise SystemExit(128 + received)
 
     # ---- an epoch
 
@@ -135,13 +183,13 @@ class Trainer:
         epoch, options = self.progress.epoch, self.options
         warmup = options.warmup_epochs if options.warmup else 0
         rate = options.lr * learning_rate_factor(epoch, options.lr_drop_epochs, options.lr_drop_ratio, warmup)
-        for group in self.optimizer.param_groups:
+        for group in self.stepper.optimizer.param_groups:
             group["lr"] = rate
         clock = Throughput()
-        names = self._train(epoch, clock)
+        self._train(epoch, clock)
         line: dict[str, Any] = {"epoch": epoch + 1, "lr": rate}
-        line.update({f"train_{name}": value for name, value in self.sums.means(names).items()})
-        line.update({f"train_{name}": 100.0 * line[f"train_{name}"] for name in ("err1", "err5")})
+        line.update({f"train_{name}": value for name, value in self.sums.means(self.summed).items()})
+        line.update({name: 100.0 * line[name] for name in ("train_err1", "train_err5") if name in line})
         line["images_per_second"] = round(clock.per_second, 1)
         average_buffers(self.student)
         found = self.evaluate()
@@ -151,6 +199,7 @@ class Trainer:
                 self._observe_pass(epoch + 1)
             line.update(self._rematch(epoch + 1))
         line["broken_images"] = len(self.intake.broken)
+        line["skipped_steps"] = self.progress.skipped
         line["seconds"] = round(clock.seconds, 1)
         self._finish(line)
 
@@ -168,51 +217,83 @@ class Trainer:
             line["epoch"], self.options.epochs, line["err1"], line["err5"],
             progress.best["err1"], progress.best["epoch"], line["seconds"],
         )  # fmt: skip
-        for name in [STUDENT_LAST, *([STUDENT_BEST] if is_best else [])]:
-            self._save_student(name, line)
-        if self.journal is not None:
-            self.journal.epoch(progress.history, self.finished_steps)
-        self.save([])
+        fail_together(write_epoch(self, line, is_best))
+        self.save()
 
-    def _train(self, epoch: int, clock: Throughput) -> list[str]:
-        """Train to the end of an epoch; returns the names of what was summed."""
+    def _train(self, epoch: int, clock: Throughput) -> None:
+        """Train to the end of an epoch."""
         self.step.train()
         self.order.set_epoch(epoch, self.progress.step)
         bar = progress_bar(self.batches, f"epoch {epoch + 1}", self.process.is_main, self.progress.step)
-        names: list[str] = []
-        for batch in bar:
-            images, targets = self.intake(batch)
-            if images.shape[0] == 0:
+        for batch in bar if self.progress.step < self.order.steps else ():
+            if len(batch.targets) == 0:
                 raise UserError(
                     "a whole batch of training images cannot be read; tools/check_imagefolder.py names them."
                 )
-            losses = self._train_step(images, targets)
-            names = [*losses, "loss", "err1", "err5"]
-            self.progress.step += 1
-            clock.images += images.shape[0] * self.process.world
+            losses = self._train_step(batch)
+            clock.images += len(batch.targets) * self.process.world
             last = self.progress.step == self.order.steps
-            if last or self.progress.step % self.options.print_freq == 0:
+            if losses and (last or self.progress.step % self.options.print_freq == 0):
                 self._report(losses, bar, clock)
             if not last and self.options.checkpoint_freq and self.progress.step % self.options.checkpoint_freq == 0:
-                self._check_finite(losses)
-                self.save(names)
-        return names
+                self.save()
 
-    def _train_step(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        count = images.shape[0]
+    def _train_step(self, batch: Batch) -> dict[str, Tensor]:
+        """One step, or none where something is not finite; returns mean losses, of this process.
+
+        Raises:
+            CommonError: something is not finite, and that is not to be skipped.
+            Interrupted: a process was told to leave.
+        """
+        random = random_state(self.process.device)
         factor = self.weight.factor(self.finished_steps / self.order.steps)
-        observing = factor > 0.0 and self._observing()
-        output = self.step(images, targets, observing, factor)
-        sums = {name: loss.sum() for name, loss in output.losses.items()}
-        total = torch.stack(list(sums.values())).sum()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(total / count).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        if observing:
+        gradients = self.stepper.backward(batch, factor > 0.0 and self._observing(), factor)
+        # In one exchange: whether to leave, and what is not finite where.
+        world = self.process.world
+        where = torch.where(gradients.offence > FINE, gradients.offence * world + self.process.rank, 0)
+        received, worst = largest(torch.stack([torch.full_like(where, self.stop.received), where]))
+        if worst:
+            self._not_finite(batch, gradients, random, *divmod(worst, world))
+            found = {}
+        else:
+            found = self._apply(gradients)
+        self.progress.step += 1
+        if received:
+            raise Interrupted(received)
+        return found
+
+    def _apply(self, gradients: Gradients) -> dict[str, Tensor]:
+        self.stepper.apply()
+        for output in gradients.outputs:
             self.distiller.observe(output.student_maps, output.teacher_maps)
-        self.sums.add(count, {**sums, "loss": total, **errors(output.logits.detach(), targets)})
-        return {name: value.detach() / count for name, value in sums.items()}
+        losses = gradients.losses
+        total = torch.stack(list(losses.values())).sum()
+        sums = {**losses, "loss": total, **gradients.wrong}
+        self.summed = list(sums)
+        self.sums.add(gradients.images, sums)
+        self.progress.skipped_in_row = 0
+        return {name: value / gradients.images for name, value in losses.items()}
+
+    def _not_finite(
+        self, batch: Batch, gradients: Gradients, random: dict[str, Tensor], offence: int, rank: int
+    ) -> None:
+        """Skip the step if that is allowed, else stop; in all processes alike."""
+        progress, allowed = self.progress, self.options.skip_nonfinite
+        what = self.stepper.name_of(offence, gradients.losses)
+        where = f"{what} is not finite at epoch {progress.epoch + 1}, step {progress.step + 1} (rank {rank})"
+        first = progress.skipped == 0
+        progress.skipped += 1
+        progress.skipped_in_row += 1
+        if first or progress.skipped_in_row > allowed:
+            folder = dump_step(self, batch, gradients.losses, random)
+            where += f"; {folder} has what is needed to repeat it"
+        if progress.skipped_in_row > allowed:
+            raise CommonError(
+                f"{where}. Try a smaller --learning-rate, --warmup 1 or another --mixed-precision, or skip such steps "
+                "by --skip-nonfinite; the last checkpoint is from before."
+            )
+        self.stepper.discard()
+        logger.warning("%s: the step is skipped, %d in a row of %d.", where, progress.skipped_in_row, allowed)
 
     def _rematch_due(self, epoch: int) -> bool:
         """After so many finished epochs, of which the run has more: else nobody would use the matching.
@@ -225,18 +306,16 @@ class Trainer:
 
     def _observing(self) -> bool:
         """Whether the next matching looks at this step: at the last steps before it, as many as hold enough images."""
-        if self.options.mgd_update_source == "pass" or not self.schedule.start:
+        if not self.schedule.start or self.options.mgd_update_source == "pass":
             return False
         later = range(self.progress.epoch + 1, self.options.epochs)
         due = next((epoch for epoch in later if self._rematch_due(epoch)), None)
         if due is None:
             return False
-        batch = self.batch_size * self.process.world
         left = due * self.order.steps - self.finished_steps
-        return left <= math.ceil(self.options.mgd_update_images / batch)
+        return left <= math.ceil(self.options.mgd_update_images / self.together)
 
     def _report(self, losses: Mapping[str, Tensor], bar: Any, clock: Throughput) -> None:
-        self._check_finite(losses)
         if self.journal is None:
             return
         values = {name: float(loss) for name, loss in losses.items()}
@@ -248,19 +327,11 @@ class Trainer:
             )  # fmt: skip
         else:
             bar.set_postfix_str(text)
-        rate = self.optimizer.param_groups[0]["lr"]
+        rate = self.stepper.optimizer.param_groups[0]["lr"]
         values = {**values, "lr": rate, "images_per_second": clock.per_second}
         if self.options.method != "base":
             values["distill_factor"] = self.weight.factor((self.finished_steps - 1) / self.order.steps)
         self.journal.step(values, self.finished_steps)
-
-    def _check_finite(self, losses: Mapping[str, Tensor]) -> None:
-        bad = [name for name, loss in losses.items() if not math.isfinite(float(loss))]
-        if bad:
-            raise UserError(
-                f"{bad[0]} is not finite at epoch {self.progress.epoch + 1}, step {self.progress.step}: try a smaller "
-                "--learning-rate, --warmup 1 or another --mixed-precision; the last checkpoint is from before."
-            )
 
     # ---- evaluation and rematching
 
@@ -271,7 +342,8 @@ class Trainer:
             model = nn.DataParallel(model)
         data = self.data["valid"]
         batches = self._strided(data, range(len(data)))
-        return evaluate(model, batches, self.intake, self.student.precision, "evaluation", self.process.is_main)
+        precision, is_main = self.student.precision, self.process.is_main
+        return evaluate(model, batches, self.intake, precision, "evaluation", is_main, self.stop)
 
     def _strided(self, data: ImageDataset, indices: Any) -> Any:
         order = StridedBatches(indices, self.batch_size, self.process.rank, self.process.world)
@@ -279,20 +351,44 @@ class Trainer:
 
     @torch.no_grad()
     def _observe_pass(self, epoch: int) -> None:
-        """Measure the matching cost on training images, this process on its share of them."""
+        """Measure the matching cost on training images, this process on its share of them (collective at the end)."""
         data = self.data["rematch"]
         indices = rematch_indices(len(data), self.options.mgd_update_images, self.options.seed, epoch)
         self.step.eval()
-        for batch in progress_bar(self._strided(data, indices), "matching", self.process.is_main):
-            images, _ = self.intake(batch)
-            if images.shape[0]:
-                output = self.step(images)
-                self.distiller.observe(output.student_maps, output.teacher_maps)
+        try:
+            for batch in progress_bar(self._strided(data, indices), "matching", self.process.is_main):
+                if self.stop.received:
+                    break
+                images, _ = self.intake(batch)
+                if images.shape[0]:
+                    output = self.step(images)
+                    self.distiller.observe(output.student_maps, output.teacher_maps)
+            leave_if_told(self.stop, self.process.device)
+        except Interrupted:  # the pass is done again, whole
+            self._forget_costs()
+            raise
+
+    def _forget_costs(self) -> None:
+        for cost in self.distiller.costs.values():
+            cost.reset()
 
     def _rematch(self, epoch: int) -> dict[str, float]:
-        """Solve what was observed (collective); returns what the metrics keep of it."""
-        with user_errors("matching failed: "):
+        """Solve what was observed (collective); returns what the metrics keep of it.
+
+        Raises:
+            CommonError: the solver failed; or the cost is empty or not finite, and there is no matching yet. One in
+                force stays, with a warning.
+        """
+        try:
             reports = self.distiller.rematch()
+        except RuntimeError as error:  # of the solver
+            raise CommonError(f"the matching failed: {error}") from error
+        except ValueError as error:  # of the cost
+            if not self.distiller.matched:
+                raise CommonError(f"the first matching cannot be found: {error}") from error
+            self._forget_costs()
+            logger.warning("matching after %d epochs: %s The matching in force stays.", epoch, error)
+            return {}
         kept: dict[str, float] = {}
         for name, report in reports.items():
             logger.info(
@@ -301,72 +397,19 @@ class Trainer:
             )  # fmt: skip
             kept[f"matching/{name}/mean_cost"] = report.mean_cost
             kept[f"matching/{name}/changed"] = report.changed
-        if self.process.is_main:
-            save_reports(self.options.output_dir / "matching" / f"epoch_{epoch:04d}.npz", reports)
+        fail_together(write_matching(self, epoch, reports))
         return kept
 
     # ---- checkpoints
 
-    def _save_student(self, name: str, line: Mapping[str, Any]) -> None:
-        if self.process.is_main:
-            content = {
-                "arch": self.options.arch,
-                "classes": list(self.data["train"].folder.classes),
-                "image_size": self.options.image_size,
-                "epoch": line["epoch"],
-                "err1": line["err1"],
-                "err5": line["err5"],
-                "state_dict": self.student.network.state_dict(),
-            }
-            save_atomically(content, self.options.output_dir / name)
+    def save(self) -> None:
+        """Write a checkpoint and move ``checkpoint.pth`` to it (collective); the run itself stays as it is.
 
-    def save(self, names: Sequence[str]) -> None:
-        """Write ``checkpoint.pth`` (collective).
-
-        What each process holds of its own (running statistics, sums, costs) is put together first, in the run that goes
-        on as well, so that a run from the checkpoint is the same run.
-
-        Args:
-            names: of the sums of an unfinished epoch.
+        Raises:
+            CommonError: the disk refuses.
         """
-        average_buffers(self.student)
-        self.sums.gather(names, self.process.is_main)
-        costs = self._gathered_costs()
-        random = gather_objects(_random_state(self.process.device))
-        if self.process.is_main:
-            state = {
-                "arch": self.options.arch,
-                "classes": list(self.data["train"].folder.classes),
-                "options": as_values(self.options),
-                "world": self.process.world,
-                "teacher": self.teacher,
-                "progress": vars(self.progress),
-                "sums": self.sums.state_dict(),
-                "student": self.student.network.state_dict(),
-                "distiller": None if self.student.distiller is None else self.student.distiller.state_dict(),
-                "costs": costs,
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "random": random,
-            }
-            save_training_state(state, self.options.output_dir / CHECKPOINT)
-        barrier()
-
-    def _gathered_costs(self) -> dict[str, Any] | None:
-        if self.student.distiller is None:
-            return None
-        for cost in self.distiller.costs.values():
-            state = cost.state_dict()
-            shape = (cost.num_student, cost.num_teacher)
-            packed = torch.zeros(math.prod(shape) + 1, dtype=torch.float64, device=self.process.device)
-            if state["similarity"] is not None:
-                packed[:-1] = state["similarity"].flatten()
-            packed[-1] = state["count"]
-            sum_over_processes(packed)
-            cost.reset()
-            if self.process.is_main and float(packed[-1]):
-                cost.load_state_dict({"similarity": packed[:-1].view(shape), "count": float(packed[-1])})
-        return self.distiller.cost_state_dict()
+        state = training_state(self)
+        fail_together(write_checkpoint(self, state))
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from what :meth:`save` wrote.
@@ -374,43 +417,5 @@ class Trainer:
         Raises:
             UserError: the state is of another distiller.
         """
-        self.progress = Progress(**state["progress"])
         with user_errors("the checkpoint does not fit these options: "):
-            self._load_modules(state)
-        if self.process.is_main:
-            self.sums.load_state_dict(state["sums"])
-            if state["costs"]:
-                self.distiller.load_cost_state_dict(state["costs"])
-        if self.process.world == state["world"]:
-            _set_random_state(state["random"][self.process.rank], self.process.device)
-        else:
-            logger.warning(
-                "the checkpoint is of %d processes and these are %d: the run goes on, but not exactly the same.",
-                state["world"], self.process.world,
-            )  # fmt: skip
-
-    def _load_modules(self, state: Mapping[str, Any]) -> None:
-        if (state["distiller"] is None) != (self.student.distiller is None):
-            raise ValueError("one of the two has a feature distiller, and the other has not.")
-        try:
-            self.student.network.load_state_dict(state["student"])
-            if self.student.distiller is not None:
-                self.student.distiller.load_state_dict(state["distiller"])
-        except RuntimeError as error:
-            raise ValueError(" ".join(str(error).split())) from error
-        self.optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"] and self.scaler.is_enabled():
-            self.scaler.load_state_dict(state["scaler"])
-
-
-def _random_state(device: torch.device) -> dict[str, Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def _set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
+            restore_training(self, state)

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["UserError", "user_errors"]
+__all__ = ["CommonError", "UserError", "user_errors"]
 
 
 class UserError(Exception):
     """What is wrong, where, and what would be right, in one sentence."""
+
+
+class CommonError(UserError):
+    """One that all processes raise alike: one of each machine says it."""
 
 
 @contextmanager

@@ -16,12 +16,37 @@ from tqdm import tqdm
 
 from classification.data import Batch, Normalize
 from classification.distillation import Precision
+from classification.distributed import largest
 from classification.errors import UserError
 from classification.metrics import Sums, errors
+from d2_mgd.reliability import StopRequest
 
-__all__ = ["Evaluation", "Intake", "evaluate", "progress_bar"]
+__all__ = ["Evaluation", "Intake", "Interrupted", "evaluate", "leave_if_told", "progress_bar"]
 
 logger = logging.getLogger(__name__)
+
+
+class Interrupted(Exception):
+    """All processes leave, since one was told to.
+
+    Args:
+        signal: number of the signal.
+    """
+
+    def __init__(self, signal: int) -> None:
+        super().__init__(signal)
+        self.signal = signal
+
+
+def leave_if_told(stop: StopRequest, device: torch.device) -> None:
+    """Leave where any process was told to (collective).
+
+    Raises:
+        Interrupted: in all processes alike.
+    """
+    (received,) = largest(torch.tensor([stop.received], device=device))
+    if received:
+        raise Interrupted(received)
 
 
 class Intake:
@@ -80,16 +105,19 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, batches: Any, intake: Intake, precision: Precision, what: str, is_main: bool
+    model: nn.Module, batches: Any, intake: Intake, precision: Precision, what: str, is_main: bool, stop: StopRequest
 ) -> Evaluation:
     """Evaluate on this process's share of the images; each image counts once (collective at the end).
 
     Raises:
         UserError: not one image could be read.
+        Interrupted: a process was told to leave meanwhile.
     """
     model.eval()
     sums = Sums(intake.device)
     for batch in progress_bar(batches, what, is_main):
+        if stop.received:
+            break
         images, targets = intake(batch)
         if images.shape[0]:
             with precision.on(intake.device):
@@ -97,6 +125,7 @@ def evaluate(
             logits = logits.float()
             losses = nn.functional.cross_entropy(logits, targets, reduction="sum")
             sums.add(images.shape[0], {"loss": losses, **errors(logits, targets)})
+    leave_if_told(stop, intake.device)
     count, totals = sums.totals(("loss", "err1", "err5"))
     if count == 0:
         raise UserError("not one image could be read for the evaluation.")

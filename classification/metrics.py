@@ -52,14 +52,9 @@ class Sums:
         return round(images), dict(zip(names, totals))
 
     def means(self, names: Sequence[str]) -> dict[str, float]:
-        """Means over the images of all processes (collective; all give the same names)."""
+        """Means over the images of all processes, NaN without any (collective; all give the same names)."""
         images, totals = self.totals(names)
-        return {name: total / images for name, total in totals.items()}
-
-    def gather(self, names: Sequence[str], is_main: bool) -> None:
-        """Let the main process hold the sums of all processes, and the others none (collective)."""
-        packed = sum_over_processes(self._packed(names))
-        self.values = dict(zip(("images", *names), packed.unbind())) if is_main else {}
+        return {name: total / images if images else math.nan for name, total in totals.items()}
 
     def _packed(self, names: Sequence[str]) -> Tensor:
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -69,7 +64,14 @@ class Sums:
         return {name: value.cpu() for name, value in self.values.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.values = {name: value.to(self.device) for name, value in state.items()}
+        self.values = {}
+        self.add_state(state)
+
+    def add_state(self, state: Mapping[str, Tensor]) -> None:
+        """Add the sums of another process."""
+        for name, value in state.items():
+            value = value.to(self.device)
+            self.values[name] = self.values[name] + value if name in self.values else value
 
 
 class Throughput:

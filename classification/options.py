@@ -97,6 +97,14 @@ def _add_common(parser: argparse.ArgumentParser, nesterov: int, drops: list[int]
         metavar="STEPS",
         help="also write a checkpoint every so many steps",
     )
+    add(
+        "--keep-checkpoints",
+        type=_whole(2),
+        default=2,
+        metavar="N",
+        help="how many checkpoints stay; the older one is used where the newest is damaged",
+    )
+    add("--safetensors", action="store_true", help="write the student's files as safetensors, too")
     add("-p", "--print-freq", type=_whole(1), default=10, metavar="STEPS", help="steps from one log line to the next")
 
 
@@ -127,6 +135,11 @@ def _add_schedule(parser: argparse.ArgumentParser, nesterov: int, drops: list[in
         default="none",
         help="of the forward passes; fp16 on GPUs only",
     )
+
+    add("--accumulate", type=_whole(1), default=1, metavar="PARTS",
+        help="a step's images go through the networks in so many parts, which takes less memory")  # fmt: skip
+    add("--skip-nonfinite", type=_whole(0), default=0, metavar="N",
+        help="skip up to N steps in a row whose losses or gradients are not finite, rather than stop")  # fmt: skip
 
 
 def _add_weights(parser: argparse.ArgumentParser) -> None:
@@ -297,6 +310,10 @@ def _checked(options: argparse.Namespace) -> argparse.Namespace:
     if options.workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         options.workers = min(32, cores)
+    if options.accumulate > options.batch_size:
+        raise UserError(
+            f"--accumulate {options.accumulate} is more than --batch-size {options.batch_size}, whose images it parts."
+        )
     if options.warmup:
         options.epochs += options.warmup_epochs
         options.lr_drop_epochs = [epoch + options.warmup_epochs for epoch in options.lr_drop_epochs]

@@ -9,6 +9,7 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,23 @@ import torchvision
 from torch import nn
 
 from classification.assembly import TeacherNetwork, make_student, make_teacher, make_trainer
-from classification.checkpoint import CHECKPOINT, STUDENT_BEST, STUDENT_LAST, read_training_state, replace_file
+from classification.checkpoint import (
+    CHECKPOINT,
+    STUDENT_BEST,
+    STUDENT_LAST,
+    Checkpoints,
+    read_training_state,
+    replace_file,
+)
 from classification.data import find_classes, find_folders
-from classification.distributed import Process, launch, say
+from classification.distributed import Process, fail_together, from_main, launch, say
 from classification.engine import Progress, Trainer
 from classification.errors import UserError
+from classification.evaluation import Interrupted
 from classification.metrics import table
 from classification.models import architecture
 from classification.options import as_values
+from d2_mgd.reliability import StopRequest, remove_leftovers
 
 __all__ = ["main"]
 
@@ -64,7 +74,7 @@ def _check(options: argparse.Namespace) -> None:
     if options.teacher_arch is not None:
         architecture(options.teacher_arch)
     find_classes(options.data, options.val_split)
-    for file in (options.student_resume, options.teacher_resume, None if options.evaluate else _resume_path(options)):
+    for file in (options.student_resume, options.teacher_resume):
         if file is not None and not file.is_file():
             raise UserError(f"the file {file} does not exist.")
 
@@ -74,30 +84,31 @@ def _work(process: Process, options: argparse.Namespace) -> None:
     _check_process(process, options)
     folders = find_folders(options.data, options.val_split)
     classes = list(folders[0].classes)
-    resume = None if options.evaluate else _resume_path(options)
+    resume = None if options.evaluate else _agreed_resume(process, options)
     state = None if resume is None else read_training_state(resume, options.arch, classes)
     torch.manual_seed(options.seed)
     network = make_student(process, options, len(classes))  # before the teacher: every method starts from the same
     teacher = make_teacher(process, options, len(classes))
-    trainer = make_trainer(process, options, network, teacher, folders)
+    stop = StopRequest(speak=process.is_main)
+    trainer = make_trainer(process, options, network, teacher, folders, stop)
     _describe(trainer, teacher)
     if options.evaluate:
         _evaluate(trainer, teacher, len(classes))
         return
     if process.is_main:
         _open_folder(options, anew=state is None)
-    if state is None:
-        _look_at(trainer, teacher, len(classes))
-        torch.manual_seed(options.seed + 1 + process.rank)
-    else:
-        _compare_options(state, options, trainer.teacher)
-        trainer.restore(state)
-        logger.info(
-            "going on from %s: %d epochs and %d steps are done", resume, trainer.progress.epoch, trainer.progress.step
-        )
-    if process.is_main:
-        _record(trainer)
-    progress = trainer.fit()
+    with stop:
+        if state is None:
+            _look_at(trainer, teacher, len(classes))
+            torch.manual_seed(options.seed + 1 + process.rank)
+        else:
+            _compare_options(state, options, trainer.teacher)
+            trainer.restore(state)
+            done = trainer.progress
+            logger.info("going on from %s: %d epochs and %d steps are done", resume, done.epoch, done.step)
+        if process.is_main:
+            _record(trainer)
+        progress = trainer.fit()
     if process.is_main:
         print(_summary(progress, options, teacher))
 
@@ -120,32 +131,60 @@ def _check_process(process: Process, options: argparse.Namespace) -> None:
         )  # fmt: skip
 
 
-def _resume_path(options: argparse.Namespace) -> Path | None:
+def _agreed_resume(process: Process, options: argparse.Namespace) -> Path | None:
+    """The checkpoint to go on from, which the first process chooses for all (collective)."""
+    chosen, failure = None, None
+    if process.is_main:
+        try:
+            chosen = _find_resume(options)
+        except UserError as error:
+            failure = str(error)
+    fail_together(failure)
+    chosen = from_main(chosen)
+    if chosen is not None and not chosen.is_file():
+        raise UserError(
+            f"{chosen} is not there for this process: all machines have to share the folder {chosen.parent}."
+        )
+    return chosen
+
+
+def _find_resume(options: argparse.Namespace) -> Path | None:
     own = options.output_dir / CHECKPOINT
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 or options.resume == "auto":
-        if own.is_file():
-            return own
-        logger.info("%s does not exist yet: starting anew.", own)
-        return None
-    if options.resume is not None:
-        return Path(options.resume)
-    if own.is_file() and not options.overwrite:
+    # After a restart by torchrun, a run goes on by itself.
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    named = options.resume not in (None, "auto") and not (restarted and own.is_symlink())
+    path = Path(options.resume) if named else own
+    there = path.is_file() or path.is_symlink()
+    if named and not there:
+        raise UserError(f"the checkpoint {path} does not exist.")
+    if there and options.resume is None and not restarted and not options.overwrite:
         raise UserError(
             f"{options.output_dir} holds a run already: go on with --resume, start anew there with --overwrite, or "
             "choose another --output-dir."
         )
+    if there and (options.resume is not None or restarted):
+        return Checkpoints(path.parent, options.keep_checkpoints).whole(path)
+    if options.resume is not None:
+        logger.info("%s does not exist yet: starting anew.", own)
     return None
 
 
 def _open_folder(options: argparse.Namespace, anew: bool) -> None:
     folder = options.output_dir
     if anew:  # what an earlier run left must not be taken for this one's
-        for name in (CHECKPOINT, STUDENT_LAST, STUDENT_BEST, "metrics.json", "run.json", "log.txt"):
+        Checkpoints(folder, options.keep_checkpoints).clear()
+        students = [
+            Path(name).with_suffix(end).name
+            for name in (STUDENT_LAST, STUDENT_BEST)
+            for end in (".pth", ".safetensors")
+        ]
+        for name in (*students, "metrics.json", "run.json", "log.txt"):
             (folder / name).unlink(missing_ok=True)
-        for name in ("tensorboard", "matching"):
+        for name in ("tensorboard", "matching", "nonfinite"):
             shutil.rmtree(folder / name, ignore_errors=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
         handler = logging.FileHandler(folder / "log.txt")
     except OSError as error:
         raise UserError(f"--output-dir {folder} cannot be written to: {error.strerror}.") from error
@@ -185,7 +224,15 @@ def _evaluate(trainer: Trainer, teacher: TeacherNetwork | None, num_classes: int
 
 
 def _look_at(trainer: Trainer, teacher: TeacherNetwork | None, num_classes: int) -> None:
-    """Show what both networks can do before any training."""
+    """Show what both networks can do before any training; leave if told to meanwhile."""
+    try:
+        _show_errors(trainer, teacher, num_classes)
+    except Interrupted as told:
+        logger.warning("%s: left before a step; there is nothing to save.", signal.Signals(told.signal).name)
+        raise SystemExit(128 + told.signal) from None
+
+
+def _show_errors(trainer: Trainer, teacher: TeacherNetwork | None, num_classes: int) -> None:
     if teacher is not None and teacher.num_classes == num_classes:
         found = trainer.evaluate(teacher.network)
         trainer.progress.teacher = {"err1": found.err1, "err5": found.err5}

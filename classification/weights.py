@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import json
 import logging
 import pickle
 import zipfile
@@ -13,10 +13,12 @@ from urllib.error import URLError
 
 import torch
 import torchvision
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from classification.errors import UserError
 from classification.models import TIMM, _timm_model, architecture, build
+from d2_mgd.reliability import file_digest as digest
 
 __all__ = ["digest", "load_file", "load_weights", "network_from_file", "pretrained_network", "read_checkpoint"]
 
@@ -26,7 +28,7 @@ State = Mapping[str, Tensor]
 
 
 def read_checkpoint(path: Path, what: str) -> dict[str, Any]:
-    """Read a ``.pth`` file without running any code of it.
+    """Read a ``.pth`` or ``.safetensors`` file without running any code of it.
 
     Args:
         path: the file.
@@ -37,6 +39,8 @@ def read_checkpoint(path: Path, what: str) -> dict[str, Any]:
     """
     if not path.is_file():
         raise UserError(f"{what} {path} does not exist.")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path, what)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -48,6 +52,24 @@ def read_checkpoint(path: Path, what: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{what} {path} holds a {type(content).__name__}, not a dictionary of weights.")
     return content
+
+
+def _read_safetensors(path: Path, what: str) -> dict[str, Any]:
+    """The tensors as ``state_dict``, and the metadata beside it: json where it is json, else text."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dictionary
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{what} {path} is damaged or cut short, or no safetensors file at all.") from error
+    return {**{name: _plain(text) for name, text in metadata.items()}, "state_dict": tensors}
+
+
+def _plain(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def load_file(path: Path, name: str, what: str) -> dict[str, Tensor]:
@@ -172,15 +194,6 @@ def network_from_file(name: str, path: Path, num_classes: int, what: str, other_
         model = build(name, num_classes)
     load_weights(model, state, name, f"{what} {path}")
     return model, num_classes
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file, as a checkpoint's record of its teacher."""
-    found = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            found.update(block)
-    return found.hexdigest()
 
 
 def _first_line(error: Exception) -> str:

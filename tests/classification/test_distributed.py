@@ -76,7 +76,7 @@ def test_two_processes_write_one_run(two_processes: Path) -> None:
     assert [line["epoch"] for line in history] == [1, 2]
     assert {"train_loss_kd", "train_loss_distill/stage3", "err1"} <= set(history[0])
     stored = torch.load(two_processes / "checkpoint.pth", weights_only=True)
-    assert (stored["world"], len(stored["random"])) == (2, 2)
+    assert (stored["world"], len(stored["processes"])) == (2, 2)
     assert stored["distiller"]["features.stage3.norm.num_batches_tracked"] == 6
 
 

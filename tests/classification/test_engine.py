@@ -201,7 +201,7 @@ def test_teacher_stays_frozen_and_stops_where_its_logits_are_not_wanted(data: Pa
 def test_student_network_stays_plain(data: Path, tmp_path: Path) -> None:
     trainer = trainer_of(data, tmp_path, "--mgd-align", "conv1x1", "--loss", "mse")
     assert trainer.student.network.state_dict().keys() == build("shufflenet_v2_x0_5", 3).state_dict().keys()
-    trained = {id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]}
+    trained = {id(parameter) for group in trainer.stepper.optimizer.param_groups for parameter in group["params"]}
     assert {id(parameter) for parameter in trainer.distiller.parameters()} <= trained
     assert {id(parameter) for parameter in trainer.student.network.parameters()} <= trained
 

@@ -66,8 +66,8 @@ def test_a_run_goes_on_in_the_middle_of_a_falling_weight(
 
     save = Trainer.save
 
-    def stop(self: Trainer, names: list[str]) -> None:
-        save(self, names)
+    def stop(self: Trainer) -> None:
+        save(self)
         if (self.progress.epoch, self.progress.step) == (1, 2):
             raise Stopped
 

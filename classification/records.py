@@ -1,0 +1,82 @@
+"""What the first process writes for all: checkpoints, the student's files, metrics and matchings.
+
+Each of these returns what the disk said against it, as a sentence for all processes; None where all went well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from classification.checkpoint import STUDENT_BEST, STUDENT_LAST, save_atomically, save_safetensors
+from classification.errors import UserError
+from d2_mgd.distill import RematchReport, save_reports
+from d2_mgd.reliability import system_reason
+
+if TYPE_CHECKING:
+    from classification.engine import Trainer
+
+__all__ = ["write_checkpoint", "write_epoch", "write_matching"]
+
+
+def write_checkpoint(trainer: Trainer, state: dict[str, Any]) -> str | None:
+    """Write the state of a training, and move the pointer to it."""
+    if not trainer.process.is_main:
+        return None
+    progress = trainer.progress
+    step = f"_step_{progress.step:06d}" if progress.step else ""
+    try:
+        trainer.checkpoints.write(state, f"checkpoint_epoch_{progress.epoch:04d}{step}.pth", _position(trainer))
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _position(trainer: Trainer) -> int:
+    """How far the run is; it grows also where the number of processes, and so of steps, changes."""
+    images, progress = len(trainer.data["train"]), trainer.progress
+    done = images if progress.step == trainer.order.steps else progress.step * trainer.together
+    return progress.epoch * (images + 1) + done
+
+
+def write_epoch(trainer: Trainer, line: Mapping[str, Any], is_best: bool) -> str | None:
+    """Write the student's files and the metrics of a finished epoch.
+
+    Args:
+        trainer: with the epoch in its history.
+        line: the epoch's metrics.
+        is_best: whether the student is the best so far.
+    """
+    if trainer.journal is None:
+        return None
+    content = {
+        "arch": trainer.options.arch,
+        "classes": list(trainer.data["train"].folder.classes),
+        "image_size": trainer.options.image_size,
+        "epoch": line["epoch"],
+        "err1": line["err1"],
+        "err5": line["err5"],
+        "state_dict": trainer.student.network.state_dict(),
+    }
+    try:
+        for name in [STUDENT_LAST, *([STUDENT_BEST] if is_best else [])]:
+            path = trainer.options.output_dir / name
+            save_atomically(content, path)
+            if trainer.options.safetensors:
+                save_safetensors(content, path.with_suffix(".safetensors"))
+        trainer.journal.epoch(trainer.progress.history, trainer.finished_steps)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def write_matching(trainer: Trainer, epoch: int, reports: Mapping[str, RematchReport]) -> str | None:
+    """Write what a rematch after ``epoch`` epochs found."""
+    if not trainer.process.is_main:
+        return None
+    path = trainer.options.output_dir / "matching" / f"epoch_{epoch:04d}.npz"
+    try:
+        save_reports(path, reports)
+    except OSError as error:
+        return f"{path} could not be written ({system_reason(error)}); the checkpoints are intact."
+    return None

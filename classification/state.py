@@ -1,0 +1,139 @@
+"""The state of a training: all that it goes on from, gathered from its processes and given back to them.
+
+Saving changes nothing in the run that is saved, so that a run can be left at any step and end as if it had not been.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from classification.distributed import averaged_buffers, gather_objects, sum_over_processes
+from classification.options import as_values
+
+if TYPE_CHECKING:
+    from classification.engine import Trainer
+
+__all__ = ["random_state", "restore_training", "set_random_state", "training_state"]
+
+logger = logging.getLogger(__name__)
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """What torch's generators of this process stand at."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
+    """Go on from :func:`random_state`."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def training_state(trainer: Trainer) -> dict[str, Any]:
+    """The state of all processes, in the first one (collective); the others' is not complete.
+
+    The student's running statistics are the mean over processes. Within an epoch, each process's own are beside them.
+    """
+    student, device = trainer.student, trainer.process.device
+    own: dict[str, Any] = {"random": random_state(device), "sums": trainer.sums.state_dict()}
+    if trainer.process.world > 1 and trainer.progress.step:
+        own["buffers"] = {name: buffer.cpu() for name, buffer in student.named_buffers() if _differs(buffer)}
+    mean = averaged_buffers(student)
+    return {
+        "arch": trainer.options.arch,
+        "classes": list(trainer.data["train"].folder.classes),
+        "options": as_values(trainer.options),
+        "world": trainer.process.world,
+        "together": trainer.together,
+        "teacher": trainer.teacher,
+        "progress": dict(vars(trainer.progress)),
+        "student": _with_means(student.network, "network.", mean),
+        "distiller": None if student.distiller is None else _with_means(student.distiller, "distiller.", mean),
+        "costs": None if student.distiller is None else _summed_costs(trainer),
+        "optimizer": trainer.stepper.optimizer.state_dict(),
+        "scaler": trainer.stepper.scaler.state_dict(),
+        "processes": gather_objects(own),
+    }
+
+
+def _differs(buffer: Tensor) -> bool:
+    """Whether processes may hold different values: running statistics may."""
+    return buffer.dtype in (torch.float32, torch.float64)
+
+
+def _with_means(module: nn.Module, prefix: str, mean: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A module's state with other running statistics, which ``mean`` names by prefix and name."""
+    return {name: mean.get(prefix + name, value) for name, value in module.state_dict().items()}
+
+
+def _summed_costs(trainer: Trainer) -> dict[str, Any]:
+    """The running costs of all processes; each keeps its own."""
+    summed: dict[str, Any] = {}
+    for name, cost in trainer.distiller.costs.items():
+        state = cost.state_dict()
+        shape = (cost.num_student, cost.num_teacher)
+        packed = torch.zeros(math.prod(shape) + 1, dtype=torch.float64, device=trainer.process.device)
+        if state["similarity"] is not None:
+            packed[:-1] = state["similarity"].flatten()
+        packed[-1] = state["count"]
+        sum_over_processes(packed)
+        count = float(packed[-1])
+        summed[name] = {"similarity": packed[:-1].view(shape) if count else None, "count": count}
+    return summed
+
+
+def restore_training(trainer: Trainer, state: Mapping[str, Any]) -> None:
+    """Go on from :func:`training_state`, in every process.
+
+    Raises:
+        ValueError: the state is of another distiller.
+    """
+    _load_modules(trainer, state)
+    if state["costs"] and trainer.process.is_main:
+        trainer.distiller.load_cost_state_dict(state["costs"])
+    processes = state["processes"]
+    step = state["progress"]["step"]
+    if state["together"] != trainer.together:  # as many images are done, rounded to whole steps
+        step = min(trainer.order.steps, step * state["together"] // trainer.together)
+    trainer.progress = type(trainer.progress)(**{**state["progress"], "step": step})
+    trainer.summed = [name for name in processes[0]["sums"] if name != "images"]
+    if len(processes) == trainer.process.world:
+        own = processes[trainer.process.rank]
+        trainer.sums.load_state_dict(own["sums"])
+        buffers = dict(trainer.student.named_buffers())
+        for name, buffer in own.get("buffers", {}).items():
+            buffers[name].copy_(buffer)
+        set_random_state(own["random"], trainer.process.device)
+        return
+    logger.warning(
+        "the checkpoint is of %d processes and these are %d: the run goes on, but not exactly the same.",
+        len(processes),
+        trainer.process.world,
+    )
+    for other in processes[trainer.process.rank :: trainer.process.world]:
+        trainer.sums.add_state(other["sums"])
+
+
+def _load_modules(trainer: Trainer, state: Mapping[str, Any]) -> None:
+    student = trainer.student
+    if (state["distiller"] is None) != (student.distiller is None):
+        raise ValueError("one of the two has a feature distiller, and the other has not.")
+    try:
+        student.network.load_state_dict(state["student"])
+        if student.distiller is not None:
+            student.distiller.load_state_dict(state["distiller"])
+    except RuntimeError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    trainer.stepper.optimizer.load_state_dict(state["optimizer"])
+    if state["scaler"] and trainer.stepper.scaler.is_enabled():
+        trainer.stepper.scaler.load_state_dict(state["scaler"])
