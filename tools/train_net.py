@@ -119,7 +119,7 @@ def run(args: argparse.Namespace) -> Any:
             return evaluate_student(cfg, args.resume)
         trainer = Trainer(cfg)
         trainer.resume_or_load(resume=args.resume)
-    except (ValueError, FileNotFoundError, AssertionError, KeyError) as error:
+    except (ValueError, FileNotFoundError, AssertionError, KeyError, SampleError) as error:
         if " " not in str(error):  # no sentence: not somebody's input, but a mistake in the program
             raise
         _refuse(error)

@@ -130,6 +130,10 @@ def add_mgd_config(cfg: CfgNode) -> None:
     # Iterations in which the weight first rises from 0.
     cfg.MGD.SCHEDULE.WARMUP = 0
 
+    cfg.MGD.DATA = CfgNode()
+    # Let the file names of a COCO-format data set, or links among its files, leave its image folder.
+    cfg.MGD.DATA.ALLOW_OUTSIDE_ROOT = False
+
     cfg.MGD.CHECKPOINT = CfgNode()
     # How many checkpoints stay in OUTPUT_DIR, with a teacher or without; 0 keeps all.
     cfg.MGD.CHECKPOINT.KEEP = 0

@@ -1,4 +1,4 @@
-"""Loaders whose batches follow from (seed, position) alone: the training stream, and the pass of a rematch.
+"""Loaders whose batches follow from (seed, position) alone: the training stream, the passes of rematch and evaluation.
 
 What a batch holds, augmentation included, depends neither on the number of workers nor on what was drawn before. So a
 training that continues at batch k only counts off k batches of indices, which reads no image.
@@ -16,14 +16,25 @@ import detectron2.utils.comm as comm
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, get_detection_dataset_dicts
+from detectron2.data import get_detection_dataset_dicts
 from detectron2.data.build import _train_loader_from_config
 from detectron2.data.common import DatasetFromList
+from detectron2.data.samplers import InferenceSampler
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from d2_mgd.detection.images import ImageMapper
 from d2_mgd.detection.state import seeded_randomness
+from d2_mgd.detection.weights import local_weights_file, read_pickled_arrays
 
-__all__ = ["PassLoader", "SampleError", "TrainLoader", "build_pass_loader", "build_train_loader"]
+__all__ = [
+    "EvaluationLoader",
+    "PassLoader",
+    "SampleError",
+    "TrainLoader",
+    "build_evaluation_loader",
+    "build_pass_loader",
+    "build_train_loader",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -203,6 +214,29 @@ class PassLoader:
         return _load(self.records, self.mapper, self.batches, self.num_workers, 0)
 
 
+class EvaluationLoader:
+    """Every image of a set once, one at a time, shared out to the processes; sized.
+
+    Args:
+        records: the data set.
+        mapper: reads one record as for inference.
+        num_workers: loading processes.
+    """
+
+    def __init__(self, records: DatasetFromList, mapper: Mapper, num_workers: int) -> None:
+        self.records = records
+        self.mapper = mapper
+        self.num_workers = num_workers
+        self.batches = [[(0, index)] for index in InferenceSampler(len(records))]
+
+    def __len__(self) -> int:
+        """Images of this process."""
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[Sample]]:
+        return _load(self.records, self.mapper, self.batches, self.num_workers, 0)
+
+
 def _load(records: DatasetFromList, mapper: Mapper, batches: Any, num_workers: int, seed: int) -> Iterator:
     """Batches of samples; an unreadable one raises its sentence in this process."""
     loader = DataLoader(
@@ -240,7 +274,7 @@ def build_train_loader(cfg: CfgNode, seed: int) -> TrainLoader:
             f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, which {processes} processes cannot share evenly."
         )
     records = _training_records(cfg)
-    mapper = DatasetMapper(cfg, is_train=True)
+    mapper = ImageMapper(cfg, is_train=True)
 
     def make_sampler(run_seed: int) -> Any:
         seeded = cfg.clone()
@@ -269,7 +303,7 @@ def build_pass_loader(cfg: CfgNode, records: DatasetFromList, seed: Sequence[int
     """
     return PassLoader(
         records,
-        DatasetMapper(cfg, is_train=False),
+        ImageMapper(cfg, is_train=False),
         num_images=cfg.MGD.REMATCH.NUM_IMAGES,
         batch_size=cfg.MGD.REMATCH.BATCH_SIZE,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
@@ -277,15 +311,34 @@ def build_pass_loader(cfg: CfgNode, records: DatasetFromList, seed: Sequence[int
     )
 
 
+def build_evaluation_loader(cfg: CfgNode, name: str) -> EvaluationLoader:
+    """The images of one of DATASETS.TEST, with the test-time size.
+
+    Raises:
+        ValueError: as :func:`build_train_loader` does of the data set.
+    """
+    proposals = None
+    if cfg.MODEL.LOAD_PROPOSALS:
+        proposals = [cfg.DATASETS.PROPOSAL_FILES_TEST[list(cfg.DATASETS.TEST).index(name)]]
+    records = _records((name,), proposals, filter_empty=False)
+    return EvaluationLoader(records, ImageMapper(cfg, is_train=False), cfg.DATALOADER.NUM_WORKERS)
+
+
 def _training_records(cfg: CfgNode) -> DatasetFromList:
-    """The records of DATASETS.TRAIN after Detectron2's filters, in one block of memory that workers share."""
-    keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
-    records = get_detection_dataset_dicts(
+    """The records of DATASETS.TRAIN after Detectron2's filters."""
+    return _records(
         cfg.DATASETS.TRAIN,
+        cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
         filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-        min_keypoints=keypoints,
-        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+        min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
     )
+
+
+def _records(names: Sequence[str], proposals: Sequence[str] | None, **filters: Any) -> DatasetFromList:
+    """The records of data sets in one block of memory that workers share."""
+    for file in proposals or ():  # Detectron2 would run whatever the file asks for
+        read_pickled_arrays(local_weights_file(file))
+    records = get_detection_dataset_dicts(names, proposal_files=proposals, **filters)
     if not isinstance(records, list):
-        raise ValueError(f"the data sets {cfg.DATASETS.TRAIN} must be lists of records, not {type(records).__name__}.")
+        raise ValueError(f"the data sets {names} must be lists of records, not {type(records).__name__}.")
     return DatasetFromList(records, copy=False)

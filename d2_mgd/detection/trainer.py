@@ -26,7 +26,13 @@ from d2_mgd.detection.config import META_ARCHITECTURE, rematch_schedule, student
 from d2_mgd.detection.datasets import check_classes
 from d2_mgd.detection.features import export_student_state
 from d2_mgd.detection.hooks import CheckpointHook, MatchingHook, gather_costs
-from d2_mgd.detection.loader import TrainLoader, build_pass_loader, build_train_loader
+from d2_mgd.detection.loader import (
+    EvaluationLoader,
+    TrainLoader,
+    build_evaluation_loader,
+    build_pass_loader,
+    build_train_loader,
+)
 from d2_mgd.detection.preemption import PreemptionHook
 from d2_mgd.detection.state import (
     changed_numbers,
@@ -101,6 +107,11 @@ class Trainer(DefaultTrainer):
     def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
         """The resumable stream of training batches that follows from ``cfg.SEED``."""
         return build_train_loader(cfg, cfg.SEED)
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> EvaluationLoader:
+        """The images of one of DATASETS.TEST, one at a time."""
+        return build_evaluation_loader(cfg, dataset_name)
 
     def build_hooks(self) -> list[HookBase]:
         """Timer, schedule, preemption, rematch, checkpoint, evaluation, writers: in this order after each step."""

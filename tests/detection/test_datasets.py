@@ -14,11 +14,19 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 from detectron2.config import get_cfg
 from training_runs import CLASSES, write_coco
 
-from d2_mgd.detection.datasets import DatasetError, check_classes, check_coco, check_datasets, register_coco
+from d2_mgd.detection import add_mgd_config
+from d2_mgd.detection.datasets import (
+    DatasetError,
+    Inspection,
+    check_classes,
+    check_coco,
+    check_datasets,
+    register_coco,
+)
 
 
-def checked(path: Path, root: Path, **settings: bool) -> None:
-    check_coco("mine", str(path), str(root), **settings)
+def checked(path: Path, root: Path, allow_outside: bool = False, **wanted: Any) -> None:
+    check_coco("mine", str(path), str(root), Inspection(**wanted), allow_outside=allow_outside)
 
 
 def changed(folder: Path, change: Callable[[dict[str, Any]], Any]) -> tuple[Path, Path]:
@@ -88,7 +96,7 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     path, root = write_coco(tmp_path, "set", 6, seed=0)
     (root / "003.png").unlink()
     (root / "004.png").unlink()
-    with pytest.raises(DatasetError, match=r"the image .*003\.png does not exist \(2 of 6 like it\)"):
+    with pytest.raises(DatasetError, match=r"the image .*003\.png does not exist \(2 of 6 images are like this\)"):
         checked(path, root)
     with pytest.raises(DatasetError, match=r"its image folder .*nowhere does not exist"):
         checked(path, tmp_path / "nowhere")
@@ -108,35 +116,91 @@ def test_images_in_subfolders_are_found(tmp_path: Path) -> None:
     checked(path, root)
 
 
-@pytest.mark.parametrize(
-    ("change", "warning"),
-    [
-        (box(-1.5, -0.5, 98.5, 66), ""),
-        (box(5, 5, 0, 10), "1 annotations have a box without area"),
-        (lambda content: content["annotations"][0].update(iscrowd=1), ""),
-        (lambda content: content["annotations"][0].update(image_id=99), "1 annotations have no image in the set"),
-        (
-            lambda content: content["categories"].insert(0, {"id": 0, "name": "thing"}),
-            "1 of its 4 classes have no annotation, but count as classes: thing",
-        ),
-    ],
-    ids=["rounding", "no area", "crowd", "other image", "unused class"],
-)
-def test_what_detectron2_handles_is_tolerated(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, change: Any, warning: str
-) -> None:
+TOLERATED = {
+    "rounding": (box(-1.5, -0.5, 98.5, 66), ""),
+    "crowd": (lambda content: content["annotations"][0].update(iscrowd=1), ""),
+    "no area": (
+        box(5, 5, 0, 10),
+        "annotation 1 of image 000.png has a box without area and is left out (1 of 9 annotations are like this)",
+    ),
+    "other image": (
+        lambda content: content["annotations"][0].update(image_id=99),
+        "annotation 1 belongs to image 99, which is not in the set, and is left out (1 of 9 annotations are like this)",
+    ),
+    "unused class": (
+        lambda content: content["categories"].insert(0, {"id": 0, "name": "thing"}),
+        "the class 'thing' has no annotation, but counts as a class (1 of 4 classes are like this)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TOLERATED)
+def test_what_training_goes_on_with(tmp_path: Path, caplog: pytest.LogCaptureFixture, case: str) -> None:
+    change, warning = TOLERATED[case]
     with caplog.at_level(logging.WARNING):
         checked(*changed(tmp_path, change))
     assert warning in caplog.text if warning else not caplog.text
 
 
+@pytest.mark.parametrize("key", ["area", "iscrowd"])
+def test_what_evaluation_needs_is_wanted_where_it_evaluates(tmp_path: Path, key: str) -> None:
+    """pycocotools finds out after the training."""
+    path, root = changed(tmp_path, lambda content: content["annotations"][2].pop(key))
+    checked(path, root)
+    with pytest.raises(DatasetError, match=rf"annotation 3 of image .* has no '{key}' .*which evaluation needs: None"):
+        checked(path, root, evaluate=True)
+
+
+MASKS = {
+    "absent": (None, "no segmentation, which MODEL.MASK_ON needs"),
+    "nan": ([[1, 2, float("nan"), 4, 5, 6]], "a segmentation that is not made of finite numbers"),
+    "text": ("mask", "a segmentation that is not made of finite numbers"),
+    "two points": ([[1, 2, 3, 4]], "no polygon of three points or more"),
+    "run-length": ({"size": [9, 9], "counts": "x"}, "a run-length code of another size than its image"),
+}
+
+
+@pytest.mark.parametrize("case", MASKS)
+def test_masks_are_checked_where_they_are_trained(tmp_path: Path, case: str) -> None:
+    mask, message = MASKS[case]
+
+    def change(content: dict[str, Any]) -> None:
+        for annotation in content["annotations"]:
+            annotation["segmentation"] = [[1, 2, 3, 4, 5, 6]]
+        content["annotations"][1]["segmentation"] = mask
+
+    path, root = changed(tmp_path, change)
+    checked(path, root)
+    with pytest.raises(DatasetError, match=rf"annotation 2 of image .* has {message}"):
+        checked(path, root, masks=True)
+
+
+def test_an_image_of_which_resizing_leaves_nothing_is_named(tmp_path: Path) -> None:
+    def change(content: dict[str, Any]) -> None:
+        content["images"][0].update(width=20_000, height=1)
+        content["annotations"][0]["bbox"] = [0, 0, 50, 1]
+
+    path, root = changed(tmp_path, change)
+    checked(path, root)
+    with pytest.raises(
+        DatasetError, match=r"the image 000.png of 20000 x 1 pixels becomes 1333 x 0 when it is resized"
+    ):
+        checked(path, root, sizes=[(800, 1333)])
+
+
+@pytest.mark.parametrize("name", ["../set.json", "/etc/passwd", "link.png"])
+def test_file_names_stay_in_the_image_folder_unless_told_otherwise(tmp_path: Path, name: str) -> None:
+    path, root = changed(tmp_path, lambda content: content["images"][0].update(file_name=name))
+    (root / "link.png").symlink_to(path)
+    with pytest.raises(
+        DatasetError, match=rf"the image {name} leads to .*MGD.DATA.ALLOW_OUTSIDE_ROOT True allows it\.$"
+    ):
+        checked(path, root)
+    checked(path, root, allow_outside=True)
+
+
 def test_a_set_without_annotations_may_be_tested_on(tmp_path: Path) -> None:
     checked(*changed(tmp_path, lambda content: content.pop("annotations")), train=False)
-
-
-def test_masks_are_wanted_where_they_are_trained(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match=r"no segmentation, which MODEL.MASK_ON needs"):
-        checked(*write_coco(tmp_path, "set", 6, seed=0), masks=True)
 
 
 # --- names and classes ---
@@ -154,6 +218,7 @@ def test_a_name_stands_for_one_set(tmp_path: Path) -> None:
 
 def test_the_sets_of_a_config_are_checked(tmp_path: Path) -> None:
     cfg = get_cfg()
+    add_mgd_config(cfg)
     with pytest.raises(DatasetError, match=r"DATASETS.TRAIN names no data set"):
         check_datasets(cfg)
     cfg.DATASETS.TEST = ("unheard_of",)

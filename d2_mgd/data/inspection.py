@@ -1,0 +1,100 @@
+"""A whole data set in COCO format: what its json says, where its files are, and what is in them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from tqdm import tqdm
+
+from d2_mgd.data.coco import NOTE, CocoError, Finding, Findings, Inspection, inspect_coco, read_coco
+from d2_mgd.data.files import find_files
+from d2_mgd.data.images import ImageFacts, inspect_image
+
+__all__ = ["OUTSIDE", "inspect_pixels", "inspect_set"]
+
+OUTSIDE = "images outside their folder"  # the kind of finding that an option allows
+
+_PORTION = 4096
+
+
+def inspect_set(
+    json_file: str, image_root: str, wanted: Inspection, allow_outside: bool = False
+) -> tuple[list[Finding], list[dict[str, Any]]]:
+    """Everything that is wrong with a set as far as its json and a listing of its folders tell; no image is read.
+
+    Args:
+        json_file: annotations in COCO's instance format.
+        image_root: the folder that the json's file names are relative to.
+        wanted: what the set is used for.
+        allow_outside: whether file names may leave ``image_root``.
+
+    Returns:
+        the findings; and the images, as entries of the json, whose files are there.
+
+    Raises:
+        CocoError: the json is not in COCO's format, or the folder does not exist.
+    """
+    content = read_coco(json_file)
+    if not os.path.isdir(image_root):
+        raise CocoError(f"its image folder {image_root} does not exist")
+    inspected, images = inspect_coco(content, json_file, wanted)
+    files = find_files(image_root, [image["file_name"] for image in images], allow_outside)
+    found = Findings()
+    for name, path in files.outside.items():
+        example = f"the image {name} leads to {path}, outside the image folder {image_root}"
+        found.add(OUTSIDE, example, things="images", of=len(images))
+    for path in files.missing:
+        found.add("missing images", f"the image {path} does not exist", things="images", of=len(images))
+    absent = {*files.missing}
+    there = [
+        image
+        for image in images
+        if image["file_name"] not in files.outside and os.path.join(image_root, image["file_name"]) not in absent
+    ]
+    return [*inspected, *found], there
+
+
+def inspect_pixels(
+    image_root: str, images: Sequence[dict[str, Any]], workers: int = 1, progress: bool = False
+) -> list[Finding]:
+    """What is wrong with, or peculiar about, the image files of a set; every one is decoded to its last pixel.
+
+    Args:
+        image_root: the folder.
+        images: entries of the json whose files are there.
+        workers: images that are decoded at the same time (threads: decoding runs outside Python's lock).
+        progress: show a bar.
+    """
+    found = Findings()
+    paths = [os.path.join(image_root, image["file_name"]) for image in images]
+    facts = tqdm(_inspected(paths, workers), total=len(paths), unit="image", desc="decoding", disable=not progress)
+    for known, image, path in zip(facts, images, paths):  # facts first: their bar ends by itself
+        if known.error:
+            found.add(known.kind, f"{path} {known.error}", things="images", of=len(images))
+            continue
+        for note in known.notes:
+            found.add(f"images: {note}", f"{path} {note}", severity=NOTE, things="images", of=len(images))
+        offence = _offence_of_size(image, known)
+        if offence:
+            found.add("images of another size than the json says", f"{path} {offence}", things="images", of=len(images))
+    return list(found)
+
+
+def _inspected(paths: Sequence[str], workers: int) -> Iterator[ImageFacts]:
+    with ThreadPoolExecutor(max_workers=workers) as pool:
+        # in portions, so that neither memory nor Ctrl-C suffers from a million images in the queue
+        for start in range(0, len(paths), _PORTION):
+            yield from pool.map(inspect_image, paths[start : start + _PORTION])
+
+
+def _offence_of_size(image: dict[str, Any], known: ImageFacts) -> str:
+    said = (image["width"], image["height"])
+    if said == known.size:
+        return ""
+    sentence = f"has {known.size[0]} x {known.size[1]} pixels, and the json says {said[0]} x {said[1]}"
+    if said == known.stored:
+        sentence += ", its size before it is turned upright as its EXIF says: the boxes are of the turned image"
+    return sentence

@@ -1,0 +1,182 @@
+#!/usr/bin/env python
+"""Says what is wrong with data sets in COCO format, before a training finds out.
+
+    python tools/check_dataset.py fish/train.json fish/images
+    python tools/check_dataset.py --register-coco fish_train fish/train.json fish/images \\
+        --register-coco fish_valid fish/valid.json fish/images --config-file configs/small/retinanet_R_18_FPN.yaml
+
+Every image is decoded to its last pixel, every annotation looked at, and everything found is told kind by kind: how
+many there are, and examples. An error is what a training refuses, or would stop at; a warning what it goes on with,
+leaving something out or counting something that is not there; a note what one may want to know, such as how an image
+that is not plain RGB becomes it. The exit status is 0 where there is no error, 1 where there is one, 2 for a command
+line that cannot work.
+
+With a config (and KEY VALUE overrides at the end) the sets of DATASETS.TRAIN and DATASETS.TEST are checked for what
+they are used for, at the sizes that the config resizes images to. Without one, the named sets are checked as for
+training on boxes at Detectron2's own sizes; Detectron2 is not needed then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # works without an installation too
+
+from d2_mgd.data.coco import ERROR, NOTE, WARNING, CocoError, Finding, Inspection
+from d2_mgd.data.inspection import OUTSIDE, inspect_pixels, inspect_set
+
+BAD_INPUT = 2  # exit status, as argparse has it
+_DETECTRON2_SIZES = ((800, 1333),)  # its defaults
+
+
+class CocoSet(NamedTuple):
+    """A data set and what it is used for."""
+
+    name: str
+    json_file: str
+    image_root: str
+    wanted: Inspection
+    allow_outside: bool
+
+
+def parser() -> argparse.ArgumentParser:
+    built = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    built.add_argument(
+        "words",
+        nargs="*",
+        metavar="JSON IMAGES | KEY VALUE",
+        help="a set's annotations and image folder; or with --config-file, overrides of the config",
+    )
+    built.add_argument(
+        "--register-coco",
+        nargs=3,
+        action="append",
+        default=[],
+        metavar=("NAME", "JSON", "IMAGES"),
+        help="a data set with a name; any number of times",
+    )
+    built.add_argument("--config-file", default="", metavar="FILE", help="of the training that the sets are for")
+    built.add_argument(
+        "--allow-outside-root",
+        action="store_true",
+        help="let file names and links leave the image folder, as MGD.DATA.ALLOW_OUTSIDE_ROOT does",
+    )
+    built.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="images decoded at the same time"
+    )
+    return built
+
+
+def chosen_sets(args: argparse.Namespace) -> list[CocoSet]:
+    """The sets that a command line names.
+
+    Raises:
+        ValueError: it names none, or some in a way that is not understood; one sentence.
+    """
+    if args.workers < 1:
+        raise ValueError(f"--workers must be at least 1, got {args.workers}.")
+    if args.config_file:
+        return _sets_of_config(args)
+    sets = list(args.register_coco)
+    if len(args.words) == 2 and not sets:
+        sets.append([os.path.splitext(os.path.basename(args.words[0]))[0], *args.words])
+    elif args.words:
+        raise ValueError(f"give JSON IMAGES alone, or --register-coco NAME JSON IMAGES, not {' '.join(args.words)}.")
+    if not sets:
+        raise ValueError("there is nothing to check: give JSON IMAGES, or --register-coco NAME JSON IMAGES.")
+    wanted = Inspection(train=True, sizes=_DETECTRON2_SIZES)
+    return [CocoSet(name, path, root, wanted, args.allow_outside_root) for name, path, root in sets]
+
+
+def _sets_of_config(args: argparse.Namespace) -> list[CocoSet]:
+    """The sets in COCO's format of a config's DATASETS."""
+    from train_net import build_config
+
+    from d2_mgd.detection.datasets import register_coco, registered, wanted_of
+
+    for one in args.register_coco:
+        register_coco(*one)
+    # evaluation's config: nothing of a teacher is needed to look at data
+    told = argparse.Namespace(config_file=args.config_file, opts=args.words, eval_only=True, eval_teacher=False)
+    cfg: Any = build_config(told)
+    allowed = args.allow_outside_root or cfg.MGD.DATA.ALLOW_OUTSIDE_ROOT
+    sets = []
+    for name in dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]):
+        known = registered(name)
+        if known.get("evaluator_type") == "coco":
+            sets.append(CocoSet(name, known.json_file, known.image_root, wanted_of(cfg, name), allowed))
+        else:
+            print(f"{name} is not in COCO's format and is not checked.")
+    if not sets:
+        raise ValueError(
+            f"{args.config_file} names no data set in COCO's format: set DATASETS.TRAIN and DATASETS.TEST."
+        )
+    return sets
+
+
+def check(one: CocoSet, workers: int) -> tuple[list[Finding], int]:
+    """Everything found in one set, and the number of its images whose files are there.
+
+    Raises:
+        CocoError: it is not in COCO's format at all.
+    """
+    findings, images = inspect_set(one.json_file, one.image_root, one.wanted, one.allow_outside)
+    return [*findings, *inspect_pixels(one.image_root, images, workers, progress=True)], len(images)
+
+
+def report(one: CocoSet, findings: Sequence[Finding], num_images: int) -> str:
+    """What was found as text: errors first, then warnings, then notes; and a last line that counts the kinds."""
+    lines = [f"{one.name}: {one.json_file} with {num_images:,} images in {one.image_root}"]
+    for severity in (ERROR, WARNING, NOTE):
+        for finding in findings:
+            if finding.severity == severity:
+                lines += _lines(finding)
+    numbers = Counter(finding.severity for finding in findings)
+    kinds = ", ".join(f"{numbers[severity]} of {severity}s" for severity in (ERROR, WARNING, NOTE))
+    lines.append(f"{one.name}: kinds found: {kinds}")
+    return "\n".join(lines)
+
+
+def _lines(finding: Finding) -> list[str]:
+    head = f"{finding.severity}: {finding.kind}"
+    if finding.things:
+        head += f": {finding.count:,} of {finding.of:,} {finding.things}"
+    lines = [f"  {head}", *(f"    {example}" for example in finding.examples)]
+    if finding.count > len(finding.examples):
+        lines.append(f"    and {finding.count - len(finding.examples):,} more")
+    if finding.kind == OUTSIDE:
+        lines.append("    --allow-outside-root, and MGD.DATA.ALLOW_OUTSIDE_ROOT True in training, allow it")
+    return lines
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    args = parser().parse_args(arguments)
+    # Odd metadata is no problem for a training, and its warnings would hide the report.
+    warnings.filterwarnings("ignore", module="PIL")
+    failed = False
+    try:
+        sets = chosen_sets(args)
+    except (ValueError, ImportError) as error:
+        print(f"check_dataset.py: error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    for one in sets:
+        try:
+            findings, num_images = check(one, args.workers)
+        except CocoError as error:
+            print(f"{one.name}: error: {error}.")
+            failed = True
+            continue
+        print(report(one, findings, num_images))
+        failed |= any(finding.severity == ERROR for finding in findings)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
