@@ -184,9 +184,10 @@ pre { font: .85rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace;
   border: 1px solid var(--line); border-radius: 6px; padding: .9rem 1.1rem; overflow-x: auto; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
-th, td { padding: .45rem .85rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
-th { font-size: .85rem; font-weight: 600; color: var(--soft); border-bottom: 2px solid var(--line); }
-th:first-child, td:first-child { text-align: left; padding-left: .2rem; }
+th, td { padding: .45rem .85rem; text-align: right; border-bottom: 1px solid var(--line); }
+th { font-size: .85rem; font-weight: 600; color: var(--soft); border-bottom: 2px solid var(--line);
+  vertical-align: bottom; line-height: 1.25; }
+th:first-child, td:first-child { text-align: left; padding-left: .2rem; white-space: nowrap; }
 tr.strong td { font-weight: 600; background: var(--wash); }
 figure { margin: 1.2rem 0 1.8rem; }
 figure img { max-width: 100%; height: auto; display: block; }

@@ -19,10 +19,13 @@ from d2_mgd.matching import ChannelMatching, solve_matching
 from d2_mgd.report import Bar, Report, picture
 from d2_mgd.visualize import (
     Detections,
+    Prediction,
+    draw_costs,
     draw_curves,
     draw_detections,
     draw_group,
     draw_matching,
+    draw_predictions,
     draw_rematches,
     load_history,
     matching_order,
@@ -110,6 +113,17 @@ def test_the_history_of_a_training_is_read_and_drawn(tmp_path: Path) -> None:
         load_history(tmp_path / "nothing")
 
 
+def test_costs_are_drawn_at_their_means() -> None:
+    reports = {name: _report(6, 14, seed, name) for seed, name in enumerate(("p3", "p4", "p5"))}
+    figure = draw_costs(reports)
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["p3", "p4", "p5"]
+    matched, every = (line.get_xdata() for line in axes.lines if line.get_marker() == "o")
+    np.testing.assert_allclose(matched, [found.mean_cost for found in reports.values()])
+    np.testing.assert_allclose(every, [found.cost.mean() for found in reports.values()])
+    assert _pixels(figure).std() > 2
+
+
 # --- trainings ---
 
 
@@ -126,6 +140,14 @@ def test_metrics_of_a_resumed_training_that_was_cut_off(tmp_path: Path) -> None:
         {"iteration": 19, "total_loss": 2.5, "bbox/AP": 1.5},
         {"iteration": 39, "total_loss": 2.0},
     ]
+
+
+def test_metrics_by_epoch_and_of_another_training(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.json"
+    path.write_text('{"epoch": 2, "err1": 3.0}\n{"epoch": 1, "err1": NaN}\n')
+    assert [row["epoch"] for row in read_metrics(path, "epoch")] == [1, 2]
+    with pytest.raises(ValueError, match="names no iteration"):
+        read_metrics(path)
 
 
 def test_smoothing_keeps_a_constant_and_the_length() -> None:
@@ -146,7 +168,18 @@ def test_curves_of_runs_of_different_length() -> None:
         draw_curves({"one": long}, {"x": "nothing"})
 
 
-# --- detections ---
+def test_curves_of_many_runs_over_epochs_without_what_is_no_number() -> None:
+    rows = [{"epoch": epoch, "err1": float("nan") if epoch == 3 else 50.0 / epoch} for epoch in range(1, 30)]
+    figure = draw_curves({f"a run with a long name {n}": rows for n in range(11)}, {"error": "err1"}, step="epoch")
+    (axes,) = figure.axes
+    assert axes.get_xlabel() == "epochs"
+    assert all(3 not in line.get_xdata() and np.isfinite(line.get_ydata()).all() for line in axes.lines)
+    legend = figure.legends[0].get_window_extent()
+    assert 0 <= legend.x0 < legend.x1 <= figure.bbox.width
+    assert _pixels(figure).std() > 2
+
+
+# --- what networks find ---
 
 
 def _found(scores: list[float]) -> Detections:
@@ -174,6 +207,20 @@ def test_detections_of_another_number_of_images_are_an_error() -> None:
     image = np.zeros((8, 8, 3), dtype=np.uint8)
     with pytest.raises(ValueError, match="'model' has detections of 1 images, and there are 2"):
         draw_detections([image, image], {"model": [_found([0.5])]}, ["ball"])
+
+
+def test_the_true_class_stands_out() -> None:
+    images = [np.full((8, 8, 3), 90, dtype=np.uint8)] * 2
+    sure = Prediction(["cat", "dog", "x" * 60], np.array([0.7, 0.2, 0.1]))
+    figure = draw_predictions(images, ["cat", "emu"], {"a": [sure, sure]})
+    right, wrong = figure.axes[1], figure.axes[3]
+    assert len({bar.get_facecolor() for bar in right.patches}) == 2
+    assert len({bar.get_facecolor() for bar in wrong.patches}) == 1
+    assert [bar.get_width() for bar in right.patches] == [0.7, 0.2, 0.1]
+    assert any(text.get_text().endswith("…") for text in right.texts)
+    assert _pixels(figure).std() > 2
+    with pytest.raises(ValueError, match="'a' is of 1 images, and there are 2"):
+        draw_predictions(images, ["cat", "emu"], {"a": [sure]})
 
 
 # --- reports ---

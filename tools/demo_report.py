@@ -1,7 +1,4 @@
-"""What tools/demo.py found, as a report: table, curves, matchings, maps, detections.
-
-Shape shorthand: S student channels, T teacher channels, H, W pixels of a map.
-"""
+"""What tools/demo.py found, as a report: table, curves, matchings, maps, detections."""
 
 from __future__ import annotations
 
@@ -11,22 +8,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from detectron2.data import detection_utils
-from detectron2.modeling import build_model
 from matplotlib.figure import Figure
 from PIL import Image
 
 from d2_mgd import visualize
-from d2_mgd.detection.checkpoint import load_weights
-from d2_mgd.detection.config import student_config
-from d2_mgd.distill import REDUCERS, FeatureTaps, RematchReport, Tap
+from d2_mgd.distill import RematchReport
 from d2_mgd.report import Bar, Report
 from d2_mgd.scenes import CLASSES
-from d2_mgd.visualize import Detections
 
 if TYPE_CHECKING:
     from tools.demo import Demo, Stage
+    from tools.detection_run import detections_of, feature_maps
+    from tools.run_folder import open_run
+    from tools.visualize_matching import add_costs, add_rematches, group_figure
+else:
+    from detection_run import detections_of, feature_maps
+    from run_folder import open_run
+    from visualize_matching import add_costs, add_rematches, group_figure
 
 _COLOURS = {"teacher": "#7F7F7F", "student": "#E69F00", "distilled": "#0072B2"}
 _SHOWN_SCENES = 5
@@ -166,21 +164,10 @@ def _add_matchings(report: Report, demo: Demo) -> None:
         "which student channel, so that the sum of the costs of all pairs is the least possible. Channels are ordered "
         "by the matching, so its pairs, framed, run down the diagonal."
     )
-    for name, found in newest.items():
-        report.figure(
-            f"matching_{name}",
-            visualize.draw_matching(found.cost, found.matching, title=f"{name}: cost after the last rematch"),
-            f"`{name}`: {found.matching.num_student} student channels, {found.matching.num_teacher} teacher channels, "
-            f"{found.num_images} images. Mean cost of the matched pairs {found.mean_cost:.2f}, of all pairs "
-            f"{found.cost.mean():.2f}.",
-        )
-    report.figure(
-        "rematches",
-        visualize.draw_rematches(history),
-        "The matching is solved anew as the student changes.",
-    )
+    add_costs(report, newest)
+    add_rematches(report, history, "iterations")
     feature = next(iter(newest))
-    for place, figure in _group_figures(demo, feature, newest[feature]).items():
+    for place, figure in _group_figures(demo, newest[feature]).items():
         report.figure(
             f"group_{place.split()[-1]}",
             figure,
@@ -189,37 +176,13 @@ def _add_matchings(report: Report, demo: Demo) -> None:
         )
 
 
-@torch.no_grad()
-def _group_figures(demo: Demo, feature: str, found: RematchReport) -> dict[str, Figure]:
+def _group_figures(demo: Demo, found: RematchReport) -> dict[str, Figure]:
     """The best matched student channel and the median one, with their groups."""
-    image_file = demo.folder("scenes") / "test" / "000000.jpg"
-    student = _feature_map(demo, "distilled", feature, image_file)
-    teacher = _feature_map(demo, "teacher", feature, image_file)
-    reducer = demo.config_of("distilled").MGD.REDUCER
-    guided, _ = REDUCERS.get(reducer)(teacher, torch.from_numpy(found.matching.groups.copy()), None, None)
+    run = open_run(demo.folder("distilled"))
+    maps = feature_maps(run, demo.folder("scenes") / "test" / "000000.jpg")
     rows, _ = visualize.matching_order(found.cost, found.matching)
-    figures = {}
-    for place, row in (("best", rows[0]), ("in the middle", rows[len(rows) // 2])):
-        members = [int(member) for member in found.matching.groups[row] if member >= 0]
-        figures[place] = visualize.draw_group(
-            student[0, row].numpy(),
-            [teacher[0, member].numpy() for member in members],
-            guided[0, row].numpy(),
-            np.asarray(Image.open(image_file).convert("RGB")),
-            names=[f"teacher {member}" for member in members],
-        )
-    return figures
-
-
-def _feature_map(demo: Demo, name: str, feature: str, image_file: Path) -> torch.Tensor:
-    """(1, C, H, W) map of a trained network on one image."""
-    cfg = student_config(demo.stored_config(name))
-    model = build_model(cfg).eval()
-    load_weights(model, str(demo.folder(name) / "model_final.pth"))
-    image = detection_utils.read_image(str(image_file), format=cfg.INPUT.FORMAT)
-    with FeatureTaps(model, {feature: Tap("backbone", key=feature)}) as taps:
-        maps = taps.run([{"image": torch.from_numpy(image.transpose(2, 0, 1).copy())}])
-    return maps[feature].float().cpu()
+    places = {"best": int(rows[0]), "in the middle": int(rows[len(rows) // 2])}
+    return {place: group_figure(found, maps, channel, run.reducer) for place, channel in places.items()}
 
 
 # ---- detections
@@ -232,29 +195,17 @@ def _add_detections(report: Report, demo: Demo, stages: dict[str, Stage]) -> Non
     chosen = described["images"][:_SHOWN_SCENES]
     images = [np.asarray(Image.open(data / "test" / image["file_name"]).convert("RGB")) for image in chosen]
     ids = [image["id"] for image in chosen]
-    columns = {"ground truth": _by_image(described["annotations"], ids)}
+    categories = [category["id"] for category in described["categories"]]
+    columns = {"ground truth": detections_of(described["annotations"], ids, categories)}
     for name, stage in stages.items():
         path = demo.folder(name) / "inference" / "demo_test" / "coco_instances_results.json"
-        columns[stage.caption] = _by_image(json.loads(path.read_text(encoding="utf-8")), ids)
+        columns[stage.caption] = detections_of(json.loads(path.read_text(encoding="utf-8")), ids, categories)
     report.figure(
         "detections",
         visualize.draw_detections(images, columns, CLASSES, threshold=_LEAST_SCORE, truth="ground truth"),
         f"The first {len(images)} test scenes. Detections with a score of {_LEAST_SCORE:.0%} or more, the score beside "
         "each; dashed where no object of that class is there.",
     )
-
-
-def _by_image(records: list[dict[str, Any]], image_ids: list[int]) -> list[Detections]:
-    """COCO's records, of annotations or of results, as detections of each image."""
-    found = []
-    for image_id in image_ids:
-        mine = [record for record in records if record["image_id"] == image_id]
-        boxes = np.array([record["bbox"] for record in mine], dtype=float).reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
-        labels = np.array([record["category_id"] - 1 for record in mine], dtype=int)
-        scores = np.array([record["score"] for record in mine]) if mine and "score" in mine[0] else None
-        found.append(Detections(boxes, labels, scores))
-    return found
 
 
 # ---- how it was made

@@ -1,4 +1,4 @@
-"""Pictures of what networks make of images: detections, and the classes that a classifier finds likeliest.
+"""Pictures of what detectors find.
 
 Shape shorthand: H, W pixels of an image, B boxes.
 """
@@ -57,11 +57,11 @@ def draw_detections(
     for caption, found in columns.items():
         if len(found) != len(images):
             raise ValueError(f"column {caption!r} has detections of {len(found)} images, and there are {len(images)}.")
-    height, width = images[0].shape[:2]
-    cell = 2.35
+    cell = float(np.clip(9.4 / len(columns), 1.9, 3.2))
+    heights = [cell * image.shape[0] / image.shape[1] for image in images]
     with style():
-        figure = new_figure(cell * len(columns), cell * height / width * len(images) + 0.65)
-        grid = figure.subplots(len(images), len(columns), squeeze=False)
+        figure = new_figure(cell * len(columns), sum(heights) + 0.65)
+        grid = figure.subplots(len(images), len(columns), squeeze=False, gridspec_kw={"height_ratios": heights})
         layout: Any = figure.get_layout_engine()  # its base class has no such arguments
         layout.set(w_pad=0.02, h_pad=0.02, wspace=0.0, hspace=0.0)
         for row, image in enumerate(images):

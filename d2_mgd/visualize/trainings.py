@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -17,13 +18,18 @@ from d2_mgd.visualize.style import PALETTE, new_figure, style
 __all__ = ["draw_curves", "read_metrics", "smoothed"]
 
 
-def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Detectron2's ``metrics.json``: one dict a line; lines of one iteration joined, later ones winning.
+def read_metrics(path: str | os.PathLike[str], step: str = "iteration") -> list[dict[str, Any]]:
+    """``metrics.json`` of a training: one dict a line; lines of one iteration joined, later ones winning.
 
     A resumed training writes some iterations twice, and one that was killed may end in half a line: both are fine.
 
+    Args:
+        path: of the file.
+        step: what its lines count: ``iteration`` (Detectron2's), ``epoch`` (the classification pipeline's).
+
     Raises:
         FileNotFoundError: no such file.
+        ValueError: a line that does not say its step.
     """
     rows: dict[int, dict[str, Any]] = {}
     for line in Path(path).read_text(encoding="utf-8").splitlines():
@@ -31,8 +37,10 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
-        rows.setdefault(int(row["iteration"]), {}).update(row)
-    return [rows[iteration] for iteration in sorted(rows)]
+        if not isinstance(row, dict) or step not in row:
+            raise ValueError(f"a line of {path} names no {step}: {line[:60]}")
+        rows.setdefault(int(row[step]), {}).update(row)
+    return [rows[number] for number in sorted(rows)]
 
 
 def smoothed(values: Sequence[float], window: int) -> np.ndarray:
@@ -47,43 +55,53 @@ def draw_curves(
     panels: Mapping[str, str],
     colours: Mapping[str, str] | None = None,
     window: int = 5,
+    step: str = "iteration",
 ) -> Figure:
-    """Metrics of several trainings over their iterations, one panel a metric.
+    """Metrics of several trainings over their iterations or epochs, one panel a metric.
 
     Args:
         runs: caption of a run -> its rows, as from :func:`read_metrics`.
         panels: title of a panel -> the metric that it shows; runs without it are left out there.
         colours: caption -> colour.
-        window: points of the moving average of metrics that were written at more than 20 iterations; the raw values
-            stay visible behind.
+        window: points of the moving average of metrics that were written at more than 20 steps; the raw values stay
+            visible behind.
+        step: what the rows count.
 
     Raises:
         ValueError: no run has any of the metrics.
     """
-    colours = {**dict(zip(runs, PALETTE)), **(colours or {})}
+    colours = {**dict(zip(runs, itertools.cycle(PALETTE))), **(colours or {})}
     shown = 0
     with style():
-        figure = new_figure(4.6 * len(panels), 3.4)
+        figure = new_figure(max(3.4, min(4.6, 10.2 / len(panels))) * len(panels), 3.4)
         grid = figure.subplots(1, len(panels), squeeze=False)[0]
         for axes, (title, metric) in zip(grid, panels.items()):
             for caption, rows in runs.items():
-                points = [
-                    (row["iteration"], row[metric]) for row in rows if row.get(metric) is not None
-                ]  # an AP without objects is not a number
-                if not points:
+                x, y = _points(rows, step, metric)
+                if not len(x):
                     continue
                 shown += 1
-                x, y = np.array(points, dtype=float).T
                 if len(x) > 20:
                     axes.plot(x, y, color=colours[caption], alpha=0.2, linewidth=1)
                     axes.plot(x, smoothed(y, window), color=colours[caption], label=caption)
                 else:
                     axes.plot(x, y, "o-", ms=4, color=colours[caption], label=caption)
-            axes.set(title=title, xlabel="iterations", ylim=(0, None))
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+            axes.set(title=title, xlabel=f"{step}s", ylim=(0, None))
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
             axes.grid(axis="y", alpha=0.25)
         by_caption = {caption: handle for axes in grid for handle, caption in zip(*axes.get_legend_handles_labels())}
         if not shown:
             raise ValueError(f"no run has any of the metrics {', '.join(panels.values())}.")
-        figure.legend(list(by_caption.values()), list(by_caption), loc="outside upper center", ncols=len(by_caption))
+        widest = max(map(len, by_caption))
+        across = max(1, int(figure.get_size_inches()[0] / (0.09 * widest + 0.6)))  # inches of a letter, and of its line
+        figure.legend(
+            list(by_caption.values()), list(by_caption), loc="outside upper center", ncols=min(len(by_caption), across)
+        )
     return figure
+
+
+def _points(rows: Sequence[Mapping[str, Any]], step: str, metric: str) -> np.ndarray:
+    """(2, P) steps and values; without those that are no number, such as an AP where there are no objects."""
+    found = [(row[step], row[metric]) for row in rows if row.get(metric) is not None]
+    points = np.array(found, dtype=float).reshape(-1, 2)
+    return points[np.isfinite(points[:, 1])].T

@@ -1,0 +1,177 @@
+"""Real trainings side by side: the numbers are those of their files, and what cannot be compared is one sentence."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from compare import Compared, Measure, _likeliest, _seconds, _spread, _with_sums, main, open_runs
+from run_folder import Run
+
+from d2_mgd.visualize import Detections
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _figures(folder: Path) -> set[str]:
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    names = {path.stem for path in (folder / "figures").glob("*.png")}
+    assert page.count("data:image/png;base64,") == len(names)
+    assert not re.search(r"(?:src|href)=\"(?!data:)", page)
+    return names
+
+
+def _table(folder: Path, first: str) -> dict[str, dict[str, str]]:
+    """The table whose first column has that name: row -> column -> cell."""
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    start = next(index for index, cells in enumerate(lines) if cells[0] == first)
+    found = {}
+    for cells in lines[start + 2 :]:
+        if len(cells) != len(lines[start]) or cells[0] == "setting":
+            break
+        found[cells[0]] = dict(zip(lines[start], cells))
+    return found
+
+
+# --- whole pages ---
+
+
+def test_detection_runs(detection_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [str(detection_runs / name) for name in ("alone", "distilled")]
+    assert main([*folders, "--output", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines() == [str(tmp_path / "report.html")]
+    assert _figures(tmp_path) == {"losses", "accuracy_bbox_AP", "detections"}
+    table = _table(tmp_path, "run")
+    for name in ("alone", "distilled"):
+        results = detection_runs / name / "inference" / "tiny_valid" / "results.json"
+        measured = json.loads(results.read_text(encoding="utf-8"))["bbox"]
+        assert table[name]["last box AP, %"] == f"{measured['AP']:.2f}"
+        assert table[name]["last AP50"] == f"{measured['AP50']:.2f}"
+        assert table[name]["iterations"] == "6"
+        assert table[name]["at iteration"] in ("2", "4", "6")
+    settings = _table(tmp_path, "setting")
+    assert settings["`MGD.ENABLED`"] == {"setting": "`MGD.ENABLED`", "alone": "`False`", "distilled": "`True`"}
+    assert set(settings) == {"`MGD.ENABLED`", "`MODEL.RETINANET.SCORE_THRESH_TEST`"}
+
+
+def test_classification_runs(classification_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [str(classification_runs / name) for name in ("alone", "distilled")]
+    assert main([*folders, "--output", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines() == [str(tmp_path / "report.html")]
+    assert _figures(tmp_path) == {"losses", "accuracy_err1", "predictions"}
+    table = _table(tmp_path, "run")
+    for name in ("alone", "distilled"):
+        lines = (classification_runs / name / "metrics.json").read_text(encoding="utf-8").splitlines()
+        errors = [json.loads(line)["err1"] for line in lines]
+        assert table[name]["best top-1 error, %"] == f"{min(errors):.2f}"
+        assert table[name]["last top-1 error, %"] == f"{errors[-1]:.2f}"
+        assert table[name]["at epoch"] == str(errors.index(min(errors)) + 1)
+    settings = _table(tmp_path, "setting")
+    assert settings["`method`"]["distilled"] == "`mgd-amp`"
+    assert "`arch`" not in settings
+    assert "`output_dir`" not in settings
+
+
+def test_classification_needs_no_detectron2(classification_runs: Path, tmp_path: Path) -> None:
+    code = "import sys; sys.modules['detectron2'] = None; import compare; sys.exit(compare.main())"
+    words = [classification_runs / "alone", classification_runs / "distilled", "--output", tmp_path]
+    run = subprocess.run(
+        [sys.executable, "-c", code, *map(str, words)], cwd=ROOT / "tools", capture_output=True, text=True, timeout=240
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == str(tmp_path / "report.html")
+    assert "predictions" in _figures(tmp_path)
+
+
+def test_what_is_gone_is_left_out(
+    detection_runs: Path, classification_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluations = shutil.ignore_patterns("inference", "*.pth")
+    shutil.copytree(detection_runs / "alone", tmp_path / "detection", ignore=evaluations)
+    shutil.copytree(classification_runs / "alone", tmp_path / "classification", ignore=evaluations)
+    for kept, gone in ((detection_runs, "detection"), (classification_runs, "classification")):
+        output = tmp_path / f"{gone}_page"
+        assert main([str(kept / "distilled"), str(tmp_path / gone), "--output", str(output)]) == 0
+        page, left_out = capsys.readouterr().out.splitlines()
+        assert page == str(output / "report.html")
+        assert left_out.startswith("The images are left out: ")
+        assert left_out in (output / "report.md").read_text(encoding="utf-8")
+        assert not _figures(output) & {"detections", "predictions"}
+
+
+def test_what_cannot_be_compared_is_one_sentence(
+    detection_runs: Path, classification_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(classification_runs / "alone", tmp_path / "begun", ignore=shutil.ignore_patterns("metrics.json"))
+    (tmp_path / "other").mkdir()
+    one = classification_runs / "alone"
+    for folders, said in [
+        ([one], "two folders or more"),
+        ([one, one], "is given twice"),
+        ([one, tmp_path / "nowhere"], "there is no folder"),
+        ([one, tmp_path / "other"], "is not the output folder of a training"),
+        ([one, tmp_path / "begun"], "has measured nothing yet"),
+        ([one, detection_runs / "alone"], "compare runs of one kind"),
+    ]:
+        assert main([*map(str, folders), "--output", str(tmp_path / "page")]) == 2
+        captured = capsys.readouterr()
+        assert said in captured.err
+        assert len(captured.err.splitlines()) == 1
+        assert not (tmp_path / "page").exists()
+
+
+def test_every_data_set_and_task_is_a_measure(detection_runs: Path) -> None:
+    compared = open_runs([detection_runs / "alone", detection_runs / "distilled"])
+    rows = [{"iteration": 9, "valid/bbox/AP": 1.0, "valid/segm/AP": 2.0, "bbox/AP-box": 3.0, "total_loss": 1.0}]
+    titles = [measure.title for measure in Compared(compared.runs, {"alone": rows}).measures()]
+    assert titles == ["box AP on valid, %", "mask AP on valid, %"]
+
+
+# --- numbers ---
+
+
+def test_best_and_last_pass_over_what_is_no_number() -> None:
+    rows = [{"epoch": number, "err1": value} for number, value in enumerate([40.0, 30.0, 35.0, float("nan")], start=1)]
+    rows.append({"epoch": 5})
+    error = Measure("top-1 error, %", "err1", min, {})
+    best, last = error.best(rows), error.last(rows)
+    assert best is not None
+    assert last is not None
+    assert (best["epoch"], last["epoch"]) == (2, 3)
+    assert error.best(rows[3:]) is None
+
+
+def test_losses_are_summed_by_what_they_are_for() -> None:
+    row = {"iteration": 1, "total_loss": 9.0, "loss_cls": 1.0, "loss_box_reg": 2.0, "loss_distill/p3": 4.0, "lr": 0.1}
+    assert _with_sums(row)["task loss"] == 3.0
+    assert _with_sums(row)["distillation loss"] == 4.0
+    row = {"epoch": 1, "train_loss": 9.0, "train_loss_class": 1.0, "train_loss_kd": 2.0, "loss": 5.0}
+    assert _with_sums(row)["task loss"] == 1.0
+    assert _with_sums(row)["distillation loss"] == 2.0
+    assert set(_with_sums({"iteration": 1, "bbox/AP": 3.0})) == {"iteration", "bbox/AP"}
+
+
+def test_seconds_of_a_detection_run_weigh_each_interval() -> None:
+    rows = [{"iteration": 19, "time": 1.0}, {"iteration": 29, "time": 2.0}, {"iteration": 29, "bbox/AP": 0.0}]
+    runs = {"run": Run(Path(), "detection", {})}
+    assert _seconds(rows, Compared(runs, {"run": rows})) == 20 * 1.0 + 10 * 2.0
+
+
+def test_the_surest_detections_are_kept() -> None:
+    found = Detections(np.arange(12.0).reshape(3, 4), np.array([2, 1, 0]), np.array([0.2, 0.9, 0.4]))
+    assert list(_likeliest(found, 2).labels) == [1, 0]
+    assert list(_likeliest(found, 9).labels) == [1, 0, 2]
+
+
+def test_images_are_spread_over_all() -> None:
+    assert _spread(list(range(3))) == [0, 1, 2]
+    assert _spread([]) == []
+    chosen = _spread(list(range(101)))
+    assert (chosen[0], chosen[-1], len(set(chosen))) == (0, 100, 6)

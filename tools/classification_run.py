@@ -1,0 +1,163 @@
+"""What a run of classification/main_*.py sees in an image: the maps of its two networks, and its likeliest classes.
+
+Shape shorthand: S student channels, T teacher channels, K classes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import nn
+
+from classification.checkpoint import STUDENT_LAST
+from classification.data import Folder, ImageDataset, Key, Normalize, find_folders
+from classification.features import pair_features
+from classification.models import build
+from classification.weights import (
+    digest,
+    load_file,
+    load_weights,
+    network_from_file,
+    pretrained_network,
+    read_checkpoint,
+)
+from d2_mgd.distill import FeatureTaps, Tap
+from d2_mgd.visualize import Prediction
+
+if TYPE_CHECKING:
+    from tools.run_folder import Maps, Run, RunError, one_sentence
+else:
+    from run_folder import Maps, Run, RunError, one_sentence
+
+__all__ = ["Classifier", "feature_maps", "first_image", "read_classifier", "seen_pixels", "validation_images"]
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A run's student after its last epoch.
+
+    Args:
+        network: in eval mode, on the CPU.
+        classes: names, by number.
+        image_size: side of the square that it sees.
+        weights: its file.
+    """
+
+    network: nn.Module
+    classes: list[str]
+    image_size: int
+    weights: Path
+
+    @torch.no_grad()
+    def predict(self, images: Sequence[Path], best: int = 5) -> list[Prediction]:
+        """The ``best`` likeliest classes of each image, or all K where there are fewer.
+
+        Raises:
+            RunError: an image cannot be read.
+        """
+        found = []
+        for image in images:
+            shares = self.network(_normalised(seen_pixels(image, self.image_size))).softmax(dim=1)[0]
+            top = shares.topk(min(best, len(self.classes)))
+            found.append(Prediction([self.classes[int(index)] for index in top.indices], top.values.numpy()))
+        return found
+
+
+def read_classifier(run: Run) -> Classifier:
+    """A run's student after its last epoch.
+
+    Raises:
+        RunError: its file is gone, damaged, or of another network.
+    """
+    path = run.folder / STUDENT_LAST
+    with one_sentence(f"the student of {run.folder} cannot be had"):
+        content = read_checkpoint(path, "its file")
+        name, classes = content["arch"], list(content["classes"])
+        network = build(name, len(classes))
+        load_weights(network, load_file(path, name, "its file"), name, f"its file {path}")
+        return Classifier(network.eval(), classes, int(content["image_size"]), path)
+
+
+def validation_images(run: Run) -> tuple[list[Path], list[str]]:
+    """All images that a run was evaluated on, and the class of each.
+
+    Raises:
+        RunError: its data are not there any more.
+    """
+    settings = run.settings
+    with one_sentence(f"the images of {run.folder} are not there"):
+        _, held_out = find_folders(Path(settings["data"]), settings["val_split"])
+        return (
+            [held_out.path(index) for index in range(len(held_out))],
+            [held_out.classes[int(target)] for target in held_out.targets],
+        )
+
+
+def first_image(run: Run) -> Path:
+    """Of those that the run was evaluated on. Errors as in :func:`validation_images`."""
+    return validation_images(run)[0][0]
+
+
+@torch.no_grad()
+def feature_maps(run: Run, image: Path) -> Maps:
+    """Both networks' maps on an image that is resized and cropped as in an evaluation.
+
+    Raises:
+        RunError: a network or its weights cannot be had, or the image cannot be read.
+    """
+    settings = run.settings
+    student = read_classifier(run)
+    pixels = seen_pixels(image, student.image_size)
+    with one_sentence("the teacher cannot be had"):
+        name = run.record["teacher"]["arch"]
+        pairs = pair_features(settings["arch"], name, settings["features"])
+        pairs = {feature: pair for feature, pair in pairs.items() if pair.distilled}
+        teacher = _teacher(run, len(student.classes))
+        images = _normalised(pixels)
+        return Maps(
+            pixels,
+            _tapped(student.network, {feature: pair.student for feature, pair in pairs.items()}, images),
+            _tapped(teacher, {feature: pair.teacher for feature, pair in pairs.items()}, images),
+            student.weights,
+        )
+
+
+def _teacher(run: Run, num_classes: int) -> nn.Module:
+    record = run.record["teacher"]
+    if run.settings["teacher_resume"] is None:
+        return pretrained_network(record["arch"], num_classes, new_head=False)
+    file = Path(record["file"])
+    network, _ = network_from_file(record["arch"], file, num_classes, "its file", other_classes=True)
+    if digest(file) != record["sha256"]:
+        raise RunError(f"the teacher's file {file} is not the one that taught: its SHA-256 is another.")
+    return network
+
+
+def _tapped(network: nn.Module, taps: dict[str, Tap], images: torch.Tensor) -> dict[str, torch.Tensor]:
+    with FeatureTaps(network.eval(), taps) as found:
+        return found.run(images)
+
+
+def seen_pixels(image: Path, size: int) -> np.ndarray:
+    """(size, size, 3) uint8 RGB: what of an image a network sees in an evaluation.
+
+    Raises:
+        RunError: it cannot be read.
+    """
+    file = np.array([os.fsencode(image.name)], dtype=np.bytes_)
+    folder = Folder(image.parent, ("",), file, np.zeros(1, dtype=np.int64))
+    seen = ImageDataset(folder, size, augment=False)[Key(0, 0)].image
+    if seen is None:
+        raise RunError(f"{image} is not there, or cannot be read as an image.")
+    return seen.numpy().transpose(1, 2, 0)
+
+
+def _normalised(pixels: np.ndarray) -> torch.Tensor:
+    """(1, 3, size, size)."""
+    return Normalize()(torch.from_numpy(pixels.transpose(2, 0, 1).copy()[None]))

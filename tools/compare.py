@@ -1,0 +1,394 @@
+#!/usr/bin/env python
+"""Shows trainings side by side, as one HTML page that needs no other file, and as PNGs.
+
+    python tools/compare.py output/student output/distilled
+    python tools/compare.py output/classification/*
+
+Each folder is that of a training with tools/train_net.py, or each is one of classification/main_*.py. Shown are the
+best and the last accuracy, the seconds, the curves, the settings that differ, and on the same images what the runs
+detect, or the five classes that they find likeliest. What is gone (images, a network) is left out, and the page says
+so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]  # works without an installation too
+
+import numpy as np  # noqa: E402
+
+from d2_mgd import visualize  # noqa: E402
+from d2_mgd.report import Bar, Report  # noqa: E402
+from d2_mgd.visualize import PALETTE, Detections  # noqa: E402
+
+if TYPE_CHECKING:
+    from tools.run_folder import Run, RunError, distinct_names, open_run, read_image
+else:
+    from run_folder import Run, RunError, distinct_names, open_run, read_image
+
+BAD_INPUT = 2  # exit status, as argparse has it
+SHOWN_IMAGES = 6
+_AP = re.compile(r"(?P<task>(?:.+/)?(?:bbox|segm|keypoints))/AP")
+_DISTILLATION = ("loss_distill/", "loss_kd")
+_PLACES = ("output_dir", "OUTPUT_DIR")  # settings that differ between any two runs
+
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What runs are compared by.
+
+    Args:
+        title: with its unit, such as ``top-1 error, %``.
+        key: in the rows of the metrics.
+        better: ``max`` or ``min`` of several values.
+        beside: title -> key of what stands beside it in the table.
+    """
+
+    title: str
+    key: str
+    better: Callable[..., float]
+    beside: Mapping[str, str]
+
+    def best(self, rows: Rows) -> dict[str, Any] | None:
+        """The row with the best value; None where there is no value."""
+        measured = self.measured(rows)
+        return self.better(measured, key=lambda row: row[self.key]) if measured else None  # type: ignore[return-value]
+
+    def last(self, rows: Rows) -> dict[str, Any] | None:
+        """The last row with a value; None where there is none."""
+        measured = self.measured(rows)
+        return measured[-1] if measured else None
+
+    def measured(self, rows: Rows) -> Rows:
+        return [row for row in rows if _finite(row.get(self.key)) is not None]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The runs.
+
+    Args:
+        runs: name -> its folder, all of one kind.
+        rows: name -> its metrics, with the sums ``task loss`` and ``distillation loss``.
+    """
+
+    runs: Mapping[str, Run]
+    rows: Mapping[str, Rows]
+
+    @property
+    def kind(self) -> str:
+        return next(iter(self.runs.values())).kind
+
+    @property
+    def step(self) -> str:
+        return next(iter(self.runs.values())).step
+
+    @property
+    def colours(self) -> dict[str, str]:
+        return {name: PALETTE[index % len(PALETTE)] for index, name in enumerate(self.runs)}
+
+    def measures(self) -> list[Measure]:
+        if self.kind == "classification":
+            return [Measure("top-1 error, %", "err1", min, {"top-5 error, %": "err5"})]
+        names = dict.fromkeys(key for rows in self.rows.values() for row in rows for key in row)
+        tasks = [found["task"] for found in map(_AP.fullmatch, names) if found]
+        return [
+            Measure(_task_title(task), f"{task}/AP", max, {"AP50": f"{task}/AP50", "AP75": f"{task}/AP75"})
+            for task in tasks
+        ]
+
+
+def open_runs(folders: Sequence[Path]) -> Compared:
+    """The runs in these folders.
+
+    Raises:
+        RunError: fewer than two, one twice, one that is no run or has no metrics, or runs of both kinds.
+    """
+    if len(folders) < 2:
+        raise RunError("name two folders or more, each the output of a training.")
+    names = distinct_names(folders)
+    runs = {name: open_run(folder) for name, folder in zip(names, folders)}
+    for run in runs.values():
+        if run.kind == "matchings":
+            raise RunError(
+                f"{run.folder} is not the output folder of a training: it has neither the config.yaml of "
+                "tools/train_net.py nor the run.json of classification/main_*.py."
+            )
+    kinds = {run.kind: run.folder for run in runs.values()}
+    if len(kinds) > 1:
+        raise RunError(
+            f"{kinds['detection']} is of detection and {kinds['classification']} of classification: compare runs of "
+            "one kind."
+        )
+    return Compared(runs, {name: [_with_sums(row) for row in run.metrics()] for name, run in runs.items()})
+
+
+def build_report(compared: Compared) -> tuple[Report, str]:
+    """The page, and what it lacks: a sentence, or nothing."""
+    names = [f"`{name}`" for name in compared.runs]
+    report = Report(f"{len(names)} {compared.kind} runs side by side", lead=f"{', '.join(names[:-1])} and {names[-1]}.")
+    _add_results(report, compared)
+    report.heading("Curves")
+    _add_curves(report, compared)
+    report.heading("Settings that differ")
+    _add_settings(report, compared)
+    report.heading("On the same images")
+    try:
+        _add_detections(report, compared) if compared.kind == "detection" else _add_predictions(report, compared)
+    except RunError as error:
+        left_out = f"The images are left out: {error}"
+        report.text(left_out)
+        return report, left_out
+    return report, ""
+
+
+# ---- numbers
+
+
+def _add_results(report: Report, compared: Compared) -> None:
+    measures = compared.measures()
+    if not measures:
+        report.text("None of the runs has been evaluated yet.")
+    for measure in measures:
+        bars = []
+        for name, rows in compared.rows.items():
+            last = measure.last(rows)
+            value = 0.0 if last is None else float(last[measure.key])
+            bars.append(Bar(name, value, _number(last, measure.key), compared.colours[name]))
+        report.text(f"**{measure.title}**, at the last evaluation ({_better(measure)}):")
+        report.bars(bars, measure.title)
+        best = f"best {measure.title}"
+        header = ["run", best, f"at {compared.step}", f"last {measure.title}", *(f"last {t}" for t in measure.beside)]
+        header += [f"{compared.step}s", "seconds"]
+        report.table(header, [_row(name, compared, measure) for name in compared.runs])
+    report.text(_WHAT_SECONDS_ARE[compared.kind])
+
+
+_WHAT_SECONDS_ARE = {
+    "detection": "Seconds are those of the training steps, teacher and data loading included, without evaluations and "
+    "rematches: the median step of each interval between two lines of `metrics.json`, times its steps.",
+    "classification": "Seconds are those of all epochs, with evaluations and rematches.",
+}
+
+
+def _row(name: str, compared: Compared, measure: Measure) -> list[str]:
+    rows = compared.rows[name]
+    best, last = measure.best(rows), measure.last(rows)
+    return [
+        name,
+        _number(best, measure.key),
+        "-" if best is None else f"{_finished(best, rows, compared):,}",
+        _number(last, measure.key),
+        *(_number(last, key) for key in measure.beside.values()),
+        f"{_finished(rows[-1], rows, compared):,}",
+        f"{_seconds(rows, compared):,.0f}",
+    ]
+
+
+def _finished(row: Mapping[str, Any], rows: Rows, compared: Compared) -> int:
+    """Finished epochs or iterations at a row. Detectron2 counts from 0, but for the evaluation after the last step."""
+    if compared.kind == "classification":
+        return int(row["epoch"])
+    trained = [int(one["iteration"]) + 1 for one in rows if "total_loss" in one]
+    return min(int(row["iteration"]) + 1, max(trained, default=0))
+
+
+def _seconds(rows: Rows, compared: Compared) -> float:
+    if compared.kind == "classification":
+        return float(sum(row.get("seconds", 0.0) for row in rows))
+    timed = [(int(row["iteration"]) + 1, float(row["time"])) for row in rows if _finite(row.get("time")) is not None]
+    before = [0, *(iteration for iteration, _ in timed[:-1])]
+    return sum(seconds * (iteration - earlier) for (iteration, seconds), earlier in zip(timed, before))
+
+
+def _with_sums(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with the sum of its task losses, and that of its distillation losses where there are any."""
+    losses = {key.removeprefix("train_"): value for key, value in row.items() if isinstance(value, (int, float))}
+    losses = {key: value for key, value in losses.items() if key.startswith("loss_")}
+    distillation = [value for key, value in losses.items() if key.startswith(_DISTILLATION)]
+    task = [value for key, value in losses.items() if not key.startswith(_DISTILLATION)]
+    sums = {"task loss": task, "distillation loss": distillation}
+    return {**row, **{name: sum(values) for name, values in sums.items() if values}}
+
+
+def _add_curves(report: Report, compared: Compared) -> None:
+    losses = [
+        name
+        for name in ("task loss", "distillation loss")
+        if any(name in r for rows in compared.rows.values() for r in rows)
+    ]
+    if losses:
+        report.figure(
+            "losses",
+            _curves(compared, {name: name for name in losses}),
+            "Losses on training images. The task loss is what a student alone is trained by; the distillation loss, "
+            "its weight included, is what a teacher adds.",
+        )
+    for measure in compared.measures():
+        panels = {measure.title: measure.key, **measure.beside}
+        report.figure(
+            f"accuracy_{measure.key.replace('/', '_')}",
+            _curves(compared, dict(list(panels.items())[:2])),
+            f"Evaluations during the training ({_better(measure)}).",
+        )
+
+
+def _curves(compared: Compared, panels: Mapping[str, str]) -> Any:
+    return visualize.draw_curves(compared.rows, panels, compared.colours, step=compared.step)
+
+
+# ---- settings
+
+
+def _add_settings(report: Report, compared: Compared) -> None:
+    settings = {name: run.settings for name, run in compared.runs.items()}
+    keys = sorted({key for one in settings.values() for key in one if key.rpartition(".")[2] not in _PLACES})
+    differing = [key for key in keys if len({_shown(one.get(key)) for one in settings.values()}) > 1]
+    if not differing:
+        report.text("None but the output folder.")
+        return
+    rows = [[f"`{key}`", *(_shown(one.get(key)) for one in settings.values())] for key in differing]
+    report.table(["setting", *compared.runs], rows)
+    same = len(keys) - len(differing)
+    report.text(f"The other {same:,} settings are the same in all runs, but for the output folder.")
+
+
+def _shown(value: Any) -> str:
+    return "-" if value is None or value == "" else f"`{value}`"
+
+
+# ---- images
+
+
+def _add_detections(report: Report, compared: Compared) -> None:
+    import detection_run  # type: ignore[import-not-found,no-redef]  # beside this file
+
+    sets = {name: detection_run.read_test_set(run) for name, run in compared.runs.items()}
+    first = next(iter(sets.values()))
+    for name, other in sets.items():
+        if other.json_file != first.json_file and other.content != first.content:
+            raise RunError(f"{next(iter(sets))} was evaluated on {first.json_file}, and {name} on {other.json_file}.")
+    annotations = first.content.get("annotations") or []
+    annotated = {annotation["image_id"] for annotation in annotations}
+    chosen = _spread([image for image in first.content["images"] if image["id"] in annotated])
+    if not chosen:
+        raise RunError(f"{first.json_file} has no annotations to compare with.")
+    images = [read_image(first.image_root / image["file_name"]) for image in chosen]
+    ids = [image["id"] for image in chosen]
+    truth = detection_run.detections_of(annotations, ids, first.categories)
+    columns = {"ground truth": truth}
+    for name, run in compared.runs.items():
+        records = detection_run.stored_detections(run, first.name)
+        found = detection_run.detections_of(records, ids, first.categories)
+        columns[name] = [_likeliest(one, len(objects.boxes)) for one, objects in zip(found, truth)]
+    report.figure(
+        "detections",
+        visualize.draw_detections(images, columns, first.classes, threshold=0.0, truth="ground truth"),
+        f"{len(images)} images of `{first.name}` at each run's last evaluation. Of each run as many detections as "
+        "there are objects, the surest ones, with their scores in percent; dashed where no object of that class is "
+        "there.",
+    )
+
+
+def _likeliest(found: Detections, count: int) -> Detections:
+    """The ``count`` detections of the highest scores."""
+    if found.scores is None:
+        return found
+    order = np.argsort(-found.scores, kind="stable")[:count]
+    return Detections(found.boxes[order], found.labels[order], found.scores[order])
+
+
+def _add_predictions(report: Report, compared: Compared) -> None:
+    import classification_run  # type: ignore[import-not-found,no-redef]  # beside this file
+
+    first = next(iter(compared.runs.values()))
+    chosen = _spread(list(zip(*classification_run.validation_images(first))))
+    files, truth = [path for path, _ in chosen], [name for _, name in chosen]
+    classifiers = {name: classification_run.read_classifier(run) for name, run in compared.runs.items()}
+    size = next(iter(classifiers.values())).image_size
+    report.figure(
+        "predictions",
+        visualize.draw_predictions(
+            [classification_run.seen_pixels(path, size) for path in files],
+            truth,
+            {name: one.predict(files) for name, one in classifiers.items()},
+        ),
+        f"{len(files)} images that `{next(iter(compared.runs))}` was evaluated on, and the five classes that each run "
+        "finds likeliest after its last epoch; the true class in green.",
+    )
+
+
+def _spread(items: list[Any]) -> list[Any]:
+    """Some of them, evenly spread over all."""
+    places = np.linspace(0, len(items) - 1, min(SHOWN_IMAGES, len(items))).round().astype(int)
+    return [items[int(place)] for place in places]
+
+
+# ---- words
+
+
+def _task_title(task: str) -> str:
+    data, _, kind = task.rpartition("/")
+    what = {"bbox": "box AP", "segm": "mask AP", "keypoints": "keypoint AP"}[kind]
+    return f"{what} on {data}, %" if data else f"{what}, %"
+
+
+def _better(measure: Measure) -> str:
+    return "the higher the better" if measure.better is max else "the lower the better"
+
+
+def _number(row: Mapping[str, Any] | None, key: str) -> str:
+    value = None if row is None else _finite(row.get(key))
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+# ---- the command line
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="OUTPUT_DIR", help="output folders of trainings")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("output/comparison"),
+        metavar="FOLDER",
+        help="where to write (output/comparison)",
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse(argv)
+    warnings.simplefilter("ignore")  # of libraries, about what they will drop some day
+    try:
+        report, left_out = build_report(open_runs(options.runs))
+        try:
+            _, page = report.write(options.output)
+        except OSError as error:
+            raise RunError(f"--output {options.output} cannot be written to: {error.strerror}.") from error
+    except RunError as error:
+        print(f"compare.py: error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    print(f"{page}\n{left_out}".rstrip())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,214 @@
+"""The output folder of a training, detection or classification, read for programs that show it. No network is built.
+
+A detection run is what tools/train_net.py leaves (``config.yaml``), a classification run what classification/main_*.py
+leave (``run.json``). :mod:`detection_run` and :mod:`classification_run` make their networks from them.
+
+Shape shorthand: S student channels, T teacher channels, H, W pixels of a map or image.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+
+from classification.errors import UserError
+from d2_mgd import visualize
+from d2_mgd.distill import RematchReport
+
+__all__ = ["History", "Maps", "Run", "RunError", "distinct_names", "one_sentence", "open_run", "read_image"]
+
+# What files of a user, or a package that is not installed, make our code and its libraries raise.
+_OF_USERS = (OSError, ValueError, KeyError, AssertionError, RuntimeError, ImportError, UserError, yaml.YAMLError)
+
+CONFIG, RECORD = "config.yaml", "run.json"
+History = dict[int, dict[str, RematchReport]]  # finished iterations or epochs -> feature -> report
+
+
+class RunError(ValueError):
+    """A folder, or something in it, that cannot be shown; the message is one sentence."""
+
+
+@dataclass(frozen=True)
+class Maps:
+    """One image, and the maps of both networks on it, by feature.
+
+    Args:
+        image: (H, W, 3) uint8 RGB, the part that the networks saw.
+        student: feature -> (1, S, H, W).
+        teacher: feature -> (1, T, H, W).
+        weights: the student's file.
+    """
+
+    image: np.ndarray
+    student: dict[str, torch.Tensor]
+    teacher: dict[str, torch.Tensor]
+    weights: Path
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder.
+
+    Args:
+        folder: of the run.
+        kind: ``detection``, ``classification``, or ``matchings`` where nothing but those is left.
+        record: the content of ``config.yaml`` or ``run.json``.
+    """
+
+    folder: Path
+    kind: str
+    record: Mapping[str, Any]
+
+    @property
+    def step(self) -> str:
+        """What its metrics count: ``iteration`` or ``epoch``."""
+        return "epoch" if self.kind == "classification" else "iteration"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Every setting by its name: keys of the config with dots, or options."""
+        if self.kind == "classification":
+            return dict(self.record["options"])
+        return dict(_flat(self.record))
+
+    @property
+    def reducer(self) -> str:
+        return str(self.settings["mgd_reducer" if self.kind == "classification" else "MGD.REDUCER"])
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Its ``metrics.json``, a dict an iteration or epoch, ascending.
+
+        Raises:
+            RunError: there is none, or nothing in it yet.
+        """
+        path = self.folder / "metrics.json"
+        with one_sentence(f"{path} cannot be read"):
+            if not path.is_file():
+                raise RunError(f"{self.folder} has no metrics.json: its training has measured nothing yet.")
+            rows = visualize.read_metrics(path, self.step)
+        if not rows:
+            raise RunError(f"{path} is empty: its training has measured nothing yet.")
+        return rows
+
+    def history(self) -> tuple[History, str]:
+        """All its rematches, and whether their numbers are of ``iterations`` or ``epochs``.
+
+        Raises:
+            RunError: there is none, with the reason where the settings tell it; or a file is damaged.
+        """
+        folder = self.folder / "matching" if (self.folder / "matching").is_dir() else self.folder
+        try:
+            found = visualize.load_history(folder)
+        except FileNotFoundError:
+            raise RunError(f"{self.folder} holds no matching: {self._why_unmatched()}.") from None
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise RunError(f"a matching in {folder} is damaged: {_text(error)}.") from error
+        return found, "epochs" if any(folder.glob("epoch_*.npz")) else "iterations"
+
+    def _why_unmatched(self) -> str:
+        if self.kind == "matchings":
+            return (
+                "give the output folder of tools/train_net.py or of classification/main_mgd.py, or one with files such "
+                "as matching/iter_0001000.npz"
+            )
+        settings = self.settings
+        if self.kind == "classification":
+            distilled, align = settings.get("distiller") == "mgd", settings.get("mgd_align")
+        else:
+            distilled, align = settings.get("MGD.ENABLED", False), settings.get("MGD.ALIGN")
+        if not distilled:
+            return "it was trained without a teacher's features"
+        return "it has not been matched yet" if align == "matching" else f"its channels are aligned by {align}"
+
+
+def open_run(folder: str | os.PathLike[str]) -> Run:
+    """The run in a folder.
+
+    Raises:
+        RunError: there is no such folder, or its config cannot be read.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise RunError(f"there is no folder {path}.")
+    with one_sentence(f"{path} is not readable as a run"):
+        if (path / RECORD).is_file():
+            record = json.loads((path / RECORD).read_text(encoding="utf-8"))
+            if not isinstance(record, dict) or not isinstance(record.get("options"), dict):
+                raise RunError(f"{path / RECORD} is not of classification/main_base.py or main_mgd.py.")
+            return Run(path, "classification", record)
+        if (path / CONFIG).is_file():
+            config = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8"))
+            if not isinstance(config, dict) or "MODEL" not in config:
+                raise RunError(f"{path / CONFIG} is not the config of a Detectron2 training.")
+            return Run(path, "detection", config)
+    return Run(path, "matchings", {})
+
+
+def distinct_names(folders: Sequence[Path]) -> list[str]:
+    """A short name for each folder: as many of its last parts as tell it from the others.
+
+    Raises:
+        RunError: a folder is given twice.
+    """
+    parts = [folder.resolve().parts for folder in folders]
+    for index, one in enumerate(parts):
+        if one in parts[:index]:
+            raise RunError(f"{folders[index]} is given twice.")
+    for count in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(one[-count:]) for one in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise AssertionError("different folders have different paths")
+
+
+def read_image(path: Path) -> np.ndarray:
+    """(H, W, 3) uint8 RGB.
+
+    Raises:
+        RunError: it does not exist, or is no image.
+    """
+    if not path.is_file():
+        raise RunError(f"there is no image {path}.")
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except Exception as error:  # decoders raise whatever they like
+        raise RunError(f"{path} cannot be read as an image: {_text(error)}.") from error
+
+
+@contextmanager
+def one_sentence(what: str) -> Iterator[None]:
+    """Whatever is wrong with a user's files becomes a :class:`RunError` that begins with ``what``."""
+    try:
+        yield
+    except RunError:
+        raise
+    except _OF_USERS as error:
+        text = _text(error)
+        if " " not in text:  # no sentence: not somebody's input, but a mistake in the program
+            raise
+        raise RunError(f"{what}: {text}.") from error
+
+
+def _text(error: BaseException) -> str:
+    said = error.args[0] if isinstance(error, (KeyError, AssertionError)) and error.args else error
+    return " ".join(str(said).split()).rstrip(".")
+
+
+def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
