@@ -27,6 +27,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
 from classification.errors import UserError
+from d2_mgd.data.images import eight_bits
 from d2_mgd.reliability import loader_process_signals
 
 __all__ = [
@@ -47,6 +48,7 @@ logger = logging.getLogger(__name__)
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+_LONGEST = 100  # times the shorter side
 
 
 @dataclass(frozen=True)
@@ -216,7 +218,7 @@ class ImageDataset(Dataset[Item]):
 
     def _transformed(self, image: Image.Image, seed: int) -> Tensor:
         if not self.augment:
-            return self.transform(image)
+            return self.transform(_middle(image))
         state = torch.default_generator.get_state()  # without worker processes it is the training's own
         torch.default_generator.manual_seed(seed)
         try:
@@ -225,10 +227,21 @@ class ImageDataset(Dataset[Item]):
             torch.default_generator.set_state(state)
 
 
+def _middle(image: Image.Image) -> Image.Image:
+    """Of a very long image the part around its centre, which is all that the centre crop sees: enlarged as a whole, an
+    image of 1 x 20,000 pixels would take gigabytes."""
+    width, height = image.size
+    longest = _LONGEST * min(width, height)
+    if max(width, height) <= longest:
+        return image
+    left, top = max(0, (width - longest) // 2), max(0, (height - longest) // 2)
+    return image.crop((left, top, width - left, height - top))
+
+
 def _read(path: Path) -> Image.Image | None:
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
+        with open(path, "rb") as file, Image.open(file) as image:
+            return eight_bits(image).convert("RGB")
     except Exception:  # decoders raise whatever they like: OSError, SyntaxError, ValueError, struct.error, ...
         return None
 

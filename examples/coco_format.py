@@ -20,6 +20,9 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from torchvision.utils import draw_bounding_boxes, save_image
 from tqdm import tqdm
 
+from d2_mgd.data.files import find_files
+from d2_mgd.data.images import prepared
+
 __all__ = ["CocoImages", "draw_detections", "evaluate"]
 
 _COLOURS = ("red", "lime", "cyan", "yellow", "magenta", "orange", "white")
@@ -48,9 +51,12 @@ class CocoImages(torch.utils.data.Dataset):
         self.categories = sorted(self.coco.cats)
         if not self.ids or not self.categories:
             raise SystemExit(f"error: {annotations} has no {'annotated images' if self.categories else 'categories'}.")
-        absent = [name for name in self.files() if not (folder / name).is_file()]
-        if absent:
-            raise SystemExit(f"error: {folder / absent[0]} does not exist ({len(absent)} such images).")
+        found = find_files(str(folder), self.files())
+        if found.outside:
+            name, place = next(iter(found.outside.items()))
+            raise SystemExit(f"error: the image {name} leads to {place}, outside {folder} ({len(found.outside)} such).")
+        if found.missing:
+            raise SystemExit(f"error: {found.missing[0]} does not exist ({len(found.missing)} such images).")
 
     def files(self) -> list[str]:
         return [self.coco.imgs[key]["file_name"] for key in self.ids]
@@ -67,9 +73,9 @@ class CocoImages(torch.utils.data.Dataset):
         key = self.ids[index]
         path = self.folder / self.coco.imgs[key]["file_name"]
         try:
-            with Image.open(path) as picture:
-                image = pil_to_tensor(picture.convert("RGB")).float() / 255
-        except OSError as error:
+            with path.open("rb") as file, Image.open(file) as picture:
+                image = pil_to_tensor(prepared(picture).convert("RGB")).float() / 255
+        except (OSError, SyntaxError, ValueError) as error:
             raise RuntimeError(f"{path} cannot be read: {error}") from error
         things = [
             thing for thing in self.coco.imgToAnns[key] if not thing.get("iscrowd") and min(thing["bbox"][2:]) > 0

@@ -105,6 +105,10 @@ def test_detection_without_detectron2_says_how_to_install_it() -> None:
 @pytest.mark.parametrize(
     ("folder", "forbidden"),
     [
+        (
+            "d2_mgd/data",
+            ["d2_mgd.matching", "d2_mgd.distill", "d2_mgd.detection", "classification", "detectron2", "torch"],
+        ),
         ("d2_mgd/matching", ["d2_mgd.distill", "d2_mgd.detection", "classification", "detectron2", "torchvision"]),
         ("d2_mgd/distill", ["d2_mgd.detection", "classification", "detectron2"]),
         ("d2_mgd/detection", ["classification", "tools"]),

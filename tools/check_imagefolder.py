@@ -26,6 +26,10 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # works without an installation too
+
+from d2_mgd.data.images import eight_bits
+
 SPLITS = ("train", "valid", "val", "test")
 # What torchvision's ImageFolder takes for an image; it passes over all other files.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -80,8 +84,8 @@ def reason_unreadable(path: Path) -> str | None:
     try:
         if path.stat().st_size == 0:
             return "the file is empty"
-        with Image.open(path) as image:
-            image.convert("RGB")
+        with open(path, "rb") as file, Image.open(file) as image:
+            eight_bits(image).convert("RGB")
     except UnidentifiedImageError:
         return "not an image"
     except OSError as error:
