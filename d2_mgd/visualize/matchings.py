@@ -78,7 +78,7 @@ def draw_matching(cost: np.ndarray, matching: ChannelMatching, title: str = "") 
     rows, columns = matching_order(cost, matching)
     ordered = cost[np.ix_(rows, columns)]
     students, teachers = cost.shape
-    ratio = float(np.clip(teachers / students, 0.6, 3.2))
+    ratio = float(np.clip(teachers / students, 1.0, 3.2))
     with style():
         figure = new_figure(1.7 + 3.0 * ratio + 2.0, 3.8)
         main, side = figure.subplots(1, 2, sharey=True, gridspec_kw={"width_ratios": [3.0 * ratio, 1.6]})
@@ -87,7 +87,7 @@ def draw_matching(cost: np.ndarray, matching: ChannelMatching, title: str = "") 
         )
         _outline_pairs(main, rows, columns, matching)
         main.set(
-            xlabel=f"{teachers} teacher channels, ordered by the matching",
+            xlabel=f"{teachers} teacher channels" + (", ordered by the matching" if ratio > 1.5 else ""),
             ylabel=f"{students} student channels, best matched first",
         )
         main.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
@@ -109,7 +109,7 @@ def _outline_pairs(axes: Axes, rows: np.ndarray, columns: np.ndarray, matching: 
         members = np.sort(place[[member for member in matching.groups[row] if member >= 0]])
         for run in np.split(members, np.flatnonzero(np.diff(members) > 1) + 1):
             frames.append(Rectangle((run[0], y), len(run), 1))
-    width = float(np.clip(60.0 / len(rows), 0.25, 1.2))
+    width = float(np.clip(60.0 / len(rows), 0.6, 1.2))
     axes.add_collection(PatchCollection(frames, facecolor="none", edgecolor="#D55E00", linewidth=width))
 
 
@@ -233,7 +233,7 @@ def draw_rematches(history: Mapping[int, Mapping[str, RematchReport]], steps: st
     features = list(next(iter(history.values())))
     with style():
         figure = new_figure(9.0, 3.2)
-        left, right = figure.subplots(1, 2)
+        left, right = figure.subplots(1, 2, sharex=True)
         for index, name in enumerate(features):
             colour = PALETTE[index % len(PALETTE)]
             at = [step for step, reports in history.items() if name in reports]
