@@ -13,6 +13,7 @@ from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 
 import d2_mgd
+from d2_mgd.detection.heads import head_options
 from d2_mgd.distill import (
     ALIGNMENTS,
     FEATURE_LOSSES,
@@ -71,7 +72,7 @@ def add_mgd_config(cfg: CfgNode) -> None:
     # statistics, "sync_bn" trains both, "none" leaves it frozen.
     cfg.MGD.STUDENT.TRAIN_LAST_NORM = "affine"
 
-    # Where to distil: FPN levels "p2" ... "p7", backbone stages "res2" ... "res5".
+    # Where to distil: FPN levels "p2" ... "p7", backbone stages "res2" ... "res5"; none where only predictions are.
     cfg.MGD.FEATURES = ["p3", "p4", "p5"]
     # Factor of each feature's loss, or one for all.
     cfg.MGD.WEIGHTS = [1.0]
@@ -116,6 +117,24 @@ def add_mgd_config(cfg: CfgNode) -> None:
     cfg.MGD.REMATCH.BATCH_SIZE = 8
     # Online: observe every so many steps.
     cfg.MGD.REMATCH.EVERY = 10
+
+    # Compare the predictions of both networks' dense heads, of RetinaNet or FCOS with the same classes and anchors.
+    cfg.MGD.DENSE_KD = CfgNode()
+    cfg.MGD.DENSE_KD.ENABLED = False
+    # Factors of the losses of class scores and of boxes, which are divided by what the student divides its own by.
+    cfg.MGD.DENSE_KD.CLASS_WEIGHT = 1.0
+    cfg.MGD.DENSE_KD.BOX_WEIGHT = 1.0
+    # Of the class logits.
+    cfg.MGD.DENSE_KD.TEMPERATURE = 1.0
+
+    # The same for what the teacher's head makes of the student's features (CrossKD).
+    cfg.MGD.CROSS_HEAD = CfgNode()
+    cfg.MGD.CROSS_HEAD.ENABLED = False
+    cfg.MGD.CROSS_HEAD.CLASS_WEIGHT = 1.0
+    cfg.MGD.CROSS_HEAD.BOX_WEIGHT = 1.0
+    cfg.MGD.CROSS_HEAD.TEMPERATURE = 1.0
+    # After how many convolutions of the student's head; 0 is the pyramid's levels (published: 3 of RetinaNet's 4).
+    cfg.MGD.CROSS_HEAD.CONVS = 3
 
     # The factor of all distillation losses as the training goes on. Where it is 0, the teacher does not run.
     cfg.MGD.SCHEDULE = CfgNode()
@@ -352,8 +371,11 @@ def validate_config(cfg: CfgNode) -> None:
         return
     student_config(cfg)
     features = list(mgd.FEATURES)
-    if not features:
-        raise ValueError("MGD.FEATURES is empty: name at least one, such as p3 or res4.")
+    if not features and head_options(cfg) == (None, None):
+        raise ValueError(
+            "MGD.FEATURES is empty, and neither MGD.DENSE_KD nor MGD.CROSS_HEAD is enabled: name at least one feature, "
+            "such as p3 or res4."
+        )
     if len(set(features)) != len(features):
         raise ValueError(f"MGD.FEATURES names a feature twice: {', '.join(features)}.")
     feature_weights(cfg)
@@ -366,7 +388,8 @@ def validate_config(cfg: CfgNode) -> None:
     _check_choice("MGD.ALIGN", mgd.ALIGN, ALIGNMENTS)
     _check_choice("MGD.NORM", mgd.NORM, NORMS)
     _check_choice("MGD.STUDENT.TRAIN_LAST_NORM", mgd.STUDENT.TRAIN_LAST_NORM, LAST_NORMS)
-    _check_rematch(cfg, needed=mgd.ALIGN == "matching")
+    _check_rematch(cfg, needed=mgd.ALIGN == "matching" and bool(features))
+    head_options(cfg)
     weight_schedule(cfg)
     teacher_config(cfg)
 

@@ -6,7 +6,7 @@ Shape shorthand: N images, C channels, (H, W) a padded batch, (Hf, Wf) its map a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -247,12 +247,20 @@ class WatchedMaps:
         model: has a ``backbone``.
         features: of that model, by name.
         plain: the module whose other forwards take the hooks off; ``model`` by default.
+        also: puts hooks of its own on the model and returns their handles; they come and go with the others.
     """
 
-    def __init__(self, model: nn.Module, features: Mapping[str, Feature], plain: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        features: Mapping[str, Feature],
+        plain: nn.Module | None = None,
+        also: Callable[[], list[Any]] | None = None,
+    ) -> None:
         self.model = model
         self.plain = model if plain is None else plain
         self.taps = {name: feature.tap for name, feature in features.items()}
+        self.also = also
         self._attached: FeatureTaps | None = None
         self._handles: list[Any] = []
         self._wanted = False
@@ -263,11 +271,17 @@ class WatchedMaps:
         taps = self._attach()
         with self._asking():
             output = self.model(*args)
-        return output, taps.collect(), self._take_batch()
+        return output, {} if taps is None else taps.collect(), self._take_batch()
 
     def run(self, *args: Any) -> tuple[dict[str, Tensor], Tensor]:
-        """Maps and batch; the model runs as far as its deepest feature and no further."""
+        """Maps and batch; the model runs as far as its deepest feature and no further.
+
+        Raises:
+            ValueError: there are no features.
+        """
         taps = self._attach()
+        if taps is None:
+            raise ValueError("there is no feature to take the maps of.")
         with self._asking():
             return taps.run(*args), self._take_batch()
 
@@ -279,13 +293,14 @@ class WatchedMaps:
             handle.remove()
         self._attached, self._handles, self._batch = None, [], None
 
-    def _attach(self) -> FeatureTaps:
-        if self._attached is None:
+    def _attach(self) -> FeatureTaps | None:
+        if not self._handles:
             self._handles = [
                 self.plain.register_forward_pre_hook(self._begin),
                 backbone_of(self.model).register_forward_pre_hook(self._keep_batch),
+                *(self.also() if self.also is not None else []),
             ]
-            self._attached = FeatureTaps(self.model, self.taps)
+            self._attached = FeatureTaps(self.model, self.taps) if self.taps else None
         return self._attached
 
     @contextmanager

@@ -35,6 +35,7 @@ from d2_mgd.detection.features import (
     teacher_margin,
     valid_masks,
 )
+from d2_mgd.detection.heads import HeadDistiller, head_options
 from d2_mgd.detection.norms import make_trainable
 from d2_mgd.detection.teacher import FrozenTeacher
 from d2_mgd.distill import MatchingGuidedDistiller, WeightSchedule
@@ -52,19 +53,20 @@ Masks = dict[str, "Tensor | None"]
 class TeacherStudentDetector(nn.Module):
     """Trains an unmodified Detectron2 model with the maps of another. In inference it is the student.
 
-    One training step runs the student once, with its own losses, and the teacher once, as far as its deepest feature;
-    where the schedule makes the distillation weigh nothing, the teacher not at all.
+    One training step runs the student once, with its own losses, and the teacher once, as far as its deepest feature,
+    and its head where predictions are distilled; where the schedule makes the distillation weigh nothing, not at all.
 
     Args:
         student: any Detectron2 meta-architecture with a backbone.
         teacher: a detector of any other architecture, which stays outside ``parameters()``, ``state_dict()`` and modes.
-        distiller: compares the maps of ``features``, made for their widths.
+        distiller: compares the maps of ``features``, made for their widths; None where there are no features.
         features: where to distil: FPN levels and backbone stages that both have.
         before_activation: take backbone stages before their last activation.
         input_format: channel order of the images that the student gets, as INPUT.FORMAT says it.
         train_last_norm: what becomes of the last, frozen norm of each distilled backbone stage of the student:
             ``affine`` trains scale and shift, ``sync_bn`` the statistics too, ``none`` nothing.
         schedule: factor of the distillation losses by the iteration of Detectron2's event storage; None is always 1.
+        heads: compares the predictions of both networks' dense heads; None does not.
 
     Raises:
         ValueError: a feature that one of them lacks, strides or widths that do not fit, channel orders that cannot be
@@ -77,12 +79,13 @@ class TeacherStudentDetector(nn.Module):
         *,
         student: nn.Module,
         teacher: FrozenTeacher,
-        distiller: MatchingGuidedDistiller,
+        distiller: MatchingGuidedDistiller | None,
         features: Sequence[str],
         before_activation: bool = True,
         input_format: str = "BGR",
         train_last_norm: str = "affine",
         schedule: WeightSchedule | None = None,
+        heads: HeadDistiller | None = None,
     ) -> None:
         super().__init__()
         teacher.check_format(input_format)
@@ -94,12 +97,15 @@ class TeacherStudentDetector(nn.Module):
         self.distiller = distiller
         self.input_format = input_format
         self.schedule = schedule
+        self.heads = heads
         self.observe_next = False  # set it, and the next training step's maps count in the matching costs
         self._student_features = {name: pair.student for name, pair in self.pairs.items()}
-        self._watched = WatchedMaps(student, self._student_features)
+        also = None if heads is None else heads.student.watch
+        self._watched = WatchedMaps(student, self._student_features, also=also)
         self._same_pixels = teacher.same_pixels(student, input_format)
         teacher.watch({name: pair.teacher for name, pair in self.pairs.items()})
-        self.distiller.to(self.device)
+        if self.distiller is not None:
+            self.distiller.to(self.device)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -108,16 +114,19 @@ class TeacherStudentDetector(nn.Module):
         student, model = build_model(own), build_model(guide)
         # before the weights, which may take a download
         pairs = pair_features(student, model, cfg.MGD.FEATURES, cfg.MGD.BEFORE_ACTIVATION)
+        dense, cross = head_options(cfg)
+        heads = None if dense is None and cross is None else HeadDistiller(student, model, dense, cross)
         teacher = FrozenTeacher(model, input_format=guide.INPUT.FORMAT, weights=guide.MODEL.WEIGHTS, cfg=guide)
         return {
             "student": student,
             "teacher": teacher,
-            "distiller": _build_distiller(cfg, pairs, teacher),
+            "distiller": _build_distiller(cfg, pairs, teacher) if pairs else None,
             "features": list(cfg.MGD.FEATURES),
             "before_activation": cfg.MGD.BEFORE_ACTIVATION,
             "input_format": cfg.INPUT.FORMAT,
             "train_last_norm": cfg.MGD.STUDENT.TRAIN_LAST_NORM,
             "schedule": weight_schedule(cfg),
+            "heads": heads,
         }
 
     @property
@@ -126,7 +135,10 @@ class TeacherStudentDetector(nn.Module):
         return next(self.student.parameters()).device
 
     def forward(self, batched_inputs: Batch) -> Any:
-        """In training the student's losses and one ``loss_distill/<feature>`` each; in inference the student's output.
+        """In inference the student's output; in training its losses and those of the distillation.
+
+        These are ``loss_distill/<feature>`` and, where they are asked for, ``loss_dense_kd/<class or box>`` and
+        ``loss_cross_head/<class or box>``.
 
         Args:
             batched_inputs: what the student's meta-architecture takes; of each image its ``image`` (3, h, w), 0 to 255,
@@ -137,13 +149,17 @@ class TeacherStudentDetector(nn.Module):
         factor = self._factor()
         if factor == 0.0:
             self.observe_next = False
-            return {**self.student(batched_inputs), **self.distiller.no_losses(self.device)}
-        task_losses, maps, batch = self._watched.forward(batched_inputs)
-        student_maps, teacher_maps, valid = self._beside_teacher(batched_inputs, maps, batch)
-        if self.observe_next:
-            self.observe_next = False
-            self.distiller.observe(student_maps, teacher_maps, valid)
-        losses = self._distill(student_maps, teacher_maps, valid, _boxes(batched_inputs))
+            return {**self.student(batched_inputs), **self._no_losses()}
+        task_losses, student_maps, batch = self._watched.forward(batched_inputs)
+        inputs = self._for_teacher(batched_inputs, batch)
+        outputs: Maps = {}
+        if self.heads is None:
+            teacher_maps = self.teacher(**inputs)
+        else:
+            teacher_maps, outputs = self.teacher.with_outputs(**inputs)
+        losses = self._compare_features(batched_inputs, batch, student_maps, teacher_maps)
+        if self.heads is not None:
+            losses.update(self.heads.losses(outputs, _sizes(batched_inputs)))
         return {**task_losses, **{name: factor * loss for name, loss in losses.items()}}
 
     @torch.no_grad()
@@ -154,7 +170,9 @@ class TeacherStudentDetector(nn.Module):
             tuple: student maps, name -> (N, S, Hf, Wf); teacher maps, name -> (N, T, Hf, Wf); masks of real pixels,
             name -> (N, 1, Hf, Wf) boolean, or None where nothing is padded.
         """
-        return self._beside_teacher(batched_inputs, *self._watched.run(batched_inputs))
+        student_maps, batch = self._watched.run(batched_inputs)
+        teacher_maps = self.teacher(**self._for_teacher(batched_inputs, batch))
+        return self._aligned(batched_inputs, batch, student_maps, teacher_maps)
 
     def extra_repr(self) -> str:
         return f"features={list(self.pairs)}, teacher={self.teacher!r}"
@@ -168,31 +186,52 @@ class TeacherStudentDetector(nn.Module):
         storage.put_scalar("distill_factor", factor, smoothing_hint=False)
         return factor
 
-    def _beside_teacher(self, batched_inputs: Batch, student_maps: Maps, batch: Tensor) -> tuple[Maps, Maps, Masks]:
-        images = [sample["image"] for sample in batched_inputs]
-        sizes = [(image.shape[-2], image.shape[-1]) for image in images]
-        height, width = batch.shape[-2:]
-        teacher_maps = self.teacher(
-            images,
-            input_format=self.input_format,
-            min_size=(height, width),
-            normalised=batch.detach() if self._same_pixels else None,
-        )
+    def _for_teacher(self, batched_inputs: Batch, batch: Tensor) -> dict[str, Any]:
+        """What the teacher is called with, for images of which the student's backbone got ``batch``."""
+        return {
+            "images": [sample["image"] for sample in batched_inputs],
+            "input_format": self.input_format,
+            "min_size": tuple(batch.shape[-2:]),
+            "normalised": batch.detach() if self._same_pixels else None,
+        }
+
+    def _aligned(
+        self, batched_inputs: Batch, batch: Tensor, student_maps: Maps, teacher_maps: Maps
+    ) -> tuple[Maps, Maps, Masks]:
+        """Both maps over the same pixels, the teacher's without padding of its own, and masks of real ones."""
+        sizes, (height, width) = _sizes(batched_inputs), batch.shape[-2:]
         if self.teacher.padded_size(sizes, (height, width)) != (height, width):
             teacher_maps = crop_to(teacher_maps, student_maps)
         return student_maps, teacher_maps, valid_masks(sizes, student_maps, self._student_features)
 
-    def _distill(
-        self, student_maps: Maps, teacher_maps: Maps, valid: Masks, boxes: list[Tensor] | None
+    def _compare_features(
+        self, batched_inputs: Batch, batch: Tensor, student_maps: Maps, teacher_maps: Maps
     ) -> dict[str, Tensor]:
+        if self.distiller is None:
+            return {}
+        student_maps, teacher_maps, valid = self._aligned(batched_inputs, batch, student_maps, teacher_maps)
+        if self.observe_next:
+            self.observe_next = False
+            self.distiller.observe(student_maps, teacher_maps, valid)
         if self.distiller.matched:
-            return self.distiller(student_maps, teacher_maps, valid, boxes)
+            return self.distiller(student_maps, teacher_maps, valid, _boxes(batched_inputs))
         return self.distiller.no_losses(self.device)  # until the first rematch
+
+    def _no_losses(self) -> dict[str, Tensor]:
+        """Of a step without the teacher."""
+        zero = torch.zeros((), device=self.device)
+        of_features = {} if self.distiller is None else self.distiller.no_losses(self.device)
+        return {**of_features, **{name: zero for name in ([] if self.heads is None else self.heads.names)}}
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> TeacherStudentDetector:
         # .to() and its like: the teacher goes where the student goes
         self.teacher.model._apply(fn, recurse)
         return super()._apply(fn, recurse)
+
+
+def _sizes(batched_inputs: Batch) -> list[tuple[int, int]]:
+    """(h, w) of each image before padding."""
+    return [(sample["image"].shape[-2], sample["image"].shape[-1]) for sample in batched_inputs]
 
 
 def _boxes(batched_inputs: Batch) -> list[Tensor] | None:
@@ -202,12 +241,11 @@ def _boxes(batched_inputs: Batch) -> list[Tensor] | None:
     return [sample["instances"].gt_boxes.tensor for sample in batched_inputs]
 
 
-def _check_widths(pairs: dict[str, FeaturePair], distiller: MatchingGuidedDistiller) -> None:
+def _check_widths(pairs: dict[str, FeaturePair], distiller: MatchingGuidedDistiller | None) -> None:
     found = {name: pair.channels for name, pair in pairs.items()}
-    if found != distiller.channels:
-        raise ValueError(
-            f"the networks have the widths (S, T) {found}, and the distiller was made for {distiller.channels}."
-        )
+    made_for = {} if distiller is None else distiller.channels
+    if found != made_for:
+        raise ValueError(f"the networks have the widths (S, T) {found}, and the distiller was made for {made_for}.")
 
 
 def _train_last_norms(student: nn.Module, pairs: dict[str, FeaturePair], kind: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -29,7 +30,7 @@ _CONSTANTS = ("pixel_mean", "pixel_std", "cell_anchors", "num_batches_tracked")
 
 
 class FrozenTeacher:
-    """A detector that only gives maps: eval mode, no gradients, no head, nothing of it saved with the student.
+    """A detector that only gives maps: eval mode, no gradients, nothing of it saved with the student.
 
     It is no ``nn.Module``, so that a module that holds it neither counts, trains, moves, wraps nor saves its weights.
 
@@ -124,12 +125,14 @@ class FrozenTeacher:
         Returns:
             dict: name -> (N, T, H / stride, W / stride), without gradients.
         """
-        sizes = [(image.shape[-2], image.shape[-1]) for image in images]
-        height, width = self.padded_size(sizes, min_size)
-        if normalised is None or tuple(normalised.shape[-2:]) != (height, width):
-            normalised = self._normalise(images, input_format or self.input_format, height, width)
-        maps, _ = self._watched.run(normalised)
+        maps, _ = self._watched.run(self._pixels(images, input_format, min_size, normalised))
         return maps
+
+    @torch.no_grad()
+    def with_outputs(self, images: Sequence[Tensor], **options: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The same maps, and all that the backbone gives to the head, by name. Arguments as in :meth:`__call__`."""
+        outputs, maps, _ = self._watched.forward(self._pixels(images, **options))
+        return maps, outputs
 
     def padded_size(self, sizes: Sequence[tuple[int, int]], min_size: tuple[int, int] = (0, 0)) -> tuple[int, int]:
         """(H, W) that images of these (h, w) are padded to.
@@ -157,6 +160,20 @@ class FrozenTeacher:
             return False
         own_mean, own_std = self._normalisation
         return _same(mean, own_mean) and _same(std, own_std)
+
+    def _pixels(
+        self,
+        images: Sequence[Tensor],
+        input_format: str | None = None,
+        min_size: tuple[int, int] = (0, 0),
+        normalised: Tensor | None = None,
+    ) -> Tensor:
+        """(N, 3, H, W), what the backbone gets."""
+        sizes = [(image.shape[-2], image.shape[-1]) for image in images]
+        height, width = self.padded_size(sizes, min_size)
+        if normalised is not None and tuple(normalised.shape[-2:]) == (height, width):
+            return normalised
+        return self._normalise(images, input_format or self.input_format, height, width)
 
     def _normalise(self, images: Sequence[Tensor], input_format: str, height: int, width: int) -> Tensor:
         """(N, 3, H, W): less the mean, by the deviation, then padded with zeros, as Detectron2 does."""

@@ -117,7 +117,7 @@ class Trainer(DefaultTrainer):
         """Timer, schedule, preemption, rematch, checkpoint, evaluation, writers: in this order after each step."""
         cfg = self.cfg
         built: list[HookBase] = [hooks.IterationTimer(), hooks.LRScheduler(), PreemptionHook(self.save_checkpoint)]
-        if self.distilled and cfg.MGD.ALIGN == "matching":
+        if self.distilled and cfg.MGD.FEATURES and cfg.MGD.ALIGN == "matching":
             built.append(self._matching_hook())
         built.append(CheckpointHook(self.save_checkpoint, cfg.SOLVER.CHECKPOINT_PERIOD))
         built.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate))
@@ -220,11 +220,11 @@ class Trainer(DefaultTrainer):
         }
         if self.distilled:
             distiller, teacher = self.detector.distiller, self.detector.teacher
-            if self.cfg.MGD.REMATCH.SOURCE == "online":
+            if distiller is not None and self.cfg.MGD.REMATCH.SOURCE == "online":
                 gather_costs(distiller)
             state["distillation"] = {
-                "distiller": distiller.state_dict(),
-                "costs": distiller.cost_state_dict(),
+                "distiller": None if distiller is None else distiller.state_dict(),
+                "costs": None if distiller is None else distiller.cost_state_dict(),
                 "teacher": {"weights": teacher.weights_path, "digest": teacher.digest},
             }
         self.checkpointer.save(name, **state)
@@ -276,6 +276,10 @@ class Trainer(DefaultTrainer):
     def _resume_distillation(self, path: str, state: dict[str, Any]) -> None:
         teacher, distiller = self.detector.teacher, self.detector.distiller
         check_same_teacher(path, state["teacher"], teacher.weights_path, teacher.digest)
+        if (distiller is None) != (state["distiller"] is None):
+            raise KeyError("one of the two distils features and the other does not")
+        if distiller is None:
+            return
         distiller.load_state_dict(state["distiller"])
         if comm.is_main_process():  # it saved the sum over all processes
             distiller.load_cost_state_dict(state["costs"])

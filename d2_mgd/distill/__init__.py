@@ -1,6 +1,6 @@
 """How it guides: taps -> matching -> reducer -> loss, for any two torch modules. Knows no Detectron2."""
 
-from d2_mgd.distill.dense import box_distribution_kd, dense_class_kd
+from d2_mgd.distill.dense import box_distribution_kd, dense_box_kd, dense_class_kd, with_statistics_of
 from d2_mgd.distill.distiller import ALIGNMENTS, MatchingGuidedDistiller
 from d2_mgd.distill.logits import LOGIT_LOSSES, LogitLoss, kd_loss, standardize_logits
 from d2_mgd.distill.losses import FEATURE_LOSSES, REDUCTIONS, published_weights, reduce_loss
@@ -30,6 +30,7 @@ __all__ = [
     "WeightSchedule",
     "batch_norm_margin",
     "box_distribution_kd",
+    "dense_box_kd",
     "dense_class_kd",
     "kd_loss",
     "load_reports",
@@ -37,4 +38,5 @@ __all__ = [
     "reduce_loss",
     "save_reports",
     "standardize_logits",
+    "with_statistics_of",
 ]

@@ -22,6 +22,7 @@ __all__ = [
     "REDUCTIONS",
     "FeatureLoss",
     "channel_kl",
+    "channel_statistics",
     "loss_divisor",
     "mse",
     "partial_l2",
@@ -143,17 +144,29 @@ def published_weights(task: str, features: Sequence[str]) -> dict[str, float]:
     return {name: 1.0 / _PUBLISHED_DETECTION[name] for name in features}
 
 
-def _standardise(maps: Tensor, valid: Tensor | None) -> Tensor:
+def channel_statistics(maps: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each channel over images and real pixels, (1, C, 1, 1) both; no deviation is zero.
+
+    Args:
+        maps: (N, C, H, W), zero where pixels are not real.
+        valid: (N, 1, H, W) boolean, true at real pixels, or None.
+    """
     dims = (0, 2, 3)
     if valid is None:
         mean = maps.mean(dim=dims, keepdim=True)
         variance = maps.var(dim=dims, keepdim=True, unbiased=False)
     else:
-        maps = maps.masked_fill(~valid, 0.0)
         count = valid.sum().clamp(min=1)
         mean = maps.sum(dim=dims, keepdim=True) / count
         variance = (maps - mean).square().masked_fill(~valid, 0.0).sum(dim=dims, keepdim=True) / count
-    return (maps - mean) * torch.rsqrt(variance + _VARIANCE_EPSILON)
+    return mean, (variance + _VARIANCE_EPSILON).sqrt()
+
+
+def _standardise(maps: Tensor, valid: Tensor | None) -> Tensor:
+    if valid is not None:
+        maps = maps.masked_fill(~valid, 0.0)  # not a product: the padding may hold NaN
+    mean, deviation = channel_statistics(maps, valid)
+    return (maps - mean) * deviation.reciprocal()
 
 
 def _spatial_log_softmax(maps: Tensor, valid: Tensor | None) -> Tensor:
