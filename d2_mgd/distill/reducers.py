@@ -100,11 +100,12 @@ def sp(
 def mean(
     teacher: Tensor, groups: Tensor, margin: Tensor | None = None, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Average pooling of each group, and of its margins."""
+    """Average pooling of each group, and of its margins. In float32 at least: sums in 16 bits lose what others keep."""
+    dtype = torch.promote_types(teacher.dtype, torch.float32)
     share = 1.0 / (groups != PADDING).sum(dim=1)  # (S,)
-    guided = torch.zeros((), dtype=teacher.dtype, device=teacher.device)
+    guided = torch.zeros((), dtype=dtype, device=teacher.device)
     for column in groups.unbind(dim=1):
-        weight = torch.where(column == PADDING, torch.zeros_like(share), share).to(teacher.dtype)
+        weight = torch.where(column == PADDING, torch.zeros_like(share), share).to(dtype)
         guided = guided + _take(teacher, column.clamp(min=0)) * weight.view(1, -1, 1, 1)
     return guided, _mean_margin(margin, groups)
 

@@ -104,3 +104,12 @@ def test_dtype_is_kept(name: str, dtype: torch.dtype) -> None:
 
 def test_the_table_is_complete() -> None:
     assert set(names(REDUCERS)) >= {"amp", "max", "mean", "rd", "sm", "sp"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_a_mean_of_short_floats_is_exact(dtype: torch.dtype) -> None:
+    teacher = (100 * torch.randn(2, 12, 5, 5)).to(dtype)
+    groups = torch.tensor([[0, 3, 4, 7, 9], [1, 2, 5, 6, -1], [8, 10, 11, -1, -1]])
+    guided, _ = REDUCERS.get("mean")(teacher, groups, None, None)
+    expected = torch.stack([teacher[:, [i for i in group if i >= 0]].double().mean(dim=1) for group in groups], dim=1)
+    torch.testing.assert_close(guided.double(), expected, rtol=1e-6, atol=1e-5)
