@@ -40,6 +40,7 @@ from d2_mgd.detection.config import student_config, validate_config
 from d2_mgd.detection.datasets import DatasetError, check_classes, check_datasets, register_coco
 from d2_mgd.detection.hooks import RematchError
 from d2_mgd.detection.loader import SampleError
+from d2_mgd.detection.nonfinite import NonFiniteError
 from d2_mgd.detection.preemption import forwarded_signals
 from d2_mgd.detection.teacher import build_teacher
 
@@ -125,7 +126,7 @@ def run(args: argparse.Namespace) -> Any:
         _refuse(error)
     try:
         return trainer.train()
-    except (DatasetError, SampleError, RematchError, OSError) as error:
+    except (DatasetError, SampleError, RematchError, NonFiniteError, OSError) as error:
         _refuse(error)
 
 

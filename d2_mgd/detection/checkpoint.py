@@ -16,6 +16,7 @@ import detectron2.utils.comm as comm
 import torch
 from torch import nn
 
+from d2_mgd.detection.agreement import first_failure
 from d2_mgd.detection.manifest import CheckpointManifest, write_atomically
 from d2_mgd.detection.weights import SafeCheckpointer, file_digest, load_weights, local_weights_file, read_tensors
 from d2_mgd.reliability import remove_leftovers, system_reason
@@ -81,7 +82,7 @@ class TrainingCheckpointer(SafeCheckpointer):
                 reason = system_reason(error)
                 failure = f"cannot write the checkpoint {name}.pth to {self.save_dir}: {reason}; the earlier ones are "
                 failure += "intact, and --resume continues from the last of them."
-        failure = next((text for text in comm.all_gather(failure) if text), "")
+        failure = first_failure(failure)
         if failure:
             raise CheckpointError(failure)
 

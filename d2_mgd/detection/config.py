@@ -42,6 +42,7 @@ META_ARCHITECTURE = "TeacherStudentDetector"
 UNTRAINED = "untrained"  # MGD.TEACHER.WEIGHTS of a teacher that is meant to stay as it was initialised
 LAST_NORMS = ("affine", "sync_bn", "none")
 SOURCES = ("pass", "online")
+PRECISIONS = ("", "float16", "bfloat16")
 MARGIN_LOSSES = ("partial_l2",)  # need a teacher's pre-activations with the margins of their batch-norm
 
 _PROJECT_CONFIGS = Path(d2_mgd.__file__).resolve().parents[1] / "configs"
@@ -153,8 +154,19 @@ def add_mgd_config(cfg: CfgNode) -> None:
     # Let the file names of a COCO-format data set, or links among its files, leave its image folder.
     cfg.MGD.DATA.ALLOW_OUTSIDE_ROOT = False
 
+    # Cut each process's share of SOLVER.IMS_PER_BATCH into so many parts, run one after the other for one step of the
+    # optimiser: the memory of a smaller batch. With a teacher or without, as all keys from here on.
+    cfg.MGD.ACCUMULATE = 1
+    # Of SOLVER.AMP.ENABLED: "float16", on GPUs alone and with a loss scaler, or "bfloat16"; "" is float16 on a GPU and
+    # bfloat16 on a CPU. Losses and matching costs are float32.
+    cfg.MGD.PRECISION = ""
+
+    cfg.MGD.NONFINITE = CfgNode()
+    # Steps in a row that may be left out because a loss or gradient is not finite; 0 stops at the first.
+    cfg.MGD.NONFINITE.SKIP = 0
+
     cfg.MGD.CHECKPOINT = CfgNode()
-    # How many checkpoints stay in OUTPUT_DIR, with a teacher or without; 0 keeps all.
+    # How many checkpoints stay in OUTPUT_DIR; 0 keeps all.
     cfg.MGD.CHECKPOINT.KEEP = 0
 
 
@@ -367,6 +379,11 @@ def validate_config(cfg: CfgNode) -> None:
     mgd = cfg.MGD
     if mgd.CHECKPOINT.KEEP < 0:
         raise ValueError(f"MGD.CHECKPOINT.KEEP must be at least 0, which keeps all, got {mgd.CHECKPOINT.KEEP}.")
+    if mgd.NONFINITE.SKIP < 0:
+        raise ValueError(f"MGD.NONFINITE.SKIP must be at least 0, which leaves out none, got {mgd.NONFINITE.SKIP}.")
+    if mgd.ACCUMULATE < 1:
+        raise ValueError(f"MGD.ACCUMULATE must be at least 1, which cuts no batch, got {mgd.ACCUMULATE}.")
+    _check_choice("MGD.PRECISION", mgd.PRECISION, PRECISIONS)
     if not mgd.ENABLED:
         return
     student_config(cfg)

@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import detectron2.utils.comm as comm
@@ -54,7 +55,7 @@ class MatchingHook(HookBase):
         source: ``pass``, or ``online``: costs of training steps, after a pass for the first matching.
         every: online, the steps between two that are observed.
         output_dir: OUTPUT_DIR.
-        mixed_precision: whether the pass runs under autocast, as training does.
+        autocast: makes the context in which networks run in training; by default none.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class MatchingHook(HookBase):
         source: str = "pass",
         every: int = 1,
         output_dir: str = "",
-        mixed_precision: bool = False,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self.model = model
         self.schedule = schedule
@@ -74,7 +75,7 @@ class MatchingHook(HookBase):
         self.source = source
         self.every = every
         self.output_dir = output_dir
-        self.mixed_precision = mixed_precision
+        self.autocast = autocast
         self.newest = -1  # finished iterations at the newest rematch
 
     def state_dict(self) -> dict[str, Any]:
@@ -140,7 +141,7 @@ class MatchingHook(HookBase):
             logger.info("Rematch after %d iterations: measuring on %d images", finished, loader.num_images)
             self.model.student.eval()
             _share_running_statistics(self.model.student)
-            with torch.autocast("cuda", enabled=self.mixed_precision):
+            with self.autocast():
                 for batch in _progress(loader, "matching cost"):
                     distiller.observe(*self.model.extract_maps(batch))
 

@@ -9,11 +9,9 @@ import logging
 import signal
 from collections.abc import Callable
 
-import detectron2.utils.comm as comm
-import torch
-import torch.distributed as dist
 from detectron2.engine import HookBase
 
+from d2_mgd.detection.agreement import largest
 from d2_mgd.reliability import StopRequest, forwarded_signals
 
 __all__ = ["PreemptionHook", "forwarded_signals"]
@@ -43,7 +41,7 @@ class PreemptionHook(HookBase):
 
     def after_step(self) -> None:
         finished = self.trainer.iter + 1
-        received = _largest(self.stop.received)
+        received = largest(self.stop.received)
         if not received or finished >= self.trainer.max_iter:  # all is done but what follows the last step
             return
         name = f"model_{self.trainer.iter:07d}"
@@ -56,12 +54,3 @@ class PreemptionHook(HookBase):
             name,
         )
         raise SystemExit(128 + received)
-
-
-def _largest(number: int) -> int:
-    """The largest of all processes' numbers. A collective on the CPU, which does not wait for a GPU."""
-    if comm.get_world_size() == 1:
-        return number
-    shared = torch.tensor(number)
-    dist.all_reduce(shared, dist.ReduceOp.MAX, group=comm._get_global_gloo_group())
-    return int(shared)

@@ -13,7 +13,7 @@ from typing import Any
 import detectron2.utils.comm as comm
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, SimpleTrainer, hooks
+from detectron2.engine import DefaultTrainer, HookBase, hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
@@ -33,6 +33,7 @@ from d2_mgd.detection.loader import (
     build_pass_loader,
     build_train_loader,
 )
+from d2_mgd.detection.nonfinite import NonFinitePolicy
 from d2_mgd.detection.preemption import PreemptionHook
 from d2_mgd.detection.state import (
     changed_numbers,
@@ -43,6 +44,7 @@ from d2_mgd.detection.state import (
     set_module_numbers,
     set_random_state,
 )
+from d2_mgd.detection.steps import Precision, StepTrainer, predict_in_float32
 
 __all__ = ["Trainer"]
 
@@ -69,6 +71,7 @@ class Trainer(DefaultTrainer):
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         validate_config(cfg)
         _check_supported(cfg)
+        self.precision = Precision.from_config(cfg)
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         logger.info("The seed of this run is %d", self.seed)
         self.cfg = cfg = _with_seed(cfg, self.seed)
@@ -83,8 +86,17 @@ class Trainer(DefaultTrainer):
         optimizer = self.build_optimizer(cfg, model)
         loader = self.build_train_loader(cfg)
         check_classes([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST], self.student)
-        trainer_type = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
-        self._trainer = trainer_type(_distribute(model), loader, optimizer)
+        if self.precision.mixed:
+            predict_in_float32(self.student)
+        folder = os.path.join(cfg.OUTPUT_DIR, "nonfinite")
+        self._trainer = StepTrainer(
+            _distribute(model),
+            loader,
+            optimizer,
+            policy=NonFinitePolicy(model, cfg.MGD.NONFINITE.SKIP, folder, self._state_before_step),
+            micro_batches=cfg.MGD.ACCUMULATE,
+            precision=self.precision,
+        )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = TrainingCheckpointer(
             self.student, cfg.OUTPUT_DIR, export=self._plain_state, keep=cfg.MGD.CHECKPOINT.KEEP
@@ -134,7 +146,7 @@ class Trainer(DefaultTrainer):
             source=cfg.MGD.REMATCH.SOURCE,
             every=cfg.MGD.REMATCH.EVERY,
             output_dir=cfg.OUTPUT_DIR,
-            mixed_precision=cfg.SOLVER.AMP.ENABLED,
+            autocast=self.precision.autocast,
         )
 
     def run_step(self) -> None:
@@ -210,14 +222,20 @@ class Trainer(DefaultTrainer):
 
     def save_checkpoint(self, name: str) -> None:
         """Save everything to ``OUTPUT_DIR/<name>.pth``. A collective: every process has a random state of its own."""
+        self.checkpointer.save(name, **self._state(self.iter, random_state()))
+
+    def _state_before_step(self, random: dict[str, Any]) -> dict[str, Any]:
+        """A checkpoint as it would have been before the step in progress, if that has changed nothing since."""
+        return {"model": self._plain_state(), **self._state(self.iter - 1, random)}
+
+    def _state(self, iteration: int, random: dict[str, Any]) -> dict[str, Any]:
+        """All of a checkpoint but the student, after ``iteration``. A collective."""
         own = {
-            "random": random_state(),
+            "random": random,
             "numbers": changed_numbers(module_numbers(self.detector), self._initial_numbers),
         }
-        state: dict[str, Any] = {
-            "iteration": self.iter,
-            "training": {**self.state_dict(), "seed": self.seed, "processes": comm.gather(own)},
-        }
+        training = {**self.state_dict(), "iteration": iteration, "seed": self.seed, "processes": comm.gather(own)}
+        state: dict[str, Any] = {"iteration": iteration, "training": training}
         if self.distilled:
             distiller, teacher = self.detector.distiller, self.detector.teacher
             if distiller is not None and self.cfg.MGD.REMATCH.SOURCE == "online":
@@ -227,7 +245,7 @@ class Trainer(DefaultTrainer):
                 "costs": None if distiller is None else distiller.cost_state_dict(),
                 "teacher": {"weights": teacher.weights_path, "digest": teacher.digest},
             }
-        self.checkpointer.save(name, **state)
+        return state
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Continue from the last checkpoint in OUTPUT_DIR if ``resume`` and there is one, else load MODEL.WEIGHTS.
@@ -323,8 +341,12 @@ def _check_supported(cfg: CfgNode) -> None:
         raise ValueError("TEST.PRECISE_BN.ENABLED is not supported: it could not be resumed.")
     if cfg.TEST.AUG.ENABLED:
         raise ValueError("TEST.AUG.ENABLED is not supported: evaluate the student with Detectron2's own train_net.py.")
-    if cfg.SOLVER.AMP.ENABLED and not cfg.MODEL.DEVICE.startswith("cuda"):
-        raise ValueError(f"SOLVER.AMP.ENABLED needs a GPU, and MODEL.DEVICE is {cfg.MODEL.DEVICE}.")
+    images, processes, parts = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size(), cfg.MGD.ACCUMULATE
+    if images % processes == 0 and images // processes % parts:
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH is {images}, which {processes} processes share; the {images // processes} images of "
+            f"each cannot be cut into MGD.ACCUMULATE {parts} equal parts."
+        )
 
 
 def _distribute(model: nn.Module) -> nn.Module:

@@ -73,7 +73,10 @@ OVERRIDES = {
     "a batch without images": (("MGD.REMATCH.BATCH_SIZE", "0"), "MGD.REMATCH.BATCH_SIZE must be at least 1"),
     "student weights absent": (("MODEL.WEIGHTS", "nowhere.pth"), r"weights file nowhere\.pth does not exist"),
     "an unknown data set": (("DATASETS.TRAIN", "('unheard_of',)"), "no data set 'unheard_of'"),
-    "mixed precision without a GPU": (("SOLVER.AMP.ENABLED", "True", "MODEL.DEVICE", "cpu"), "needs a GPU"),
+    "half precision without a GPU": (("SOLVER.AMP.ENABLED", "True", "MGD.PRECISION", "float16"), "needs a GPU"),
+    "an unknown precision": (("MGD.PRECISION", "fp8"), "MGD.PRECISION is 'fp8'; there are: '', float16, bfloat16"),
+    "a batch in no parts": (("MGD.ACCUMULATE", "0"), "MGD.ACCUMULATE must be at least 1"),
+    "fewer than no steps left out": (("MGD.NONFINITE.SKIP", "-1"), "MGD.NONFINITE.SKIP must be at least 0"),
 }
 
 

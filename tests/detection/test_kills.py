@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
-from benchmarks.soak import Kill, Soak, differences, final
+from benchmarks.soak import Kill, Soak, differences
 
 SHORT = ("SOLVER.MAX_ITER", 6, "SOLVER.STEPS", "(4,)", "SOLVER.CHECKPOINT_PERIOD", 2, "MGD.REMATCH.NUM_IMAGES", 3)
 

@@ -156,7 +156,8 @@ def test_the_teacher_is_evaluated_with_its_own_settings(workplace: Any, tmp_path
     [
         (("TEST.PRECISE_BN.ENABLED", "True"), "PRECISE_BN"),
         (("TEST.AUG.ENABLED", "True"), "TEST.AUG"),
-        (("SOLVER.AMP.ENABLED", "True"), "SOLVER.AMP.ENABLED needs a GPU"),
+        (("SOLVER.AMP.ENABLED", "True", "MGD.PRECISION", "float16"), "float16 needs a GPU, .* use bfloat16"),
+        (("MGD.ACCUMULATE", "3"), "IMS_PER_BATCH is 2, .* cannot be cut into MGD.ACCUMULATE 3 equal parts"),
     ],
 )
 def test_what_cannot_be_done_is_refused(workplace: Any, tmp_path: Path, override: Any, message: str) -> None:
