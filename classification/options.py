@@ -156,6 +156,8 @@ def _add_weights(parser: argparse.ArgumentParser) -> None:
         "--student-resume", type=Path, metavar="PATH", help="weights that the student starts from, or is evaluated with"
     )
     add("--teacher-resume", type=Path, metavar="PATH", help="the teacher's weights (torchvision's ImageNet weights)")
+    add("--trust-weights", action="append", default=[], metavar="FILE",
+        help="read this file even if it asks for more than weights, and run what it asks for")  # fmt: skip
     add("--teacher-arch", metavar="ARCH", help="the teacher (resnet50; for resnet50 resnet152)")
     add("-e", "--evaluate", action="store_true", help="evaluate and leave")
 

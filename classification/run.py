@@ -36,6 +36,7 @@ from classification.metrics import table
 from classification.models import architecture
 from classification.options import as_values
 from d2_mgd.reliability import StopRequest, remove_leftovers
+from d2_mgd.untrusted import trust
 
 __all__ = ["main"]
 
@@ -56,6 +57,7 @@ _FREE = {
     "data",
     "output_dir",
     "nproc",
+    "trust_weights",
 }
 
 
@@ -81,6 +83,8 @@ def _check(options: argparse.Namespace) -> None:
 
 def _work(process: Process, options: argparse.Namespace) -> None:
     _start_logging(process)
+    for file in options.trust_weights:
+        trust(file)
     _check_process(process, options)
     folders = find_folders(options.data, options.val_split)
     classes = list(folders[0].classes)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import pickle
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,12 @@ from urllib.error import URLError
 
 import torch
 import torchvision
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from classification.errors import UserError
 from classification.models import TIMM, _timm_model, architecture, build
 from d2_mgd.reliability import file_digest as digest
+from d2_mgd.untrusted import UntrustedFileError, read_safetensors, read_tensors
 
 __all__ = ["digest", "load_file", "load_weights", "network_from_file", "pretrained_network", "read_checkpoint"]
 
@@ -42,26 +41,17 @@ def read_checkpoint(path: Path, what: str) -> dict[str, Any]:
     if path.suffix == ".safetensors":
         return _read_safetensors(path, what)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
-            raise UserError(f"{what} {path} holds more than weights and plain values, and is not read.") from error
-        raise UserError(f"{what} {path} is damaged or cut short, or no checkpoint at all.") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f"{what} {path} is damaged or cut short, or no checkpoint at all.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{what} {path} holds a {type(content).__name__}, not a dictionary of weights.")
-    return content
+        return read_tensors(str(path))
+    except UntrustedFileError as error:
+        raise UserError(f"{what} {error}") from error
 
 
 def _read_safetensors(path: Path, what: str) -> dict[str, Any]:
     """The tensors as ``state_dict``, and the metadata beside it: json where it is json, else text."""
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dictionary
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{what} {path} is damaged or cut short, or no safetensors file at all.") from error
+        tensors, metadata = read_safetensors(str(path))
+    except UntrustedFileError as error:
+        raise UserError(f"{what} {error}") from error
     return {**{name: _plain(text) for name, text in metadata.items()}, "state_dict": tensors}
 
 
@@ -160,7 +150,12 @@ def pretrained_network(name: str, num_classes: int, new_head: bool = True) -> nn
     weights = torchvision.models.get_model_weights(published)["IMAGENET1K_V1"]
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     try:
-        state = weights.get_state_dict(progress=False, check_hash=True)
+        state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        file = folder / weights.url.rpartition("/")[2]
+        raise UserError(
+            f"{file} asks for python objects or is damaged, and is not torchvision's: remove it."
+        ) from error
     except (URLError, OSError, RuntimeError) as error:
         file = weights.url.rpartition("/")[2]
         raise UserError(

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Train a student detector, with a teacher or alone; evaluate it; evaluate its teacher.
 
-The flags are those of Detectron2's tools/train_net.py, and three more. Works alone, with --num-gpus and
+The flags are those of Detectron2's tools/train_net.py, and some more. Works alone, with --num-gpus and
 --num-machines, and under torchrun; with NCCL on GPUs, and with gloo where there are none.
 """
 
@@ -43,6 +43,8 @@ from d2_mgd.detection.loader import SampleError
 from d2_mgd.detection.nonfinite import NonFiniteError
 from d2_mgd.detection.preemption import forwarded_signals
 from d2_mgd.detection.teacher import build_teacher
+from d2_mgd.detection.weights import local_weights_file
+from d2_mgd.untrusted import trust
 
 logger = logging.getLogger("d2_mgd.train_net")
 
@@ -65,6 +67,14 @@ def parser() -> argparse.ArgumentParser:
     )
     built.add_argument(
         "--eval-teacher", action="store_true", help="evaluate the teacher alone on DATASETS.TEST, and train nothing"
+    )
+    built.add_argument(
+        "--trust-weights",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="read this weights file or checkpoint even if it asks for more than tensors, and run what it asks for; "
+        "any number of times, for files whose maker you know",
     )
     return built
 
@@ -95,6 +105,8 @@ def set_up(args: argparse.Namespace) -> CfgNode:
     """Data sets, config, loggers, and what OUTPUT_DIR holds of them. In every process."""
     for name, json_file, images in args.register_coco:
         register_coco(name, json_file, images)
+    for file in args.trust_weights:
+        trust(local_weights_file(file))
     cfg = build_config(args)
     trains = not (args.eval_only or args.eval_teacher)
     if comm.get_world_size() == 1 or comm.get_local_rank() == 0:

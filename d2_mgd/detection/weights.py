@@ -1,18 +1,15 @@
-"""Reading weights from files of strangers: what a file holds is data, never code.
+"""Weights into Detectron2's models, from ``.pth``, ``.pkl`` and ``.safetensors`` files, read as data and never as code.
 
-``.pth`` is read by ``torch.load(weights_only=True)``; ``.pkl`` of Detectron2's model zoo by an unpickler that admits
-numpy arrays and plain containers. ``torchvision://resnet18`` names torchvision's file, and any file with torchvision's
-ResNet names is renamed to Detectron2's on the way in.
+``torchvision://resnet18`` names torchvision's file, and any file with torchvision's ResNet names is renamed to
+Detectron2's on the way in.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import pickle
 import re
-from collections import OrderedDict
-from typing import Any, NoReturn
+from typing import Any
 from urllib.parse import parse_qs
 
 import numpy as np
@@ -22,12 +19,14 @@ from detectron2.utils.file_io import PathHandler, PathManager
 from torch import Tensor, nn
 
 from d2_mgd.reliability import file_digest
+from d2_mgd.untrusted import read_pickled_arrays, read_safetensors, read_tensors
 
 __all__ = [
     "SafeCheckpointer",
     "file_digest",
     "load_weights",
     "local_weights_file",
+    "read_model",
     "read_pickled_arrays",
     "read_tensors",
 ]
@@ -103,87 +102,6 @@ def local_weights_file(location: str) -> str:
 # --- what is in a file ---
 
 
-def read_tensors(path: str) -> dict[str, Any]:
-    """Read a ``.pth`` file of tensors and plain containers.
-
-    Raises:
-        ValueError: the file is damaged, or asks for python objects; nothing of it has run.
-    """
-    try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f"asks for the python object {asked.group(1)}" if asked else "is damaged or holds python objects"
-        raise ValueError(f"{path} {what}, which weights do not need: it was not loaded.") from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is not a readable weights file: {_reason(error)}.") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} holds a {type(data).__name__}, not a dict of weights.")
-    return data
-
-
-def _reason(error: Exception) -> str:
-    """The first line of an error's message, or what kind of error it is."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
-
-
-def _decode_latin1(text: str, encoding: str) -> bytes:
-    """Stands for ``codecs.encode``, by which old pickles spell bytes; other codecs are refused."""
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"codec {encoding}")
-    return text.encode("latin1")
-
-
-# numpy's own names in pickles, where versions 1 and 2 keep them -> the same function of this version
-_OF_NUMPY = {
-    "ndarray": np.ndarray,
-    "dtype": np.dtype,
-    "_reconstruct": np.empty(0).__reduce__()[0],
-    "scalar": np.float64(0).__reduce__()[0],
-    "_frombuffer": np.empty(0).__reduce_ex__(5)[0],
-}
-_NUMPY_MODULES = {f"numpy{core}{part}" for core in (".core", "._core") for part in (".multiarray", ".numeric")}
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Admits numpy arrays and plain containers; any other name is refused before it is imported."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module in {"numpy", *_NUMPY_MODULES} and name in _OF_NUMPY:
-            return _OF_NUMPY[name]
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if (module, name) == ("_codecs", "encode"):
-            return _decode_latin1
-        self._refuse(module, name)
-
-    def persistent_load(self, pid: Any) -> NoReturn:
-        self._refuse("persistent", str(pid))
-
-    def _refuse(self, module: str, name: str) -> NoReturn:
-        raise pickle.UnpicklingError(f"{module}.{name}")
-
-
-def read_pickled_arrays(path: str) -> dict[str, Any]:
-    """Read a ``.pkl`` file of numpy arrays and plain containers, as Detectron2's model zoo has them.
-
-    Raises:
-        ValueError: the file is damaged, or asks for anything else; nothing of it has run.
-    """
-    try:
-        with open(path, "rb") as file:
-            data = _ArrayUnpickler(file, encoding="latin1").load()
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} asks for the python object {error}, which weights do not need: it was not loaded."
-        ) from error
-    except Exception as error:  # a damaged pickle fails in any way
-        raise ValueError(f"{path} is not a readable weights file: {_reason(error)}.") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} holds a {type(data).__name__}, not a dict of weights.")
-    return data
-
-
 def _is_torchvision_resnet(names: Any) -> bool:
     return {"conv1.weight", "bn1.running_mean", "layer1.0.conv1.weight", "layer4.0.bn1.weight"} <= set(names)
 
@@ -202,14 +120,18 @@ def _from_torchvision(state: dict[str, Any]) -> dict[str, Any]:
     return {_detectron2_name(name): value for name, value in kept.items() if "num_batches_tracked" not in name}
 
 
-def _read_model(path: str) -> dict[str, Any]:
-    """A file of any of the supported kinds -> {"model": {name: array}, "matching_heuristics": bool, ...}."""
+def read_model(path: str) -> dict[str, Any]:
+    """A file of any of the supported kinds -> {"model": {name: array}, "matching_heuristics": bool, ...}.
+
+    Raises:
+        ValueError: it cannot be read, or holds no weights.
+    """
     if path.endswith(".pkl"):
         data = read_pickled_arrays(path)
         if "model" not in data or "__author__" not in data:  # Caffe2, Detectron 1
-            blobs = data.get("blobs", data)
-            blobs = {name: value for name, value in blobs.items() if not name.endswith("_momentum")}
-            data = {"model": blobs, "__author__": "Caffe2", "matching_heuristics": True}
+            data = {"model": data.get("blobs", data), "__author__": "Caffe2", "matching_heuristics": True}
+    elif path.endswith(".safetensors"):
+        data = {"model": read_safetensors(path)[0]}
     else:
         data = read_tensors(path)
         if "model_state" in data and path.endswith(".pyth"):  # pycls
@@ -217,8 +139,10 @@ def _read_model(path: str) -> dict[str, Any]:
         elif "model" not in data:
             data = {"model": data}
     model = data["model"]
-    if not isinstance(model, dict) or not model:
-        raise ValueError(f"{path} holds no weights.")
+    if not isinstance(model, dict) or not model or not all(isinstance(name, str) for name in model):
+        raise ValueError(f"{path} holds no weights by name.")
+    if data.get("__author__") == "Caffe2":
+        model = data["model"] = {name: value for name, value in model.items() if not name.endswith("_momentum")}
     for name, value in model.items():
         plain = isinstance(value, Tensor) or (isinstance(value, np.ndarray) and value.dtype != object)
         if not plain:
@@ -244,7 +168,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         return super().load(local_weights_file(location) + mark + query if path else path, checkpointables)
 
     def _load_file(self, filename: str) -> dict[str, Any]:
-        data = _read_model(filename)
+        data = read_model(filename)
         query = parse_qs(self._parsed_url_during_load.query if self._parsed_url_during_load else "")
         if query.pop("matching_heuristics", [""]) == ["True"]:
             data["matching_heuristics"] = True
