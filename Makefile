@@ -15,7 +15,7 @@ export PIP_NO_INPUT := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export GIT_TERMINAL_PROMPT := 0
 
-.PHONY: help install detectron2 demo demo-classification test lint format types bench soak clean
+.PHONY: help install detectron2 demo demo-classification test lint format types docs bench soak clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -30,7 +30,7 @@ $(PY):
 $(VENV)/.installed: setup.py constraints.txt d2_mgd/_install.py | $(PY)
 	$(IN_VENV) pip install --quiet 'setuptools<82' wheel ninja
 	$(IN_VENV) pip install --quiet torch torchvision
-	$(IN_VENV) pip install --quiet --no-build-isolation --editable '.[test,dev]'
+	$(IN_VENV) pip install --quiet --no-build-isolation --editable '.[test,dev,docs]'
 	@$(MAKE) --no-print-directory detectron2
 	@touch $@
 
@@ -57,7 +57,7 @@ demo: install  ## teacher, student alone and distilled student on rendered scene
 demo-classification: install  ## the classification pipeline on generated images: minutes on two cores
 	$(PY) classification/demo.py
 
-test: install lint types  ## lint, types and tests; the last lines say what was skipped and why
+test: install lint types docs  ## lint, types, documentation and tests; the last lines say what was skipped and why
 	$(PY) -m pytest --numprocesses $(JOBS) --maxprocesses 8
 
 lint: install  ## ruff's rules and formatting
@@ -66,6 +66,10 @@ lint: install  ## ruff's rules and formatting
 
 types: install  ## mypy
 	$(PY) -m mypy $(TYPED)
+
+# Not --quiet: what it does not say, --strict does not count.
+docs: install  ## the documentation as a site, build/docs/index.html; a broken link is an error
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 format: install  ## let ruff mend what it can
 	$(PY) -m ruff check --fix-only $(CODE)
