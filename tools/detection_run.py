@@ -135,6 +135,7 @@ def feature_maps(run: Run, image: Path) -> Maps:
 
         from d2_mgd.detection import Trainer, add_mgd_config
         from d2_mgd.detection.checkpoint import TrainingCheckpointer, load_weights, read_tensors
+        from d2_mgd.detection.config import UNTRAINED
 
         cfg = get_cfg()
         add_mgd_config(cfg)
@@ -147,6 +148,8 @@ def feature_maps(run: Run, image: Path) -> Maps:
         model: Any = Trainer.build_model(cfg).eval()
         load_weights(model.student, weights)
         taught = read_tensors(weights)["distillation"]["teacher"]
+        if taught["weights"] == UNTRAINED:
+            raise RunError("the teacher was untrained, and such a one is not kept.")
         if taught["digest"] != model.teacher.digest:
             raise RunError(
                 f"the teacher's file {model.teacher.weights_path} is not the one that taught: its SHA-256 is another."
