@@ -5,6 +5,15 @@ Knows tensors and arrays, no network. See Yue, Deng, Zhou, "Matching Guided Dist
 
 from d2_mgd.matching.channel_matching import ChannelMatching
 from d2_mgd.matching.cost import METRICS, ChannelCost
+from d2_mgd.matching.projection import ProjectionAgreement, projection_agreement
 from d2_mgd.matching.solver import MODES, solve_matching
 
-__all__ = ["METRICS", "MODES", "ChannelCost", "ChannelMatching", "solve_matching"]
+__all__ = [
+    "METRICS",
+    "MODES",
+    "ChannelCost",
+    "ChannelMatching",
+    "ProjectionAgreement",
+    "projection_agreement",
+    "solve_matching",
+]
