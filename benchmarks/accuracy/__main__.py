@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.accuracy.data import StudyError
 from benchmarks.accuracy.report import write_report
-from benchmarks.accuracy.results import Results, plot, rematch_table, table
+from benchmarks.accuracy.results import Results, plot, projection_table, rematch_table, table
 from benchmarks.accuracy.runner import run_study
 from benchmarks.accuracy.study import AnyStudy, load_study
 from benchmarks.accuracy.training import Engine
@@ -80,6 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for study in map(_study, options.study):
                 results = _results(study, options.results)
                 print(f"{study.title}\n\n{table(study, results)}\n{rematch_table(study, results)}")
+                print(projection_table(study, results))
         else:
             return _run(options)
     except StudyError as error:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy.results import NOT_RUN, Results, rematch_table, table
+from benchmarks.accuracy.results import NOT_RUN, Results, projection_table, rematch_table, table
 from benchmarks.accuracy.study import AnyStudy, Study, load_study
 
 __all__ = ["report", "write_report"]
@@ -61,6 +61,13 @@ def _section(study: AnyStudy, results: Results) -> str:
             "What the last rematch found, mean over seeds. *Cost over chance* is the matched pairs' mean cost over\n"
             "that of a random matching; *changed* the share of student channels whose group changed; *lost by\n"
             f"keeping* how much more the old matching would cost.\n\n{matchings}"
+        )
+    projections = projection_table(study, results)
+    if projections:
+        text.append(
+            "How far learned projections agree with the matching of the same two networks, mean over seeds: the share\n"
+            "of a teacher channel's contributions that comes from its student channel; the same for\n"
+            f"a random matching, and for the one that the projection itself would choose.\n\n{projections}"
         )
     text.append(_provenance(study, lines))
     return "\n".join(text)

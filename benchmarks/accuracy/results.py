@@ -19,7 +19,7 @@ from benchmarks.accuracy.data import StudyError
 from benchmarks.accuracy.study import TEACHER, AnyRun, AnyStudy, Study
 from benchmarks.accuracy.training import Engine, Outcome
 
-__all__ = ["NOT_RUN", "Cell", "Results", "as_line", "cells", "plot", "table"]
+__all__ = ["NOT_RUN", "Cell", "Results", "as_line", "cells", "plot", "projection_table", "rematch_table", "table"]
 
 NOT_RUN = "not run"
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,6 +90,7 @@ def as_line(study: AnyStudy, run: AnyRun, outcome: Outcome, engine: Engine) -> d
         "versions": versions(),
         "accuracy": outcome.accuracy,
         "rematches": outcome.rematches,
+        "projections": outcome.projections,
         "metrics": outcome.metrics,
     }
 
@@ -229,6 +230,22 @@ def rematch_table(study: AnyStudy, results: Results) -> str:
         ratio, changed, lost = (statistics.fmean(column) for column in zip(*values))
         kept = "" if math.isnan(lost) else f"{lost:.1%}"
         lines.append(f"| {method} | {feature} | {ratio:.3f} | {changed:.0%} | {kept} |\n")
+    return "".join(lines)
+
+
+def projection_table(study: AnyStudy, results: Results) -> str:
+    """Markdown: for each method with a learned projection, and each feature, how far it agrees with a matching."""
+    found: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
+    for run in study.runs():
+        for entry in (results.of(run) or {}).get("projections", []):
+            values = (entry["share"], entry["chance"], entry["best"])
+            found.setdefault((run.method, entry["feature"]), []).append(values)
+    if not found:
+        return ""
+    lines = ["| | feature | on matched pairs | by chance | at best |\n| --- | --- | ---: | ---: | ---: |\n"]
+    for (method, feature), rows in found.items():
+        share, chance, best = (statistics.fmean(column) for column in zip(*rows))
+        lines.append(f"| {method} | {feature} | {share:.1%} | {chance:.1%} | {best:.1%} |\n")
     return "".join(lines)
 
 

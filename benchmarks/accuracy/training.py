@@ -5,6 +5,7 @@ Shape shorthand: N images, K classes.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import os
@@ -23,6 +24,7 @@ from benchmarks.accuracy.data import Images, Split, StudyError, batches, normali
 from benchmarks.accuracy.networks import Staged, build_network
 from benchmarks.accuracy.study import Method, Recipe, Run, new_distiller
 from d2_mgd.distill import batch_norm_margin
+from d2_mgd.matching import ChannelCost, projection_agreement, solve_matching
 
 __all__ = ["Engine", "Outcome", "WeightStore", "accuracy", "train"]
 
@@ -58,12 +60,14 @@ class Outcome:
         accuracy: top-1 in percent on the test images, after each epoch.
         seconds: of training and evaluation, without reading data.
         rematches: for each feature of each rematch, see :meth:`_Distillation.measure_and_rematch`.
+        projections: for each feature of a learned projection, see :meth:`_Distillation.measure_projections`.
         metrics: whatever else a command line reported at its end, by name.
     """
 
     accuracy: list[float] = field(default_factory=list)
     seconds: float = 0.0
     rematches: list[dict[str, Any]] = field(default_factory=list)
+    projections: list[dict[str, Any]] = field(default_factory=list)
     metrics: dict[str, Any] = field(default_factory=dict)
 
 
@@ -106,10 +110,13 @@ def train(run: Run, split: Split, engine: Engine, weights: WeightStore) -> Outco
         distillation = _Distillation(run.distil, network, teacher.to(engine.device), engine)
     outcome = Outcome()
     start = time.perf_counter()
-    _Training(run, network, split, engine, distillation, outcome).all_epochs()
+    training = _Training(run, network, split, engine, distillation, outcome)
+    training.all_epochs()
     if engine.device.type == "cuda":
         torch.cuda.synchronize(engine.device)
     outcome.seconds = time.perf_counter() - start
+    if distillation is not None:
+        outcome.projections = distillation.measure_projections(lambda: training.batches(training.matching))
     weights.save(run, network)
     return outcome
 
@@ -282,7 +289,7 @@ class _Distillation:
             return
         assert self.distiller is not None
         if epoch == 0 or self.method.rematch_source == "pass":
-            self._pass(batches)
+            self._pass(batches, self.distiller.observe)
         old = self.distiller.matchings
         for name, report in self.distiller.rematch().items():
             before = old[name]
@@ -297,16 +304,40 @@ class _Distillation:
                 }
             )
 
+    def measure_projections(self, batches: Batches) -> list[dict[str, Any]]:
+        """How far each learned projection agrees with the matching of the same two networks' channels.
+
+        ``share`` is what of the projection's contributions lies on matched pairs, ``chance`` the same for a random
+        matching, ``best`` for the matching that the projection itself would choose.
+        """
+        if self.distiller is None or not self.distiller.projections:
+            return []
+        widths = self.distiller.channels
+        costs = {name: ChannelCost(*channels, metric=self.method.metric) for name, channels in widths.items()}
+        power = {name: torch.zeros(student, device=self.engine.device) for name, (student, _) in widths.items()}
+
+        def observe(student: Maps, teacher: Maps) -> None:
+            for name, cost in costs.items():
+                cost.update(student[name], teacher[name])
+                power[name] += student[name].float().var(dim=(0, 2, 3))
+
+        self._pass(batches, observe)
+        found = []
+        for name, weight in self.distiller.projections.items():
+            matching = solve_matching(costs[name].mean(), self.method.mode or "balanced")
+            agreement = projection_agreement(weight * power[name].sqrt(), matching)
+            found.append({"feature": name, **{k: round(v, 6) for k, v in dataclasses.asdict(agreement).items()}})
+        return found
+
     @torch.no_grad()
-    def _pass(self, batches: Batches) -> None:
-        """Observe training batches, the student with the statistics of each, which also fit fresh weights."""
-        assert self.distiller is not None
+    def _pass(self, batches: Batches, observe: Callable[[Maps, Maps], None]) -> None:
+        """Give maps of training batches, the student with the statistics of each, which also fit fresh weights."""
         seen = 0
         with _kept_statistics(self.student):
             while seen < self.method.rematch_images:
                 for images, _ in batches():
                     student_maps, _, teacher_maps, _ = self._forward(images)
-                    self.distiller.observe(student_maps, teacher_maps)
+                    observe(student_maps, teacher_maps)
                     seen += len(images)
                     if seen >= self.method.rematch_images:
                         break

@@ -140,6 +140,12 @@ class MatchingGuidedDistiller(nn.Module):
         return {name: self._feature(name).matching() for name in self.channels}
 
     @property
+    def projections(self) -> dict[str, Tensor]:
+        """The learned projection (T, S) of each feature; empty where the alignment is another."""
+        learned = {name: self._feature(name).project for name in self.channels}
+        return {name: conv.weight.detach()[:, :, 0, 0] for name, conv in learned.items() if conv is not None}
+
+    @property
     def matched(self) -> bool:
         """Whether every feature that needs a matching has one."""
         return self.align != "matching" or all(self._feature(name).has_matching for name in self.costs)

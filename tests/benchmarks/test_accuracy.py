@@ -277,10 +277,15 @@ def test_a_study_from_the_command_line_cut_short_and_gone_on_with(
     assert all(
         entry["kept"] >= entry["cost"] - 1e-6 for entry in matched["rematches"][3:]
     )  # the new one is the optimum
+    learned = next(line for line in found if line["method"] == "conv1x1")
+    assert len(learned["projections"]) == 3 and not matched["projections"]
+    assert all(0 < entry["share"] <= entry["best"] <= 1 for entry in learned["projections"])
+    assert all(entry["chance"] < entry["best"] for entry in learned["projections"])
     capsys.readouterr()
     assert command("table", study, tmp_path) == 0
     shown = capsys.readouterr().out
     assert "not run" not in shown and "| OFD |" in shown and "cost over chance" in shown
+    assert "| | feature | on matched pairs | by chance | at best |\n" in shown
     picture = tmp_path / "plot" / "tiny.png"
     assert command("plot", study, tmp_path, "--output", str(picture)) == 0 and picture.stat().st_size > 10000
 
