@@ -166,16 +166,21 @@ class Trainer:
     def _leave(self, received: int) -> NoReturn:
         name = signal.Signals(received).name
         if self.progress.step == 0:  # in the pass for the first matching
-            logger.warning("%s: left before a step; there is nothing to save.", name)
+            self._say("%s: left before a step; there is nothing to save.", name)
         else:
             self.save()
-            logger.warning(
+            self._say(
                 "%s: left after %d epochs and %d of %d steps, all of it saved; the same command with --resume goes on.",
                 name, self.progress.epoch, self.progress.step, self.order.steps,
             )  # fmt: skip
         if self.journal is not None:
             self.journal.close()
         raise SystemExit(128 + received)
+
+    def _say(self, text: str, *values: object) -> None:
+        """A warning that all processes have alike, once."""
+        if self.process.is_main:
+            logger.warning(text, *values)
 
     # ---- an epoch
 
@@ -293,7 +298,7 @@ class Trainer:
                 "by --skip-nonfinite; the last checkpoint is from before."
             )
         self.stepper.discard()
-        logger.warning("%s: the step is skipped, %d in a row of %d.", where, progress.skipped_in_row, allowed)
+        self._say("%s: the step is skipped, %d in a row of %d.", where, progress.skipped_in_row, allowed)
 
     def _rematch_due(self, epoch: int) -> bool:
         """After so many finished epochs, of which the run has more: else nobody would use the matching.
@@ -387,7 +392,7 @@ class Trainer:
             if not self.distiller.matched:
                 raise CommonError(f"the first matching cannot be found: {error}") from error
             self._forget_costs()
-            logger.warning("matching after %d epochs: %s The matching in force stays.", epoch, error)
+            self._say("matching after %d epochs: %s The matching in force stays.", epoch, error)
             return {}
         kept: dict[str, float] = {}
         for name, report in reports.items():

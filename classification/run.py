@@ -232,7 +232,8 @@ def _look_at(trainer: Trainer, teacher: TeacherNetwork | None, num_classes: int)
     try:
         _show_errors(trainer, teacher, num_classes)
     except Interrupted as told:
-        logger.warning("%s: left before a step; there is nothing to save.", signal.Signals(told.signal).name)
+        if trainer.process.is_main:
+            logger.warning("%s: left before a step; there is nothing to save.", signal.Signals(told.signal).name)
         raise SystemExit(128 + told.signal) from None
 
 

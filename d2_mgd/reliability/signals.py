@@ -83,12 +83,17 @@ class forwarded_signals:
 
 
 def loader_process_signals(worker: int) -> None:
-    """``worker_init_fn`` of a DataLoader: what tells a whole group of processes to leave must not take away the
-    images that the step in progress waits for. The training ends its loading processes itself.
+    """``worker_init_fn`` of a DataLoader: what tells a whole group of processes to leave must not take away the images
+    that the step in progress waits for. The training ends its loading processes itself, by a SIGTERM of its own.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _ignore_once)
+    parent = multiprocessing.parent_process()
+    if parent is not None and hasattr(signal, "sigwaitinfo"):  # elsewhere there is no telling who sent a signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_leave_when_told_by, args=(parent.pid,), daemon=True).start()
 
 
-def _ignore_once(number: int, frame: Any) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def _leave_when_told_by(sender: int | None) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != sender:
+        pass
+    os._exit(0)

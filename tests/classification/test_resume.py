@@ -1,6 +1,5 @@
 """Going on: a killed run ends as the undisturbed one does, bit for bit; and checkpoints that do not fit."""
 
-import json
 import os
 import shutil
 import signal
@@ -11,35 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.classification.conftest import SMALL, Run, command
-
-TIMES = ("seconds", "images_per_second")
-
-
-def flat(value: object, name: str = "") -> dict[str, object]:
-    """Nested containers as one level of names."""
-    if isinstance(value, dict):
-        return {key: v for k, inner in value.items() for key, v in flat(inner, f"{name}/{k}").items()}
-    if isinstance(value, list):
-        return {key: v for k, inner in enumerate(value) for key, v in flat(inner, f"{name}/{k}").items()}
-    return {name: value}
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    """Weights, optimiser, matchings, random numbers and metrics are equal; times and paths are not looked at."""
-    for name in ("student_last.pth", "student_best.pth", "checkpoint.pth"):
-        left, right = (flat(torch.load(run / name, weights_only=True)) for run in (one, other))
-        left, right = ({k: v for k, v in d.items() if "/options/" not in k} for d in (left, right))
-        assert left.keys() == right.keys()
-        for key, value in left.items():
-            if key.rpartition("/")[2] in TIMES:
-                continue
-            same = torch.equal(value, right[key]) if isinstance(value, torch.Tensor) else value == right[key]
-            assert same, f"{name}: {key}"
-    histories = [[json.loads(line) for line in (run / "metrics.json").read_text().splitlines()] for run in (one, other)]
-    assert [{k: v for k, v in line.items() if k not in TIMES} for line in histories[0]] == [
-        {k: v for k, v in line.items() if k not in TIMES} for line in histories[1]
-    ]
+from tests.classification.conftest import SMALL, Run, assert_same_run, command
 
 
 def kill_after_checkpoint(words: list[str], checkpoint: Path) -> None:
