@@ -65,9 +65,9 @@ def _section(study: AnyStudy, results: Results) -> str:
     projections = projection_table(study, results)
     if projections:
         text.append(
-            "How far learned projections agree with the matching of the same two networks, mean over seeds: the share\n"
-            "of a teacher channel's contributions that comes from its student channel; the same for\n"
-            f"a random matching, and for the one that the projection itself would choose.\n\n{projections}"
+            "How far learned projections agree with the matching of the same two networks, mean over seeds: the\n"
+            "share of a teacher channel's contributions that comes from its student channel; the same for a random\n"
+            f"matching, and for the one that the projection itself would choose.\n\n{projections}"
         )
     text.append(_provenance(study, lines))
     return "\n".join(text)
