@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NoReturn
 
 import detectron2.utils.comm as comm
 import torch
@@ -23,8 +23,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from d2_mgd.detection.loader import PassLoader
+from d2_mgd.detection.preemption import Interrupted
 from d2_mgd.detection.state import preserved_modes, preserved_randomness
 from d2_mgd.distill import MatchingGuidedDistiller, RematchReport, RematchSchedule, save_reports
+from d2_mgd.matching.cost import collective_device
 
 __all__ = ["CheckpointHook", "MatchingHook", "RematchError", "gather_costs"]
 
@@ -56,6 +58,8 @@ class MatchingHook(HookBase):
         every: online, the steps between two that are observed.
         output_dir: OUTPUT_DIR.
         autocast: makes the context in which networks run in training; by default none.
+        leave: ends the training for a signal, given its number, which broke a pass off: the training that continues
+            does that rematch first.
     """
 
     def __init__(
@@ -68,6 +72,7 @@ class MatchingHook(HookBase):
         every: int = 1,
         output_dir: str = "",
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        leave: Callable[[int], NoReturn],
     ) -> None:
         self.model = model
         self.schedule = schedule
@@ -76,6 +81,7 @@ class MatchingHook(HookBase):
         self.every = every
         self.output_dir = output_dir
         self.autocast = autocast
+        self.leave = leave
         self.newest = -1  # finished iterations at the newest rematch
 
     def state_dict(self) -> dict[str, Any]:
@@ -118,7 +124,12 @@ class MatchingHook(HookBase):
         distiller: MatchingGuidedDistiller = self.model.distiller
         begin = time.perf_counter()
         if self.source == "pass" or not distiller.matched:
-            self._observe_pass(finished)
+            try:
+                self._observe_pass(finished)
+            except Interrupted as told:
+                for cost in distiller.costs.values():
+                    cost.reset()
+                self.leave(told.number)
         try:
             reports = distiller.rematch()
         except ValueError as error:
@@ -195,11 +206,10 @@ def gather_costs(distiller: MatchingGuidedDistiller) -> None:
     """
     if comm.get_world_size() == 1:
         return
-    device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
     for cost in distiller.costs.values():
         state = cost.state_dict()
         shape = (cost.num_student, cost.num_teacher)
-        packed = torch.zeros(shape[0] * shape[1] + 1, dtype=torch.float64, device=device)
+        packed = torch.zeros(shape[0] * shape[1] + 1, dtype=torch.float64, device=collective_device())
         if state["similarity"] is not None:
             packed[:-1] = state["similarity"].flatten()
         packed[-1] = state["count"]

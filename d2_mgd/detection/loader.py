@@ -22,9 +22,12 @@ from detectron2.data.common import DatasetFromList
 from detectron2.data.samplers import InferenceSampler
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from d2_mgd.detection.agreement import first_failure, largest
 from d2_mgd.detection.images import ImageMapper
+from d2_mgd.detection.preemption import Interrupted, asked_to_stop
 from d2_mgd.detection.state import seeded_randomness
 from d2_mgd.detection.weights import local_weights_file, read_pickled_arrays
+from d2_mgd.reliability import loader_process_signals
 
 __all__ = [
     "EvaluationLoader",
@@ -46,7 +49,7 @@ _ORDER, _SAMPLE, _PASS = 0, 1, 2
 
 
 class SampleError(RuntimeError):
-    """An image of the data set cannot be read; the message names it."""
+    """An image of the data set cannot be read, or the process that reads is gone; the message says which."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,8 @@ class _GroupedBatches(Sampler):
 class TrainLoader:
     """An endless, resumable stream of training batches.
 
+    A collective at every batch: one that cannot be read in one process is a :class:`SampleError` in all.
+
     Args:
         records: the data set.
         mapper: reads and augments one record, drawing from the global generators.
@@ -165,14 +170,15 @@ class TrainLoader:
             sampler = self.make_sampler(self.seed)
         group = _is_wide(self.records, range(len(self.records))) if self.group else None
         batches = _GroupedBatches(sampler, self.batch_size, group, self.first_batch)
-        yield from _load(self.records, self.mapper, batches, self.num_workers, self.seed)
+        yield from _together(_load(self.records, self.mapper, batches, self.num_workers, self.seed))
 
 
 class PassLoader:
     """One pass over a seeded choice of images, shared out to the processes; sized.
 
     The batches are formed before they are dealt out, so any number of processes sees the same ones. Wide and high
-    images are batched apart, which keeps padding small.
+    images are batched apart, which keeps padding small. A collective at the end: what cannot be read in one process is
+    a :class:`SampleError` in all, and where one was asked to leave, all are :class:`Interrupted`.
 
     Args:
         records: the data set.
@@ -211,11 +217,13 @@ class PassLoader:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[list[Sample]]:
-        return _load(self.records, self.mapper, self.batches, self.num_workers, 0)
+        return _to_the_end(_load(self.records, self.mapper, self.batches, self.num_workers, 0))
 
 
 class EvaluationLoader:
     """Every image of a set once, one at a time, shared out to the processes; sized.
+
+    A collective at the end, as :class:`PassLoader` is.
 
     Args:
         records: the data set.
@@ -234,16 +242,17 @@ class EvaluationLoader:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[list[Sample]]:
-        return _load(self.records, self.mapper, self.batches, self.num_workers, 0)
+        return _to_the_end(_load(self.records, self.mapper, self.batches, self.num_workers, 0))
 
 
 def _load(records: DatasetFromList, mapper: Mapper, batches: Any, num_workers: int, seed: int) -> Iterator:
-    """Batches of samples; an unreadable one raises its sentence in this process."""
+    """Batches of samples; an unreadable one raises its sentence, in this process."""
     loader = DataLoader(
         _SeededSamples(records, mapper, seed),
         batch_sampler=batches,
         num_workers=num_workers,
         collate_fn=_as_list,
+        worker_init_fn=loader_process_signals,
         # an own generator: starting workers draws a number, which must not come from the training's
         generator=torch.Generator(),
     )
@@ -252,6 +261,41 @@ def _load(records: DatasetFromList, mapper: Mapper, batches: Any, num_workers: i
             if isinstance(sample, _Unreadable):
                 raise SampleError(f"{sample.reason}.") from RuntimeError(sample.traceback)
         yield batch
+
+
+def _together(batches: Iterator[list[Sample]]) -> Iterator[list[Sample]]:
+    """An endless stream, until a batch cannot be read in any process."""
+    while True:
+        batch, error = _next(batches)
+        _raise_in_all(error)
+        assert batch is not None
+        yield batch
+
+
+def _to_the_end(batches: Iterator[list[Sample]]) -> Iterator[list[Sample]]:
+    """A pass, of which processes have unequal shares; what ends it early in any of them is raised after the last."""
+    batch, error = _next(batches)
+    while batch is not None and not asked_to_stop():
+        yield batch
+        batch, error = _next(batches)
+    _raise_in_all(error)
+    number = largest(asked_to_stop())
+    if number:
+        raise Interrupted(number)
+
+
+def _next(batches: Iterator[list[Sample]]) -> tuple[list[Sample] | None, SampleError | None]:
+    """The next batch or an error; neither at the end."""
+    try:
+        return next(batches, None), None
+    except SampleError as error:
+        return None, error
+
+
+def _raise_in_all(error: SampleError | None) -> None:
+    sentence = first_failure("" if error is None else str(error))
+    if sentence:
+        raise SampleError(sentence) from (None if error is None else error.__cause__)
 
 
 def _as_list(samples: list[Sample]) -> list[Sample]:

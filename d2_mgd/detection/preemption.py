@@ -1,6 +1,7 @@
 """Being asked to leave: SIGTERM, as schedulers send it before they take a machine away, and Ctrl-C.
 
-The step in progress is finished, a checkpoint written, and the process leaves with a status that says why.
+The step in progress is finished, a pass over images broken off, a checkpoint written, and the process leaves with a
+status that says why.
 """
 
 from __future__ import annotations
@@ -8,15 +9,35 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Callable
+from typing import NoReturn
 
 from detectron2.engine import HookBase
 
 from d2_mgd.detection.agreement import largest
 from d2_mgd.reliability import StopRequest, forwarded_signals
 
-__all__ = ["PreemptionHook", "forwarded_signals"]
+__all__ = ["Interrupted", "PreemptionHook", "asked_to_stop", "forwarded_signals"]
 
 logger = logging.getLogger(__name__)
+
+_in_force: list[StopRequest] = []
+
+
+class Interrupted(Exception):
+    """A pass over images was broken off, in all processes, because one was asked to leave.
+
+    Args:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+def asked_to_stop() -> int:
+    """The number of the signal that asked this process to leave its training; 0 for none, or no training."""
+    return max((request.received for request in _in_force), default=0)
 
 
 class PreemptionHook(HookBase):
@@ -32,25 +53,42 @@ class PreemptionHook(HookBase):
     def __init__(self, save: Callable[[str], None]) -> None:
         self.save = save
         self.stop = StopRequest()
+        self._stepped = False
 
     def before_train(self) -> None:
+        self._stepped = False
         self.stop.__enter__()
+        _in_force.append(self.stop)
 
     def after_train(self) -> None:
+        _in_force.remove(self.stop)
         self.stop.__exit__()
 
     def after_step(self) -> None:
-        finished = self.trainer.iter + 1
-        received = largest(self.stop.received)
-        if not received or finished >= self.trainer.max_iter:  # all is done but what follows the last step
-            return
-        name = f"model_{self.trainer.iter:07d}"
-        self.save(name)
+        self._stepped = True
+        received = largest(asked_to_stop())
+        if (
+            received and self.trainer.iter + 1 < self.trainer.max_iter
+        ):  # else all is done but what follows the last step
+            self.leave(received)
+
+    def leave(self, number: int) -> NoReturn:
+        """Save what was trained since the last start, and leave. A collective, after a step or before the first.
+
+        Args:
+            number: of the signal.
+        """
+        name = signal.Signals(number).name
+        if not self._stepped:
+            logger.warning("%s: stopped before a step; the same command with --resume continues.", name)
+            raise SystemExit(128 + number)
+        checkpoint = f"model_{self.trainer.iter:07d}"
+        self.save(checkpoint)
         logger.warning(
             "%s: stopped after %d of %d iterations and saved %s.pth; the same command with --resume continues.",
-            signal.Signals(received).name,
-            finished,
-            self.trainer.max_iter,
             name,
+            self.trainer.iter + 1,
+            self.trainer.max_iter,
+            checkpoint,
         )
-        raise SystemExit(128 + received)
+        raise SystemExit(128 + number)

@@ -184,6 +184,10 @@ class StepTrainer(SimpleTrainer):
     def _gradients(self) -> dict[str, Tensor]:
         return {name: one.grad for name, one in self._detector.named_parameters() if one.grad is not None}
 
+    def close(self) -> None:
+        """End the loading processes, which would be torn down with noise at the end of the program."""
+        self._data_loader_iter_obj = None
+
     def state_dict(self) -> dict[str, Any]:
         state = {**super().state_dict(), "nonfinite": self.policy.state_dict()}
         if self.precision.scaler.is_enabled():

@@ -28,13 +28,14 @@ from d2_mgd.detection.features import export_student_state
 from d2_mgd.detection.hooks import CheckpointHook, MatchingHook, gather_costs
 from d2_mgd.detection.loader import (
     EvaluationLoader,
+    SampleError,
     TrainLoader,
     build_evaluation_loader,
     build_pass_loader,
     build_train_loader,
 )
 from d2_mgd.detection.nonfinite import NonFinitePolicy
-from d2_mgd.detection.preemption import PreemptionHook
+from d2_mgd.detection.preemption import Interrupted, PreemptionHook
 from d2_mgd.detection.state import (
     changed_numbers,
     module_numbers,
@@ -128,7 +129,8 @@ class Trainer(DefaultTrainer):
     def build_hooks(self) -> list[HookBase]:
         """Timer, schedule, preemption, rematch, checkpoint, evaluation, writers: in this order after each step."""
         cfg = self.cfg
-        built: list[HookBase] = [hooks.IterationTimer(), hooks.LRScheduler(), PreemptionHook(self.save_checkpoint)]
+        self.preemption = PreemptionHook(self.save_checkpoint)
+        built: list[HookBase] = [hooks.IterationTimer(), hooks.LRScheduler(), self.preemption]
         if self.distilled and cfg.MGD.FEATURES and cfg.MGD.ALIGN == "matching":
             built.append(self._matching_hook())
         built.append(CheckpointHook(self.save_checkpoint, cfg.SOLVER.CHECKPOINT_PERIOD))
@@ -147,6 +149,7 @@ class Trainer(DefaultTrainer):
             every=cfg.MGD.REMATCH.EVERY,
             output_dir=cfg.OUTPUT_DIR,
             autocast=self.precision.autocast,
+            leave=self.preemption.leave,
         )
 
     def run_step(self) -> None:
@@ -161,10 +164,25 @@ class Trainer(DefaultTrainer):
 
         Returns:
             The metrics of the last evaluation, in the main process.
+
+        Raises:
+            SampleError, RematchError, NonFiniteError, CheckpointError: what ended it, in one sentence.
+            SystemExit: it was asked to leave, see :class:`PreemptionHook`.
         """
         if self.distilled and self.cfg.MGD.TEACHER.EVAL_FIRST and self.start_iter == 0:
             self.test_teacher(self.cfg, self.detector.teacher)
-        super().train()
+        try:
+            super().train()
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):  # torch tells of it wherever the training is
+                raise
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise SampleError(
+                f"a loading process is gone ({reason}), perhaps for want of memory: fewer DATALOADER.NUM_WORKERS need "
+                "less."
+            ) from error
+        finally:
+            self._trainer.close()
         return self._last_eval_results
 
     # --- evaluation ---
@@ -212,7 +230,10 @@ class Trainer(DefaultTrainer):
         return cls.test(own, teacher.model)
 
     def _evaluate(self) -> dict[str, Any]:
-        self._last_eval_results = self.test(self.cfg, self.detector)
+        try:
+            self._last_eval_results = self.test(self.cfg, self.detector)
+        except Interrupted as told:
+            self.preemption.leave(told.number)
         return self._last_eval_results
 
     # --- checkpoints ---

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["METRICS", "ChannelCost"]
+__all__ = ["METRICS", "ChannelCost", "collective_device"]
 
 METRICS = ("cosine", "pearson")
 
@@ -80,11 +80,10 @@ class ChannelCost:
         self._check(student, teacher, valid)
         with torch.autocast(student.device.type, enabled=False):
             similarity = self._directions(student, valid) @ self._directions(teacher, valid).T
+        self._device = self._device or similarity.device
         if self._similarity is None:
-            self._device = self._device or similarity.device
-            self._similarity = torch.zeros(
-                (self.num_student, self.num_teacher), dtype=torch.float64, device=self._device
-            )
+            self._similarity = torch.zeros_like(similarity, dtype=torch.float64, device=self._device)
+        self._similarity = self._similarity.to(self._device)  # a stored sum waits elsewhere for the first maps
         self._similarity += similarity.to(self._similarity)
         if valid is None:
             self._count += student.shape[0]
@@ -100,8 +99,8 @@ class ChannelCost:
         """
         if not (dist.is_available() and dist.is_initialized()):
             return
-        device = self._device or _default_device(group)
-        packed = torch.zeros(self.num_student * self.num_teacher + 1, dtype=torch.float64, device=device)
+        size = self.num_student * self.num_teacher + 1
+        packed = torch.zeros(size, dtype=torch.float64, device=collective_device(group))
         if self._similarity is not None:
             packed[:-1] = self._similarity.flatten()
         packed[-1] = self._count
@@ -132,7 +131,7 @@ class ChannelCost:
         return {"similarity": self._similarity, "count": float(self._count)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from :meth:`state_dict`.
+        """Continue from :meth:`state_dict`, on whatever device that was.
 
         Raises:
             ValueError: the state is of a cost between other numbers of channels.
@@ -208,8 +207,8 @@ def _is_channels_last(maps: Tensor) -> bool:
     return not maps.is_contiguous() and maps.is_contiguous(memory_format=torch.channels_last)
 
 
-def _default_device(group: Any) -> torch.device:
-    """Where collectives of ``group`` can work for a process that has seen no map yet."""
-    if "nccl" in str(dist.get_backend(group)):
+def collective_device(group: Any = None) -> torch.device:
+    """Where tensors have to be for the collectives of ``group``: NCCL alone knows no CPU."""
+    if dist.get_backend(group) == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")

@@ -71,6 +71,52 @@ def test_told_to_leave_it_saves_and_continues_to_the_bit(
     assert same_tensors(end_of(tmp_path)["distillation"]["distiller"], undisturbed["distillation"]["distiller"])
 
 
+def stop_in_a_pass(trainer: Any, of: str, after: int) -> None:
+    """Send SIGTERM in the middle of a pass over images: a rematch's, after so many iterations, or an evaluation's."""
+    # a pass runs no head, and an evaluation no teacher
+    network = trainer.detector.teacher.model.backbone if of == "rematch" else trainer.student.head
+    images = []
+
+    def send(module: Any, arguments: Any) -> None:
+        if not trainer.student.training and trainer.iter + 1 == after and trainer.start_iter < after:
+            images.append(1)
+            if len(images) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    network.register_forward_pre_hook(send)
+
+
+@pytest.mark.parametrize("of", ["rematch", "evaluation"])
+def test_told_to_leave_in_a_pass_it_breaks_it_off(
+    workplace: Any, tmp_path: Path, undisturbed: dict[str, Any], of: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    often = ("TEST.EVAL_PERIOD", "2")
+    trainer = in_process_trainer(workplace, tmp_path, *often)
+    stop_in_a_pass(trainer, of, after=2)
+    with caplog.at_level("WARNING", "d2_mgd"), pytest.raises(SystemExit) as caught:
+        trainer.train()
+    assert caught.value.code == 143
+    assert "SIGTERM: stopped after 2 of 6 iterations and saved model_0000001.pth" in caplog.text
+    assert (tmp_path / "matching" / "iter_0000002.npz").exists() == (of == "evaluation")
+    resumed = in_process_trainer(workplace, tmp_path, *often, resume=True)
+    assert resumed.start_iter == 2
+    resumed.train()
+    assert (tmp_path / "matching" / "iter_0000002.npz").exists()
+    assert same_tensors(end_of(tmp_path)["model"], undisturbed["model"])
+    assert same_tensors(end_of(tmp_path)["distillation"]["distiller"], undisturbed["distillation"]["distiller"])
+
+
+def test_told_to_leave_before_the_first_step_there_is_nothing_to_save(
+    workplace: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = in_process_trainer(workplace, tmp_path)
+    stop_in_a_pass(trainer, "rematch", after=1)  # the first matching
+    with caplog.at_level("WARNING", "d2_mgd"), pytest.raises(SystemExit) as caught:
+        trainer.train()
+    assert caught.value.code == 143 and "SIGTERM: stopped before a step" in caplog.text
+    assert not (tmp_path / "last_checkpoint").exists()
+
+
 def test_a_second_ctrl_c_leaves_at_once() -> None:
     child = os.fork()
     if child == 0:
