@@ -47,7 +47,14 @@ setup(
             "scipy>=1.10",
         ],
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings-python>=1.19", "markdown>=3.6"],
-        "dev": ["ruff>=0.6", "mypy>=1.10", "pre-commit>=3.5", "types-PyYAML>=6.0", "types-tqdm>=4.65"],
+        "dev": [
+            "ruff>=0.6",
+            "mypy>=1.10",
+            "pre-commit>=3.5",
+            "types-PyYAML>=6.0",
+            "types-tqdm>=4.65",
+            "pip-audit>=2.7",
+        ],
     },
     classifiers=[
         "Programming Language :: Python :: 3",
