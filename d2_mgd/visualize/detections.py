@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from d2_mgd.visualize.style import PALETTE, new_figure, style
+from d2_mgd.visualize.style import PALETTE, legend_columns, new_figure, style
 
 __all__ = ["Detections", "draw_detections"]
 
@@ -57,8 +57,9 @@ def draw_detections(
     for caption, found in columns.items():
         if len(found) != len(images):
             raise ValueError(f"column {caption!r} has detections of {len(found)} images, and there are {len(images)}.")
-    cell = float(np.clip(9.4 / len(columns), 1.9, 3.2))
-    heights = [cell * image.shape[0] / image.shape[1] for image in images]
+    shapes = [image.shape[0] / image.shape[1] for image in images]
+    cell = min(float(np.clip(9.4 / len(columns), 1.9, 3.2)), 2.8 / float(np.median(shapes)))  # inches
+    heights = [cell * shape for shape in shapes]
     with style():
         figure = new_figure(cell * len(columns), sum(heights) + 0.65)
         grid = figure.subplots(len(images), len(columns), squeeze=False, gridspec_kw={"height_ratios": heights})
@@ -74,12 +75,13 @@ def draw_detections(
                 objects = None if truth is None or caption == truth else columns[truth][row]
                 _draw_boxes(axes, found[row], objects, threshold)
         present = sorted({int(label) for found in columns.values() for item in found for label in item.labels})
+        names = [classes[label] for label in present]
         handles = [Rectangle((0, 0), 1, 1, facecolor=_class_colour(label)) for label in present]
         figure.legend(
             handles,
-            [classes[label] for label in present],
+            names,
             loc="outside lower center",
-            ncols=min(len(present), 8) or 1,
+            ncols=legend_columns(figure, names),
             handlelength=1.0,
             columnspacing=1.2,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -10,7 +10,7 @@ import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-__all__ = ["PALETTE", "new_figure", "style"]
+__all__ = ["PALETTE", "legend_columns", "new_figure", "style"]
 
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#7F7F7F")
 """Okabe and Ito's colours, and grey."""
@@ -39,3 +39,9 @@ def new_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def legend_columns(figure: Figure, names: Sequence[str]) -> int:
+    """How many columns a legend of these names may have, so that it is no wider than the figure."""
+    widest = 0.09 * max(map(len, names), default=0) + 0.6  # inches of the letters, and of line and gap
+    return max(1, min(len(names), int(figure.get_size_inches()[0] / widest)))

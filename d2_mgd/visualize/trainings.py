@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from d2_mgd.visualize.style import PALETTE, new_figure, style
+from d2_mgd.visualize.style import PALETTE, legend_columns, new_figure, style
 
 __all__ = ["draw_curves", "read_metrics", "smoothed"]
 
@@ -92,11 +92,8 @@ def draw_curves(
         by_caption = {caption: handle for axes in grid for handle, caption in zip(*axes.get_legend_handles_labels())}
         if not shown:
             raise ValueError(f"no run has any of the metrics {', '.join(panels.values())}.")
-        widest = max(map(len, by_caption))
-        across = max(1, int(figure.get_size_inches()[0] / (0.09 * widest + 0.6)))  # inches of a letter, and of its line
-        figure.legend(
-            list(by_caption.values()), list(by_caption), loc="outside upper center", ncols=min(len(by_caption), across)
-        )
+        columns = legend_columns(figure, list(by_caption))
+        figure.legend(list(by_caption.values()), list(by_caption), loc="outside upper center", ncols=columns)
     return figure
 
 
