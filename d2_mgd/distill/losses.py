@@ -44,8 +44,8 @@ def partial_l2(student: Tensor, guided: Tensor, margin: Tensor | None = None, va
     """Squared distance to the teacher's pre-activation, where the sign matters.
 
     The teacher's value is raised to its margin at least. No loss where both values are on the inactive side: where
-    the teacher's is not positive and the student's is not above it (Heo et al., ICCV 2019, equation 5; Yue et al.,
-    ECCV 2020, equation 9).
+    the teacher's is not positive and the student's is not above it (Heo et al., "A Comprehensive Overhaul of Feature
+    Distillation", ICCV 2019; Yue et al., ECCV 2020).
     """
     if margin is not None:
         guided = torch.maximum(guided, margin.to(guided.dtype).view(1, -1, 1, 1))
@@ -63,7 +63,7 @@ def mse(student: Tensor, guided: Tensor, margin: Tensor | None = None, valid: Te
 def pearson(student: Tensor, guided: Tensor, margin: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
     """Half the squared distance of maps standardised for each channel over all images and pixels.
 
-    Its mean is one minus Pearson's correlation, averaged over channels (Cao et al., "PKD", NeurIPS 2022, equation 5).
+    Its mean is one minus Pearson's correlation, averaged over channels (Cao et al., "PKD", NeurIPS 2022).
     """
     return 0.5 * (_standardise(student, valid) - _standardise(guided, valid)).square()
 
@@ -75,7 +75,8 @@ def channel_kl(
     """Kullback-Leibler divergence of each channel's softmax over space, times temperature squared.
 
     Each element is multiplied by P, so that the mean over real elements is the mean divergence of a channel (Shu et
-    al., "Channel-wise Knowledge Distillation", ICCV 2021, equation 3).
+    al., "Channel-wise Knowledge Distillation for Dense Prediction", ICCV 2021; 4 is the temperature of its published
+    command for segmentation).
     """
     teacher_log = _spatial_log_softmax(guided / temperature, valid)
     student_log = _spatial_log_softmax(student / temperature, valid)
@@ -127,7 +128,9 @@ def published_weights(task: str, features: Sequence[str]) -> dict[str, float]:
     Args:
         task: ``classification`` (224 px: 1 / 1e4 / 2^(L - 1 - i) for feature i of the L in ``features``: list all of
             the network's features in order, also those that are not distilled), or ``detection`` (a table for
-            ``res2`` ... ``res5``, ``p3`` ... ``p5``, divided by 5e7).
+            ``res2`` ... ``res5``, ``p3`` ... ``p5``, divided by 5e7). The published detector divides the sum over a
+            process's images by those of all processes, whose gradients are then averaged: with P processes, its factor
+            is 1 / P of this.
         features: feature names, shallow to deep.
 
     Raises:

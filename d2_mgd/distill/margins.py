@@ -23,7 +23,7 @@ def batch_norm_margin(norm: nn.Module) -> Tensor:
     A channel that leaves a batch-norm with scale ``g`` and shift ``b`` is taken as normal with mean ``b`` and standard
     deviation ``|g|``. Its margin is ``E[x | x < 0]``, which is ``b - |g| phi(b / |g|) / Phi(-b / |g|)``; where the
     channel is negative with a probability of 0.001 or less, the margin is ``-3 |g|`` (Heo et al., "A Comprehensive
-    Overhaul of Feature Distillation", ICCV 2019, section 3.2; used by Yue et al., ECCV 2020, section 3.3).
+    Overhaul of Feature Distillation", ICCV 2019; used by Yue et al., ECCV 2020).
 
     The quotient is computed from logarithms in float64, so tiny scales do not divide zero by zero; a scale of exactly
     zero gives the limit, ``min(b, 0)``.

@@ -1,4 +1,4 @@
-"""Reducers: each group of teacher maps becomes one guided map (Yue et al., ECCV 2020, section 3.2).
+"""Reducers: each group of teacher maps becomes one guided map (Yue, Deng, Zhou, ECCV 2020).
 
 Shape shorthand: N images, S student channels, T teacher channels, G the size of the largest group.
 

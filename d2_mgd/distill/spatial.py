@@ -47,8 +47,8 @@ def boxes(
 
     A pixel inside a box counts one over the pixels of that box, of the smallest one where boxes overlap; a pixel
     outside counts ``background`` over the pixels outside (Yang et al., "Focal and Global Knowledge Distillation for
-    Detectors", CVPR 2022, equations 2 to 4; 0.5 is its published ratio of background to foreground). Here each image
-    is then scaled to 1 on average, so that images with many boxes do not weigh more.
+    Detectors", CVPR 2022; 0.5 is the ratio of background to foreground in its published code). Here each image is then
+    scaled to 1 on average, so that images with many boxes do not weigh more.
 
     Args:
         teacher: (N, T, H, W), for its size and device.
@@ -90,8 +90,8 @@ def attention(
 ) -> Tensor | None:
     """Where the teacher's map is large: the softmax over pixels of its mean magnitude, times their number.
 
-    Yang et al., CVPR 2022, equations 5 and 7, with their temperature of 0.5; the mean over channels of magnitudes is
-    the attention map of Zagoruyko and Komodakis, ICLR 2017. No gradient flows into it.
+    Yang et al., CVPR 2022, with their temperature of 0.5; the mean over channels of magnitudes is the attention map of
+    Zagoruyko and Komodakis, ICLR 2017, to the first power. No gradient flows into it.
 
     Args:
         teacher: (N, T, H, W).

@@ -22,9 +22,9 @@ class ChannelCost:
     """Running mean over images of the distance between every student and every teacher channel.
 
     The distance of two channels in one image is ``2 - 2 cos`` of their flattened maps, which is the squared Euclidean
-    distance of the maps after each is scaled to length one (Yue et al., ECCV 2020, section 3.1). A map that is zero
-    everywhere has cosine 0, so distance 2, to every other. ``pearson`` centres each map first: the distance is
-    ``2 - 2 r``, and constant maps count as dead.
+    distance of the maps after each is scaled to length one (Yue et al., ECCV 2020). A map that is zero everywhere has
+    cosine 0, so distance 2, to every other. ``pearson`` centres each map first: the distance is ``2 - 2 r``, and
+    constant maps count as dead.
 
     Similarities of a batch are one matrix product in float32 (float64 for float64 maps) whatever the dtype of the maps
     or the autocast state; sums over batches are float64, so that nothing is lost over 10^5 images and more.

@@ -32,7 +32,7 @@ _SINKHORN_ITERATIONS = 20
 
 
 def solve_matching(cost: np.ndarray | torch.Tensor, mode: str = "balanced") -> ChannelMatching:
-    """The matching of least total cost (Yue et al., ECCV 2020, section 3.1 and equation 5).
+    """The matching of least total cost (Yue et al., ECCV 2020).
 
     Args:
         cost: (S, T) finite cost of letting teacher channel ``t`` guide student channel ``s``.
