@@ -44,6 +44,7 @@ from d2_mgd.detection.nonfinite import NonFiniteError
 from d2_mgd.detection.preemption import forwarded_signals
 from d2_mgd.detection.teacher import build_teacher
 from d2_mgd.detection.weights import local_weights_file
+from d2_mgd.reliability import join_processes
 from d2_mgd.untrusted import trust
 
 logger = logging.getLogger("d2_mgd.train_net")
@@ -231,7 +232,7 @@ def _run_under_torchrun(args: argparse.Namespace) -> Any:
     with_gpus = _wants_gpus(args)
     if with_gpus:
         torch.cuda.set_device(local_rank)
-    dist.init_process_group("nccl" if with_gpus else "gloo")
+    join_processes("nccl" if with_gpus else "gloo")
     comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
     try:
         return run(args)
