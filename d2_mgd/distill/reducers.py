@@ -53,7 +53,8 @@ def _larger(guided: Tensor, candidate: Tensor) -> Tensor:
     with torch.no_grad():
         # in numbers, not booleans: on a CPU torch.where takes a branch an element, several times the time of all this
         larger = torch.gt(candidate.abs(), guided.abs(), out=torch.empty_like(guided))
-    return torch.lerp(guided, candidate, larger)  # exactly one or the other at 0 and 1
+    # exactly one or the other at 0 and 1, as long as their difference is within the dtype
+    return torch.lerp(guided, candidate, larger)
 
 
 def _mean_margin(margin: Tensor | None, groups: Tensor) -> Tensor | None:

@@ -99,7 +99,10 @@ def _transport_problem(num_student: int, num_teacher: int, mode: str) -> _Transp
 
 
 def _checked_cost(cost: Any) -> np.ndarray:
-    matrix = cost.detach().cpu().numpy() if isinstance(cost, torch.Tensor) else np.asarray(cost)
+    if isinstance(cost, torch.Tensor):
+        cost = cost.detach().cpu()
+        cost = (cost.double() if cost.is_floating_point() else cost).numpy()  # numpy has no bfloat16
+    matrix = np.asarray(cost)
     if matrix.ndim != 2 or 0 in matrix.shape:
         raise ValueError(f"a matching cost must be a matrix (S, T) with S, T >= 1, got the shape {matrix.shape}.")
     if matrix.dtype.kind not in "fiu":
@@ -122,7 +125,10 @@ def _as_integers(matrix: np.ndarray) -> np.ndarray:
     moves a total by at most half a unit a pair, 2^-41 of the range.
     """
     lowest = matrix.min()
-    spread = matrix.max() - lowest
+    with np.errstate(over="ignore"):
+        spread = matrix.max() - lowest
+    if not np.isfinite(spread):  # beyond float64: a quarter of the costs has the same optimum
+        return _as_integers(matrix / 4.0)
     if spread == 0.0:
         return np.zeros(matrix.shape, dtype=np.int64)
     return np.rint((matrix / spread - lowest / spread) * _LARGEST_UNIT_COST).astype(np.int64)

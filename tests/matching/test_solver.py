@@ -145,6 +145,11 @@ def test_tiny_differences_beside_large_costs_are_seen() -> None:
     assert solve_matching(cost[::-1].copy()).groups.tolist() == [[1], [0]]
 
 
+def test_costs_whose_range_is_beyond_float64() -> None:
+    assert solve_matching(np.array([[1.7e308, -1.7e308], [0.0, 0.0]])).groups.tolist() == [[1], [0]]
+    assert solve_matching(np.array([[-1.7e308, 1.7e308], [0.0, 0.0]])).groups.tolist() == [[0], [1]]
+
+
 def test_full_size_is_exact() -> None:
     cost = np.random.default_rng(1).random((464, 2048))
     matching = solve_matching(cost)
@@ -152,7 +157,7 @@ def test_full_size_is_exact() -> None:
     assert sorted(set(matching.group_sizes.tolist())) == [4, 5]
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int64])
 def test_tensors_of_any_dtype(dtype: torch.dtype) -> None:
     cost = torch.tensor([[0, 2], [1, 1]]).to(dtype)
     assert solve_matching(cost).total_cost == 1.0
