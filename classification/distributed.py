@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from classification.errors import CommonError, UserError
 from d2_mgd.distill.norms import MaskedBatchNorm
-from d2_mgd.reliability import forwarded_signals
+from d2_mgd.reliability import forwarded_signals, join_processes
 
 __all__ = [
     "Process",
@@ -44,6 +44,7 @@ __all__ = [
     "synchronised_norms",
 ]
 
+_TORCHRUN = "env://"
 _PATIENCE = 30.0  # seconds between the end of a process that failed and that of the others
 
 Work = Callable[["Process", argparse.Namespace], None]
@@ -82,7 +83,7 @@ def launch(work: Work, options: argparse.Namespace) -> int:
         if options.multiprocessing_distributed:
             return _spawn(work, options)
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-            return _work(work, options, _torchrun_process(options), "env://")
+            return _work(work, options, _torchrun_process(options), _TORCHRUN)
         if options.world_size > 1:
             return _work(work, options, _lone_process_of_many(options), _url(options))
         return _work(work, options, Process(0, 1, 0, 1, _device(options, 0)), None)
@@ -195,7 +196,10 @@ def _meet(options: argparse.Namespace, process: Process, url: str) -> None:
     if backend == "nccl" and process.device.type != "cuda":
         raise UserError("--dist-backend nccl needs GPUs; on CPUs it is gloo.")
     try:
-        dist.init_process_group(backend, init_method=url, world_size=process.world, rank=process.rank)
+        if url == _TORCHRUN:
+            join_processes(backend)
+        else:
+            dist.init_process_group(backend, init_method=url, world_size=process.world, rank=process.rank)
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(f"the processes could not meet at {url}: {str(error).splitlines()[0]}") from error
 
