@@ -177,6 +177,19 @@ def test_bad_masks_metrics_and_values() -> None:
             cost.mean()
 
 
+@pytest.mark.gpu
+def test_a_stored_sum_waits_for_the_maps_wherever_it_was_stored() -> None:
+    student, teacher = (one.cuda() for one in maps())
+    cost, stored = ChannelCost(4, 7), ChannelCost(4, 7)
+    cost.update(student, teacher)
+    state = cost.state_dict()
+    stored.load_state_dict({**state, "similarity": state["similarity"].cpu()})
+    for one in (cost, stored):
+        one.update(student, teacher)
+    assert stored.state_dict()["similarity"].device == student.device
+    assert torch.equal(stored.mean(), cost.mean())
+
+
 def _rank(rank: int, world: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     torch.manual_seed(0)
