@@ -6,6 +6,7 @@ Shape shorthand: S student channels, T teacher channels, K classes.
 from __future__ import annotations
 
 import argparse
+import inspect
 import logging
 from dataclasses import dataclass, field
 from typing import Any
@@ -171,10 +172,11 @@ def _wrapped(process: Process, options: argparse.Namespace, student: Student, te
     """One module that a batch goes through, on one device, in one of several processes, or over several GPUs."""
     if process.world > 1:
         devices = [process.device] if process.device.type == "cuda" else None
+        known = inspect.signature(nn.parallel.DistributedDataParallel.__init__).parameters
+        buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # new and old name
         # Running statistics are averaged when somebody reads them, not sent around at every step.
-        wrapped = nn.parallel.DistributedDataParallel(
-            student, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        kept: dict[str, Any] = {buffers: False}
+        wrapped = nn.parallel.DistributedDataParallel(student, device_ids=devices, gradient_as_bucket_view=True, **kept)
         return DistillationStep(wrapped, teacher)
     step = DistillationStep(student, teacher)
     if (

@@ -106,7 +106,8 @@ def _work(process: Process, options: argparse.Namespace) -> None:
             _look_at(trainer, teacher, len(classes))
             torch.manual_seed(options.seed + 1 + process.rank)
         else:
-            _compare_options(state, options, trainer.teacher)
+            if process.is_main:
+                _compare_options(state, options, trainer.teacher)
             trainer.restore(state)
             done = trainer.progress
             logger.info("going on from %s: %d epochs and %d steps are done", resume, done.epoch, done.step)
@@ -242,7 +243,7 @@ def _show_errors(trainer: Trainer, teacher: TeacherNetwork | None, num_classes: 
         found = trainer.evaluate(teacher.network)
         trainer.progress.teacher = {"err1": found.err1, "err5": found.err5}
         logger.info("teacher before training: error top-1 %.3f, top-5 %.3f", found.err1, found.err5)
-        if 100.0 - found.err1 < 120.0 / num_classes:
+        if trainer.process.is_main and 100.0 - found.err1 < 120.0 / num_classes:
             logger.warning(
                 "the teacher hardly does better than guessing: is its file the right one, and of these classes?"
             )

@@ -14,7 +14,7 @@ from classification.distributed import Process, average_buffers, gather_objects,
 from classification.metrics import Sums
 from d2_mgd.distill import MatchingGuidedDistiller, Tap, load_reports
 from d2_mgd.distill.norms import MaskedBatchNorm
-from tests.classification.conftest import SMALL, Run, command, run_command
+from tests.classification.conftest import SMALL, Run, command, free_port, run_command
 
 METHOD = [
     "--arch",
@@ -30,12 +30,6 @@ METHOD = [
 ]
 # Maps of few pixels have many optimal matchings, and rounding would choose among them.
 METHOD += ["--image-size", 64, "--features", "stage2", "stage3"]
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def spawn_flags(port: int) -> list[object]:
