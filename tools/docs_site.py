@@ -2,7 +2,8 @@
 
 README.md, CONTRIBUTING.md and CHANGELOG.md become pages. A link to a document leads to its page; to any other file of
 the repository, to a copy of it in the site. A link to a file that does not exist stays as it is, and the strict build
-fails. Docstrings' cross-references, written for readers of the code (``:class:`~package.Name```), become links.
+fails. Docstrings' cross-references, written for readers of the code (``:class:`~package.Name```), become links where
+there is an entry to lead to.
 """
 
 from __future__ import annotations
@@ -22,13 +23,17 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = {"README.md": "front_page.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 COPIES = "files"  # folder of the site
 _LINK = re.compile(r"(?<=\]\()(?P<path>[^)\s#:]+)(?P<anchor>#[^)\s]*)?(?=\))")
-_ROLE = re.compile(r":(?P<kind>attr|class|data|exc|func|meth|mod):`(?P<short>~)?(?P<name>[\w.]+)`")
-_WITHOUT_ENTRY = ("attr", "data")  # told of in their class's or module's text, where no link can lead
+_ROLE = re.compile(r":(?:attr|class|data|exc|func|meth|mod):`(?P<short>~)?(?P<name>[\w.]+)`")
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Docstrings are Markdown, but for their cross-references."""
+    """Docstrings are Markdown, but for their cross-references. Documents that ``nav`` does not name precede the API."""
     config.markdown_extensions.append(_CrossReferences())  # type: ignore[arg-type]  # names and instances, as Markdown
+    nav = config.nav or []
+    named = {page for entry in nav for page in entry.values() if isinstance(page, str)}
+    others = [path.name for path in sorted((ROOT / "docs").glob("*.md")) if path.name not in named]
+    place = next(index for index, entry in enumerate(nav) if "API" in entry)
+    nav[place:place] = others
     return config
 
 
@@ -53,6 +58,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return posixpath.relpath(_place(target), posixpath.dirname(page.file.src_uri)) + (found["anchor"] or "")
 
     return _LINK.sub(site_link, markdown)
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """A docstring may name what has no entry of its own, for those who read the code: that stays text."""
+    return html.replace("<autoref ", "<autoref optional ")
 
 
 def _source(file: File) -> str:
@@ -93,4 +103,4 @@ class _Roles(Preprocessor):
 def _reference(role: re.Match[str]) -> str:
     name = role["name"]
     text = f"`{name.rpartition('.')[2] if role['short'] else name}`"
-    return text if role["kind"] in _WITHOUT_ENTRY else f"[{text}][{name}]"
+    return f"[{text}][{name}]"
