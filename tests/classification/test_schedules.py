@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ from classification.distillation import DistillationStep, Teacher
 from classification.engine import Trainer
 from classification.errors import UserError
 from classification.options import parse_mgd, rematch_schedule, weight_schedule
-from tests.classification.conftest import SMALL, Run
+from tests.classification.conftest import REPOSITORY, SMALL, Run
 from tests.classification.test_engine import trainer_of
 from tests.classification.test_resume import assert_same_run
 
@@ -117,3 +120,13 @@ def test_options_say_when() -> None:
 def test_options_that_do_not_fit(words: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse_mgd(["data", *words])
+
+
+@pytest.mark.parametrize("page", ["methods.md", "choosing.md"])
+def test_the_docs_name_options_that_exist(page: str) -> None:
+    text = (REPOSITORY / "docs" / page).read_text(encoding="utf-8")
+    named = set(re.findall(r"--(?:mgd|kd|distill)[a-z-]*", text))
+    with pytest.raises(SystemExit), contextlib.redirect_stdout(io.StringIO()) as shown:
+        parse_mgd(["--help"])
+    existing = set(re.findall(r"--[a-z-]+", shown.getvalue()))
+    assert len(named) > 3 and named <= existing, named - existing

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import textwrap
@@ -219,3 +220,18 @@ def test_without_detectron2_the_import_says_how_to_get_it() -> None:
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == f"d2_mgd.detection needs Detectron2, which is not installed: {DETECTRON2_INSTALL}"
+
+
+def test_the_docs_name_keys_that_exist() -> None:
+    root = Path(__file__).resolve().parents[2]
+    cfg = get_cfg()
+    add_mgd_config(cfg)
+    found = 0
+    for page in [root / "README.md", *sorted((root / "docs").glob("*.md"))]:
+        for name in re.findall(r"\bMGD(?:\.[A-Z_0-9]+)+", page.read_text(encoding="utf-8")):
+            found += 1
+            node = cfg
+            for part in name.split("."):
+                assert part in node, f"{page.name} names {name}"
+                node = node[part]
+    assert found > 25
