@@ -39,7 +39,7 @@ else:
 BAD_INPUT = 2  # exit status, as argparse has it
 SHOWN_IMAGES = 6
 _AP = re.compile(r"(?P<task>(?:.+/)?(?:bbox|segm|keypoints))/AP")
-_DISTILLATION = ("loss_distill/", "loss_kd")
+_DISTILLATION = ("loss_distill/", "loss_kd", "loss_dense_kd", "loss_cross_head")
 _PLACES = ("output_dir", "OUTPUT_DIR")  # settings that differ between any two runs
 
 Rows = list[dict[str, Any]]

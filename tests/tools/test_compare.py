@@ -150,8 +150,9 @@ def test_best_and_last_pass_over_what_is_no_number() -> None:
 
 def test_losses_are_summed_by_what_they_are_for() -> None:
     row = {"iteration": 1, "total_loss": 9.0, "loss_cls": 1.0, "loss_box_reg": 2.0, "loss_distill/p3": 4.0, "lr": 0.1}
+    row.update({"loss_dense_kd/scores": 0.5, "loss_cross_head/boxes": 0.25})
     assert _with_sums(row)["task loss"] == 3.0
-    assert _with_sums(row)["distillation loss"] == 4.0
+    assert _with_sums(row)["distillation loss"] == 4.75
     row = {"epoch": 1, "train_loss": 9.0, "train_loss_class": 1.0, "train_loss_kd": 2.0, "loss": 5.0}
     assert _with_sums(row)["task loss"] == 1.0
     assert _with_sums(row)["distillation loss"] == 2.0
