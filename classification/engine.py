@@ -34,6 +34,7 @@ __all__ = ["Progress", "Trainer", "learning_rate_factor"]
 logger = logging.getLogger(__name__)
 
 _WARMUP_FACTOR = 0.1  # published
+_OFFENCES = 1 << 48  # more than losses and gradients times processes
 
 
 def learning_rate_factor(epoch: int, drops: Sequence[int], ratio: float, warmup_epochs: int = 0) -> float:
@@ -253,12 +254,13 @@ class Trainer:
         random = random_state(self.process.device)
         factor = self.weight.factor(self.finished_steps / self.order.steps)
         gradients = self.stepper.backward(batch, factor > 0.0 and self._observing(), factor)
-        # In one exchange: whether to leave, and what is not finite where.
+        # In one exchange: whether to leave, and the first that is not finite, of all processes.
         world = self.process.world
-        where = torch.where(gradients.offence > FINE, gradients.offence * world + self.process.rank, 0)
-        received, worst = largest(torch.stack([torch.full_like(where, self.stop.received), where]))
+        first = gradients.offence * world + self.process.rank
+        first = torch.where(gradients.offence > FINE, _OFFENCES - first, 0)
+        received, worst = largest(torch.stack([torch.full_like(first, self.stop.received), first]))
         if worst:
-            self._not_finite(batch, gradients, random, *divmod(worst, world))
+            self._not_finite(batch, gradients, random, *divmod(_OFFENCES - worst, world))
             found = {}
         else:
             found = self._apply(gradients)

@@ -30,7 +30,7 @@ __all__ = ["logit_loss", "parse_base", "parse_mgd", "rematch_schedule", "weight_
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; {self.prog} --help lists all options.")
+        raise UserError(f"{' '.join(message.split())}; {self.prog} --help lists all options.")
 
 
 def parse_base(arguments: Sequence[str] | None = None) -> argparse.Namespace:
