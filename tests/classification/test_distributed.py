@@ -9,12 +9,19 @@ import pytest
 import torch
 from torch import nn
 
+import d2_mgd.distill.distiller as distiller_module
+from classification.assembly import TeacherNetwork, make_trainer
+from classification.data import find_folders
 from classification.distillation import Student
 from classification.distributed import Process, average_buffers, gather_objects, sum_over_processes, synchronised_norms
+from classification.engine import Trainer
+from classification.errors import CommonError
 from classification.metrics import Sums
+from classification.models import build
+from classification.options import parse_mgd
 from d2_mgd.distill import MatchingGuidedDistiller, Tap, load_reports
 from d2_mgd.distill.norms import MaskedBatchNorm
-from tests.classification.conftest import SMALL, Run, command, free_port, run_command
+from tests.classification.conftest import CLASSES, SMALL, Run, command, free_port, run_command, settled
 
 METHOD = [
     "--arch",
@@ -169,3 +176,120 @@ def test_a_single_process_needs_no_group() -> None:
     sums.add(1, {"x": torch.tensor(5.0)})
     assert sums.totals(["x"]) == (4, {"x": 8.0})
     assert sums.means(["x"]) == {"x": 2.0}
+
+
+# ---- rematches of processes that are not alike
+
+
+def _rematch(rank: int, url: str, folder: Path, case: str) -> None:
+    """A trainer's rematch where processes have other numbers of images, maps that are not finite, or no solver."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=url, rank=rank, world_size=3)
+    trainer = object.__new__(Trainer)
+    trainer.process = Process(rank, 3, rank, 3, torch.device("cpu"))
+    trainer.options = parse_mgd(["data", "--output-dir", str(folder)])
+    student = nn.Sequential(nn.Conv2d(3, 4, 1))
+    trainer.student = Student(student, {"a": Tap("0")}, MatchingGuidedDistiller({"a": (4, 9)}))
+    generator = torch.Generator().manual_seed(1)
+    maps, teacher = (torch.randn(7, width, 5, 5, generator=generator) for width in (4, 9))
+    shares = {0: slice(0, 0), 1: slice(0, 6), 2: slice(6, 7)}
+    if case == "only one":
+        shares = {0: slice(0, 0), 1: slice(0, 0), 2: slice(0, 7)}
+    if case == "second":
+        trainer.distiller.observe({"a": maps}, {"a": teacher})
+        trainer._rematch(0)
+    if case in ("first", "second") and rank == 2:
+        maps[6, 1] = torch.nan
+    if case == "solver" and rank == 0:
+
+        def fail(*arguments: object) -> None:
+            raise RuntimeError("the solver found no flow.")
+
+        distiller_module.solve_matching = fail
+    if case != "empty":
+        trainer.distiller.observe({"a": maps[shares[rank]]}, {"a": teacher[shares[rank]]})
+    said = ""
+    try:
+        trainer._rematch(1)
+    except CommonError as error:
+        said = str(error)
+    matching = trainer.distiller.matchings["a"]
+    found = {"said": said, "groups": None if matching is None else torch.from_numpy(matching.groups.copy())}
+    torch.save({**found, "left": trainer.distiller.costs["a"].num_images}, folder / f"{rank}.pth")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("case", "sentence"),
+    [
+        ("unequal", ""),
+        ("only one", ""),
+        ("first", "the first matching cannot be found: feature a: the matching cost is not finite"),
+        ("second", ""),
+        ("empty", "the first matching cannot be found: feature a: the matching cost is empty"),
+        ("solver", "the matching failed: the solver found no flow."),
+    ],
+)
+def test_three_unlike_processes_find_one_matching_or_fail_alike(tmp_path: Path, case: str, sentence: str) -> None:
+    url = f"tcp://127.0.0.1:{free_port()}"
+    torch.multiprocessing.start_processes(_rematch, (url, tmp_path, case), nprocs=3, start_method="fork")
+    found = [torch.load(tmp_path / f"{rank}.pth", weights_only=True) for rank in range(3)]
+    assert len({one["said"] for one in found}) == 1
+    assert found[0]["said"].startswith(sentence)
+    if sentence:
+        assert all(one["groups"] is None for one in found)
+        return
+    assert all(torch.equal(one["groups"], found[0]["groups"]) for one in found)
+    generator = torch.Generator().manual_seed(1)
+    maps, teacher = (torch.randn(7, width, 5, 5, generator=generator) for width in (4, 9))
+    alone = MatchingGuidedDistiller({"a": (4, 9)})
+    alone.observe({"a": maps}, {"a": teacher})
+    assert torch.equal(found[0]["groups"], torch.tensor(alone.rematch()["a"].matching.groups))
+    assert [one["left"] for one in found] == [0, 0, 0]  # the next collection is a new one, after a bad cost too
+
+
+# ---- what is wrapped, and what is sent
+
+
+def _wrap(rank: int, url: str, data: Path, folder: Path) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=url, rank=rank, world_size=2)
+    given = [*SMALL, "--arch", "shufflenet_v2_x0_5", "--teacher-arch", "resnet18", "--output-dir", folder]
+    given += ["--distill-start", 1, "--mgd-with-kd", 1, "--epochs", 2, "--lr", 0.001]
+    torch.manual_seed(rank)  # the students differ, until the wrapper makes them one
+    teacher = TeacherNetwork("resnet18", settled(build("resnet18", len(CLASSES))), len(CLASSES))
+    before = {name: value.clone() for name, value in teacher.network.state_dict().items()}
+    process = Process(rank, 2, rank, 2, torch.device("cpu"))
+    options = parse_mgd([str(word) for word in [data, *given]])
+    network = build("shufflenet_v2_x0_5", len(CLASSES))
+    trainer = make_trainer(process, options, network, teacher, find_folders(data))
+    wrapped = trainer.step.student
+    inside = {id(tensor) for tensor in [*wrapped.parameters(), *wrapped.buffers()]}
+    trainer.fit()
+    of_teacher = teacher.network.state_dict(keep_vars=True)
+    torch.save(
+        {
+            "find_unused": wrapped.find_unused_parameters,
+            "buffers sent": wrapped.will_sync_module_buffers(),
+            "teacher inside": any(id(tensor) in inside for tensor in of_teacher.values()),
+            "teacher kept": all(torch.equal(value, before[name]) for name, value in of_teacher.items()),
+            "teacher": before["conv1.weight"],
+            "student": {name: value.detach() for name, value in trainer.student.named_parameters()},
+        },
+        folder / f"{rank}.pth",
+    )
+    torch.distributed.destroy_process_group()
+
+
+def test_only_what_is_trained_is_wrapped_and_the_teacher_is_not_sent(data: Path, tmp_path: Path) -> None:
+    """Each process has a teacher of its own here; a distillation that starts later leaves no parameter unused."""
+    url = f"tcp://127.0.0.1:{free_port()}"
+    torch.multiprocessing.start_processes(_wrap, (url, data, tmp_path), nprocs=2, start_method="fork")
+    found = [torch.load(tmp_path / f"{rank}.pth", weights_only=True) for rank in range(2)]
+    for one in found:
+        assert not one["find_unused"]
+        assert not one["buffers sent"]
+        assert not one["teacher inside"]
+        assert one["teacher kept"]
+    assert not torch.equal(found[0]["teacher"], found[1]["teacher"])
+    assert all(torch.equal(value, found[1]["student"][name]) for name, value in found[0]["student"].items())
