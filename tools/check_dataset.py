@@ -164,13 +164,13 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         sets = chosen_sets(args)
     except (ValueError, ImportError) as error:
-        print(f"check_dataset.py: error: {error}", file=sys.stderr)
+        print(f"check_dataset.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT
     for one in sets:
         try:
             findings, num_images = check(one, args.workers)
         except CocoError as error:
-            print(f"{one.name}: error: {error}.")
+            print(f"{one.name}: error: {' '.join(str(error).split())}.")
             failed = True
             continue
         print(report(one, findings, num_images))

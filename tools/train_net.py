@@ -37,6 +37,7 @@ from torch.multiprocessing.spawn import ProcessExitedException
 from d2_mgd.detection import Trainer, add_mgd_config
 from d2_mgd.detection.checkpoint import TrainingCheckpointer, load_weights
 from d2_mgd.detection.config import student_config, validate_config
+from d2_mgd.detection.config_files import merge_file, merge_overrides
 from d2_mgd.detection.datasets import DatasetError, check_classes, check_datasets, register_coco
 from d2_mgd.detection.hooks import RematchError
 from d2_mgd.detection.loader import SampleError
@@ -91,9 +92,9 @@ def build_config(args: argparse.Namespace) -> CfgNode:
     if args.config_file:
         with _named(args.config_file):
             # Detectron2's own files hold python expressions and came with its code; a stranger's must not.
-            cfg.merge_from_file(args.config_file, allow_unsafe=_is_of_detectron2(args.config_file))
+            merge_file(cfg, args.config_file, allow_unsafe=_is_of_detectron2(args.config_file))
     with _named("KEY VALUE overrides"):
-        cfg.merge_from_list(args.opts)
+        merge_overrides(cfg, args.opts)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     if not (args.eval_only or args.eval_teacher):  # a student is evaluated where its teacher is not at hand
@@ -207,9 +208,8 @@ def _named(source: str) -> Iterator[None]:
         yield
     except yaml.constructor.ConstructorError as error:
         raise ValueError(f"{source} (or a base of it) asks for python, {error.problem}: that is not run.") from error
-    except (AssertionError, KeyError, ValueError, OSError, yaml.YAMLError) as error:
-        text = " ".join(str(error.args[0] if error.args else error).split())
-        raise ValueError(f"{source}: {text.rstrip('.')}.") from error
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}.") from error
 
 
 def _refuse(error: BaseException) -> NoReturn:

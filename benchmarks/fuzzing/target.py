@@ -43,7 +43,7 @@ def run(target: Target, examples: int, first: int | None = None, tried: Callable
         tried()
         target.check(value)
 
-    remembered = {} if first is None else {"database": None}
+    remembered: dict[str, Any] = {} if first is None else {"database": None}
     chosen = settings(
         max_examples=examples,
         deadline=None,

@@ -238,8 +238,7 @@ class _Annotations:
                 self.add("annotation ids that are used twice", f"{where} shares its id with another")
             seen.add(annotation["id"])
             annotated.add(annotation["image_id"])
-            if _is_id(annotation.get("category_id")):
-                used.add(annotation["category_id"])
+            used.add(annotation["category_id"])
             if self._inspect_one(annotation, where):
                 trainable += not annotation.get("iscrowd", 0) and min(annotation["bbox"][2:]) > 0
         if self.wanted.train and not trainable:
@@ -252,7 +251,12 @@ class _Annotations:
     def _where(self, annotation: dict[str, Any]) -> str | None:
         """How sentences call an annotation; None where its image is not in the set."""
         image = annotation.get("image_id")
-        if _is_id(image) and image in self.images:
+        for key in ("image_id", "category_id"):  # Detectron2 and pycocotools look these up of all of them
+            if not _is_id(annotation.get(key)):
+                example = f"annotation {annotation['id']} has no valid {key}: {_shown(annotation.get(key))}"
+                self.add(f"annotations without a valid {key}", example)
+                return None
+        if image in self.images:
             return f"annotation {annotation['id']} of image {self.images[image]['file_name']}"
         example = (
             f"annotation {annotation['id']} belongs to image {_shown(image)}, which is not in the set, and is left out"
@@ -279,8 +283,8 @@ class _Annotations:
 
     def _offence(self, annotation: dict[str, Any]) -> tuple[str, str] | None:
         """What is wrong with an annotation: the kind, and the details of this one."""
-        category = annotation.get("category_id")
-        if not _is_id(category) or category not in self.classes:
+        category = annotation["category_id"]
+        if category not in self.classes:
             return "an unknown category", f", {_shown(category)}"
         box = annotation.get("bbox")
         if not isinstance(box, (list, tuple)) or len(box) != 4 or not all(_is_number(side) for side in box):

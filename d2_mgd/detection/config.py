@@ -13,6 +13,7 @@ from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 
 import d2_mgd
+from d2_mgd.detection.config_files import check_mgd_types, merge_file, merge_overrides
 from d2_mgd.detection.heads import head_options
 from d2_mgd.distill import (
     ALIGNMENTS,
@@ -43,6 +44,7 @@ UNTRAINED = "untrained"  # MGD.TEACHER.WEIGHTS of a teacher that is meant to sta
 LAST_NORMS = ("affine", "sync_bn", "none")
 SOURCES = ("pass", "online")
 PRECISIONS = ("", "float16", "bfloat16")
+_MOST_REMATCHES = 10_000
 MARGIN_LOSSES = ("partial_l2",)  # need a teacher's pre-activations with the margins of their batch-norm
 
 _PROJECT_CONFIGS = Path(d2_mgd.__file__).resolve().parents[1] / "configs"
@@ -205,20 +207,18 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
     add_mgd_config(teacher)  # a student of an earlier distillation may teach
     try:
         # Detectron2's own files hold python expressions and came with its code; a stranger's must not.
-        teacher.merge_from_file(path, allow_unsafe=from_zoo)
+        merge_file(teacher, path, allow_unsafe=from_zoo)
     except yaml.constructor.ConstructorError as error:
         raise ValueError(
-            f"MGD.TEACHER.CONFIG_FILE {name} (or a base of it) asks for python, {_text(error)}: that is not run, so "
+            f"MGD.TEACHER.CONFIG_FILE {name} (or a base of it) asks for python, {error.problem}: that is not run, so "
             "write the values out, or name a config of the model zoo."
         ) from error
-    except (AssertionError, KeyError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(
-            f"MGD.TEACHER.CONFIG_FILE {name} is not a config of a Detectron2 model: {_text(error)}."
-        ) from error
+    except ValueError as error:
+        raise ValueError(f"MGD.TEACHER.CONFIG_FILE {name} is not a config of a Detectron2 model: {error}.") from error
     try:
-        teacher.merge_from_list(list(cfg.MGD.TEACHER.OPTS))
-    except (AssertionError, KeyError, ValueError) as error:
-        raise ValueError(f"MGD.TEACHER.OPTS do not fit {name}: {_text(error)}.") from error
+        merge_overrides(teacher, cfg.MGD.TEACHER.OPTS)
+    except ValueError as error:
+        raise ValueError(f"MGD.TEACHER.OPTS do not fit {name}: {error}.") from error
     teacher = student_config(teacher)
     teacher.MODEL.DEVICE = cfg.MODEL.DEVICE
     teacher.MODEL.WEIGHTS = _teacher_weights(cfg, teacher)
@@ -237,12 +237,12 @@ def _config_file(name: str) -> tuple[str, bool]:
         raise ValueError(
             f"MGD.TEACHER.CONFIG_FILE {name} is not a yaml file; Detectron2's python configs cannot be used."
         )
-    for path in (Path(name), _PROJECT_CONFIGS / name):
-        if path.is_file():
-            return str(path), False
     try:
+        for path in (Path(name), _PROJECT_CONFIGS / name):
+            if path.is_file():
+                return str(path), False
         return model_zoo.get_config_file(name), True
-    except RuntimeError as error:
+    except (OSError, RuntimeError) as error:  # a name may also be longer than a file system takes
         raise ValueError(
             f"MGD.TEACHER.CONFIG_FILE {name} is found neither from the working directory, nor in {_PROJECT_CONFIGS}, "
             "nor in Detectron2's model zoo."
@@ -286,7 +286,7 @@ def feature_weights(cfg: CfgNode) -> dict[str, float]:
     for name, weight in zip(features, weights):
         try:
             found[name] = float(weight)  # yaml reads 1e-9, without a point, as text
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise ValueError(f"MGD.WEIGHTS: the weight {weight!r} of feature {name} is not a number.") from None
         if not (math.isfinite(found[name]) and found[name] >= 0):
             raise ValueError(
@@ -331,9 +331,11 @@ def rematch_schedule(cfg: CfgNode) -> RematchSchedule:
             return RematchSchedule(rematch.PERIODS, rematch.MILESTONES, rematch.START)
         if rematch.LOG_SPACED and len(rematch.LOG_SPACED) != 3:
             raise ValueError(f"LOG_SPACED is [first, last, count], got {list(rematch.LOG_SPACED)}.")
+        if rematch.LOG_SPACED and rematch.LOG_SPACED[2] > _MOST_REMATCHES:
+            raise ValueError(f"LOG_SPACED asks for {rematch.LOG_SPACED[2]} rematches; {_MOST_REMATCHES} are the most.")
         spaced = RematchSchedule.log_spaced(*rematch.LOG_SPACED).at if rematch.LOG_SPACED else []
         return RematchSchedule(start=rematch.START, at=[*rematch.AT, *spaced])
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"MGD.REMATCH: {error}") from error
 
 
@@ -378,6 +380,9 @@ def validate_config(cfg: CfgNode) -> None:
         ValueError: one sentence that names the key, the value, and what would be right.
     """
     mgd = cfg.MGD
+    defaults = CfgNode()
+    add_mgd_config(defaults)
+    check_mgd_types(mgd, defaults.MGD)
     if mgd.CHECKPOINT.KEEP < 0:
         raise ValueError(f"MGD.CHECKPOINT.KEEP must be at least 0, which keeps all, got {mgd.CHECKPOINT.KEEP}.")
     if mgd.NONFINITE.SKIP < 0:
@@ -426,9 +431,3 @@ def _check_rematch(cfg: CfgNode, needed: bool) -> None:
 def _check_choice(key: str, value: Any, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{key} is {value!r}; there are: {', '.join(choice or repr('') for choice in choices)}.")
-
-
-def _text(error: BaseException) -> str:
-    """An error's message as a part of a sentence."""
-    message = getattr(error, "problem", None) or (error.args[0] if error.args else error)
-    return " ".join(str(message).split()).rstrip(".")

@@ -235,3 +235,63 @@ def test_the_docs_name_keys_that_exist() -> None:
                 assert part in node, f"{page.name} names {name}"
                 node = node[part]
     assert found > 25
+
+
+FILES = {
+    "empty": ("", "it holds no keys"),
+    "a list": ("- 1", "it holds no keys"),
+    "its own base": ("_BASE_: strange.yaml", "its _BASE_ leads back to it"),
+    "no such base": ("_BASE_: nowhere.yaml", r"No such file or directory: .*nowhere\.yaml"),
+    "a group that is none": ("MODEL: null\nVERSION: 2", "MODEL must be a group of keys, not a null"),
+    "a base that is no name": ("_BASE_: 3", "a key or value in it is of the wrong kind"),
+    "a value that is none": ("MODEL: {META_ARCHITECTURE: null}", "MODEL.META_ARCHITECTURE must be of the kind of"),
+    "a key that is no text": ("[1]: 2", "unhashable key"),
+    "no text": ("\x1f", "special characters are not allowed"),
+    "in itself": ("MODEL: &a {WEIGHTS: *a}\nVERSION: 2", "nested without end"),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_a_file_that_is_no_config_is_one_sentence(tmp_path: Path, case: str) -> None:
+    text, message = FILES[case]
+    path = tmp_path / "strange.yaml"
+    path.write_text(text)
+    with pytest.raises(
+        ValueError, match=rf"strange\.yaml is not a config of a Detectron2 model: .*{message}"
+    ) as raised:
+        validate_config(distilled_config("retinanet", "retinanet", "MGD.TEACHER.CONFIG_FILE", str(path)))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("FEATURES", [["p3"]], r"MGD\.FEATURES must be a list of names, and \['p3'\] is none"),
+        ("FEATURES", ["p3\n"], r"MGD\.FEATURES must be a list of names"),
+        ("WEIGHTS", [10**400], r"MGD\.WEIGHTS: the weight 1000"),
+        ("TIE", [3], r"each list in MGD\.TIE must be a list of names, got 3"),
+        ("REMATCH.PERIODS", [float("inf")], r"MGD\.REMATCH\.PERIODS must be a list of whole numbers, and inf is none"),
+        ("REMATCH.AT", [2.5], r"MGD\.REMATCH\.AT must be a list of whole numbers, and 2\.5 is none"),
+        ("REMATCH.LOG_SPACED", [1, 10, 10**9], r"MGD\.REMATCH: LOG_SPACED asks for 1000000000 rematches"),
+        ("REMATCH.NUM_IMAGES", None, r"MGD\.REMATCH\.NUM_IMAGES must be of the kind of 2000, not None"),
+        ("ACCUMULATE", 10**30, r"MGD\.ACCUMULATE is too large a number"),
+        ("TEACHER.OPTS", [1.0, "x"], r"MGD\.TEACHER\.OPTS do not fit .*: 1\.0 is no key"),
+        (
+            "TEACHER.OPTS",
+            ["MODEL", "{}"],
+            r"MGD\.TEACHER\.OPTS do not fit .*: MODEL must be a group of keys, not a dict",
+        ),
+        ("TEACHER.CONFIG_FILE", "a\nb.yaml", r"MGD\.TEACHER\.CONFIG_FILE holds characters that cannot be shown"),
+        ("TEACHER.CONFIG_FILE", f"{'a' * 5000}.yaml", r"MGD\.TEACHER\.CONFIG_FILE a+\.yaml is found neither"),
+    ],
+)
+def test_a_value_of_the_wrong_kind(key: str, value: Any, message: str) -> None:
+    cfg = distilled_config()
+    *groups, name = key.split(".")
+    node = cfg.MGD
+    for group in groups:
+        node = node[group]
+    node[name] = value
+    with pytest.raises(ValueError, match=message) as raised:
+        validate_config(cfg)
+    assert "\n" not in str(raised.value)

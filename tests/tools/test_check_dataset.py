@@ -86,7 +86,18 @@ ANNOTATIONS: dict[str, tuple[Callable[[dict[str, Any]], Any], str, str, tuple[in
         "annotation 1 of image 000.png has an unknown category, 77",
         (1, 0, 0),
     ),
-    "category that is none": (first(category_id=[1]), "error: annotations with an unknown category", "[1]", (1, 0, 0)),
+    "category that is none": (
+        first(category_id=[1]),
+        "error: annotations without a valid category_id: 1 of 9 annotations",
+        "annotation 1 has no valid category_id: [1]",
+        (1, 0, 1),  # and an image without annotations
+    ),
+    "image that is none": (
+        lambda content: content["annotations"][0].pop("image_id"),
+        "error: annotations without a valid image_id: 1 of 9 annotations",
+        "annotation 1 has no valid image_id: None",
+        (1, 0, 1),
+    ),
     "unknown image": (
         first(image_id=99),
         "warning: annotations of an image that is not in the set: 1 of 9 annotations",
