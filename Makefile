@@ -15,7 +15,7 @@ export PIP_NO_INPUT := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export GIT_TERMINAL_PROMPT := 0
 
-.PHONY: help install detectron2 demo demo-classification test lint format types docs bench soak audit clean
+.PHONY: help install detectron2 demo demo-classification test lint format types docs bench soak fuzz audit clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -80,6 +80,9 @@ bench: install  ## speed and memory beside the alternatives: a quarter of an hou
 
 soak: install  ## trainings killed at 20 moments must end as the undisturbed one: minutes
 	$(PY) -m benchmarks.soak --kills 20
+
+fuzz: install  ## random input of every kind, for some minutes: what fails is shown with the smallest input that does
+	$(PY) -m benchmarks.fuzz --minutes 4
 
 audit: install  ## known vulnerabilities of what is installed; needs pypi.org or osv.dev, and fails where neither answers
 	@$(PY) tools/audit_dependencies.py
