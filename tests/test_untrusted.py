@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import io
 import logging
 import os
@@ -26,6 +27,8 @@ from d2_mgd.untrusted import (
     trust,
     write_safetensors,
 )
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 class Malice:
@@ -139,6 +142,47 @@ def test_safetensors_are_what_was_written(tmp_path: Path) -> None:
     assert read.keys() == tensors.keys()
     for name, value in tensors.items():
         assert torch.equal(read[name], value) and read[name].dtype == value.dtype
+
+
+# --- nothing reads around it ---
+
+
+def _calls(path: Path) -> list[tuple[str, ast.Call]]:
+    """Every call in a file, with the dotted name of what is called."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return [(ast.unparse(node.func), node) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+
+
+def _says(call: ast.Call, name: str, value: object) -> bool:
+    keywords = {keyword.arg: keyword.value for keyword in call.keywords}
+    given = keywords.get(name)
+    return isinstance(given, ast.Constant) and given.value is value
+
+
+@pytest.mark.parametrize("folder", ["d2_mgd", "classification", "tools", "examples", "benchmarks"])
+def test_no_code_loads_what_may_run(folder: str) -> None:
+    wrong = []
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        if path == ROOT / "d2_mgd" / "untrusted.py":
+            continue
+        for name, call in _calls(path):
+            bad = name in (
+                "eval",
+                "exec",
+                "pickle.load",
+                "pickle.loads",
+                "pickle.Unpickler",
+                "yaml.unsafe_load",
+                "yaml.load",
+            )
+            bad |= name == "torch.load" and not _says(call, "weights_only", True)
+            bad |= name.endswith("get_state_dict") and not _says(call, "weights_only", True)
+            bad |= name == "np.load" and not _says(call, "allow_pickle", False)
+            bad |= name.endswith(".merge_from_file") and path.name != "config_files.py"  # runs python by default
+            bad |= any(keyword.arg == "shell" for keyword in call.keywords)
+            if bad:
+                wrong.append(f"{path.relative_to(ROOT)}:{call.lineno}: {name}")
+    assert not wrong
 
 
 # --- the programs ---

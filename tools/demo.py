@@ -180,10 +180,11 @@ class Demo:
         from detectron2.config import get_cfg
 
         from d2_mgd.detection import add_mgd_config
+        from d2_mgd.detection.config_files import merge_file
 
         cfg = get_cfg()
         add_mgd_config(cfg)
-        cfg.merge_from_file(str(config_file(stage)))
+        merge_file(cfg, str(config_file(stage)), allow_unsafe=False)
         cfg.merge_from_list([*self.size.overrides, "SEED", str(self.seed)])
         return cfg
 
@@ -321,10 +322,11 @@ def _stored_config(folder: Path) -> Any:
     from detectron2.config import get_cfg
 
     from d2_mgd.detection import add_mgd_config
+    from d2_mgd.detection.config_files import merge_file
 
     cfg = get_cfg()
     add_mgd_config(cfg)
-    cfg.merge_from_file(str(folder / "config.yaml"))
+    merge_file(cfg, str(folder / "config.yaml"), allow_unsafe=False)
     return cfg
 
 

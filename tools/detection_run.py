@@ -136,10 +136,11 @@ def feature_maps(run: Run, image: Path) -> Maps:
         from d2_mgd.detection import Trainer, add_mgd_config
         from d2_mgd.detection.checkpoint import TrainingCheckpointer, load_weights, read_tensors
         from d2_mgd.detection.config import UNTRAINED
+        from d2_mgd.detection.config_files import merge_file
 
         cfg = get_cfg()
         add_mgd_config(cfg)
-        cfg.merge_from_file(str(run.folder / "config.yaml"))
+        merge_file(cfg, str(run.folder / "config.yaml"), allow_unsafe=False)
         cfg.MODEL.DEVICE = "cpu"
         checkpointer = TrainingCheckpointer(torch.nn.Module(), str(run.folder), save_to_disk=False)
         if not checkpointer.has_checkpoint():

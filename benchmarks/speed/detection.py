@@ -53,10 +53,11 @@ class _Step:
         from detectron2.utils.events import EventStorage
 
         from d2_mgd.detection import add_mgd_config
+        from d2_mgd.detection.config_files import merge_file
 
         cfg = get_cfg()
         add_mgd_config(cfg)
-        cfg.merge_from_file(str(CONFIGS / config))
+        merge_file(cfg, str(CONFIGS / config), allow_unsafe=False)
         cfg.merge_from_list(["MODEL.WEIGHTS", "", "MODEL.DEVICE", device, "MGD.TEACHER.WEIGHTS", "untrained"])
         torch.manual_seed(0)
         self.model = META_ARCH_REGISTRY.get("TeacherStudentDetector")(cfg).train()

@@ -47,8 +47,10 @@ def register_coco(name: str, json_file: str, image_root: str) -> None:
         image_root: the folder that the json's file names are relative to.
 
     Raises:
-        DatasetError: another data set has that name.
+        DatasetError: another data set has that name, or it is none.
     """
+    if not name.strip():
+        raise DatasetError(f"a data set needs a name, not {name!r}.")
     if name in DatasetCatalog.list():
         known = MetadataCatalog.get(name)
         if (known.get("json_file"), known.get("image_root")) != (json_file, image_root):

@@ -212,6 +212,8 @@ def test_a_name_stands_for_one_set(tmp_path: Path) -> None:
     register_coco("named_once", *map(str, first))
     with pytest.raises(DatasetError, match="already a data set 'named_once'"):
         register_coco("named_once", *map(str, second))
+    with pytest.raises(DatasetError, match="a data set needs a name, not ''"):
+        register_coco("", *map(str, first))
     with pytest.raises(DatasetError, match="already a data set 'coco_2017_train'"):
         register_coco("coco_2017_train", *map(str, first))
 
