@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.speed import classification, data, detection, kernels, profiling, scaling
-from benchmarks.speed.measure import Row, as_table, machine
+from benchmarks.speed.measure import CLOCKS, Row, as_table, machine, use_clock
 from benchmarks.speed.reference import Published
 
 __all__ = ["main"]
@@ -76,11 +76,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--reference", type=Path, help="checkout of the published implementation, to be timed too")
     parser.add_argument("--output", type=Path, default=RESULTS / "speed", help="path without suffix of the two files")
     parser.add_argument("--threads", type=int, help="of torch; by default one a core")
+    parser.add_argument(
+        "--clock", choices=list(CLOCKS), default="wall",
+        help="cpu: the time that the process had a processor, for a busy machine; with one thread",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
     chosen = options.only.split(",")
     unknown = [name for name in chosen if name not in names]
     if unknown:
         parser.error(f"--only: no benchmark {', '.join(unknown)}; there are: {', '.join(names)}.")
+    if options.clock == "cpu":
+        if options.threads not in (None, 1) or torch.cuda.is_available():
+            parser.error(
+                "--clock cpu goes with one thread and without a GPU: threads that wait count as if they worked."
+            )
+        options.threads = 1
+    use_clock(options.clock)
     if options.threads:
         torch.set_num_threads(options.threads)
 
@@ -90,6 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "command": f"python -m benchmarks.run {' '.join(sys.argv[1:] if arguments is None else arguments)}".strip(),
         "commit": _commit(),
         "quick": options.quick,
+        "clock": options.clock,
         "machine": machine(),
         "rows": [],
     }

@@ -15,9 +15,21 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["NOT_ON_A_GPU", "Row", "as_table", "in_turn", "machine", "peak_tensor_bytes", "ratio_row"]
+__all__ = [
+    "CLOCKS",
+    "NOT_ON_A_GPU",
+    "Row",
+    "as_table",
+    "in_turn",
+    "machine",
+    "peak_tensor_bytes",
+    "ratio_row",
+    "use_clock",
+]
 
 NOT_ON_A_GPU = "not run on a GPU"
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+_clock = CLOCKS["wall"]
 _PACKAGES = ("torch", "torchvision", "detectron2", "numpy", "ortools", "scipy")
 
 
@@ -44,17 +56,37 @@ class Row:
     at_least: bool = False
 
 
-def in_turn(things: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Seconds of each thing in each round; things take turns, so that a change of the machine's load meets all."""
+def use_clock(name: str) -> None:
+    """What :func:`in_turn` reads by default: a name of ``CLOCKS``.
+
+    ``cpu`` is the time that this process had a processor, all its threads together, and so nearly the same on a busy
+    machine as on an idle one; it says nothing of what other processes or a GPU do for it.
+    """
+    global _clock
+    _clock = CLOCKS[name]
+
+
+def in_turn(
+    things: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 1, clock: Callable[[], float] | None = None
+) -> dict[str, list[float]]:
+    """Seconds of each thing in each round; things take turns, so that a change of the machine's load meets all.
+
+    Args:
+        things: name -> what to time.
+        rounds: how many are timed.
+        warmup: how many before them are not.
+        clock: what tells the seconds; that of :func:`use_clock` by default.
+    """
+    clock = clock or _clock
     seconds: dict[str, list[float]] = {name: [] for name in things}
     for index in range(warmup + rounds):
         for name, thing in things.items():
             _finish()
-            start = time.perf_counter()
+            start = clock()
             thing()
             _finish()
             if index >= warmup:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return seconds
 
 
@@ -104,9 +136,11 @@ def as_table(result: Mapping[str, Any]) -> str:
     """A Markdown table of rows, under a line on the machine."""
     about = result["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    load = ", ".join(f"{value:.1f}" for value in (about["load_average"][0], result["load_average_after"][0]))
+    what = "processor time" if result.get("clock") == "cpu" else "wall-clock time"
     lines = [
         f"{about['processor']}, {about['cores']} cores, {about['threads']} threads; GPU: {about['gpu'] or 'none'}; "
-        f"load average before and after: {about['load_average'][0]:.1f}, {result['load_average_after'][0]:.1f}; "
+        f"{what}; load average before and after: {load}; "
         f"{versions}.",
         "",
         "| what | value (quartiles) | goal | median times | conditions |",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from scipy.optimize import linear_sum_assignment
 from benchmarks.run import main
 from benchmarks.speed.classification import Pair
 from benchmarks.speed.kernels import copied_rows, loss_row
-from benchmarks.speed.measure import NOT_ON_A_GPU, in_turn, peak_tensor_bytes, ratio_row
+from benchmarks.speed.measure import CLOCKS, NOT_ON_A_GPU, in_turn, peak_tensor_bytes, ratio_row
 from benchmarks.speed.profiling import profile_step
 from benchmarks.speed.reference import Published
 from benchmarks.speed.scaling import growth
@@ -74,6 +75,11 @@ def test_peak_counts_what_is_held_at_once() -> None:
 
     assert peak_tensor_bytes(one_after_the_other) == 1000 * 256 * 4
     assert peak_tensor_bytes(together) == 3 * 1000 * 256 * 4
+
+
+def test_the_processors_clock_does_not_count_waiting() -> None:
+    seconds = in_turn({"waits": lambda: time.sleep(0.05)}, 1, clock=CLOCKS["cpu"])["waits"]
+    assert seconds[0] < 0.05 <= in_turn({"waits": lambda: time.sleep(0.05)}, 1)["waits"][0]
 
 
 def test_growth_is_the_power_and_needs_enough_points() -> None:
