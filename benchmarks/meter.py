@@ -1,0 +1,105 @@
+"""What a process hands to ``torch.distributed``, and what goes over the loopback device."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import socket
+import struct
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
+from torch import Tensor
+
+__all__ = ["Meter", "loopback_bytes", "raise_loopback", "tensor_bytes"]
+
+
+class Meter:
+    """Counts the collectives of this process: purpose -> bytes that it hands over.
+
+    Args:
+        purpose: of collectives until another is said.
+    """
+
+    def __init__(self, purpose: str = "other") -> None:
+        self.purpose = purpose
+        self.calls: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
+
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[None]:
+        """Inside, ``torch.distributed``'s collectives are counted, those for python objects by what they consist of."""
+        originals = {name: getattr(c10d, name) for name in ("all_reduce", "broadcast", "all_gather", "gather")}
+        coalesced = dist._broadcast_coalesced
+        for name, original in originals.items():
+            for place in (c10d, dist):
+                setattr(place, name, self._counted(name, original))
+
+        def broadcast_coalesced(group: Any, tensors: list[Tensor], *rest: Any) -> Any:
+            self.add("broadcast", sum(tensor_bytes(tensor) for tensor in tensors))
+            return coalesced(group, tensors, *rest)
+
+        dist._broadcast_coalesced = broadcast_coalesced  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            dist._broadcast_coalesced = coalesced
+            for name, original in originals.items():
+                for place in (c10d, dist):
+                    setattr(place, name, original)
+
+    def add(self, collective: str, size: int) -> None:
+        self.calls[f"{self.purpose}: {collective}"] += 1
+        self.bytes[f"{self.purpose}: {collective}"] += size
+
+    def _counted(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(tensor: Any, *rest: Any, **options: Any) -> Any:
+            own = rest[0] if name == "all_gather" else tensor
+            self.add(name, tensor_bytes(own))
+            return original(tensor, *rest, **options)
+
+        return counted
+
+    @contextlib.contextmanager
+    def of(self, purpose: str) -> Iterator[None]:
+        """Inside, collectives are for ``purpose``."""
+        before, self.purpose = self.purpose, purpose
+        try:
+            yield
+        finally:
+            self.purpose = before
+
+    def attach(self, owner: Any, name: str, purpose: str) -> None:
+        """Let what a function sends be for ``purpose``."""
+        original = getattr(owner, name)
+
+        def purposeful(*arguments: Any, **options: Any) -> Any:
+            with self.of(purpose):
+                return original(*arguments, **options)
+
+        setattr(owner, name, purposeful)
+
+
+def tensor_bytes(tensor: Tensor) -> int:
+    """Bytes of its elements."""
+    return tensor.numel() * tensor.element_size()
+
+
+def loopback_bytes() -> int:
+    """Bytes that went over the loopback device so far."""
+    for line in Path("/proc/net/dev").read_text().splitlines():
+        name, _, numbers = line.strip().partition(":")
+        if name == "lo":
+            return int(numbers.split()[0])
+    raise RuntimeError("there is no loopback device.")
+
+
+def raise_loopback() -> None:
+    """Switch on the loopback device of a new network."""
+    up, running, set_flags = 0x1, 0x40, 0x8914
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        fcntl.ioctl(any_socket, set_flags, struct.pack("16sh22x", b"lo", up | running))
