@@ -43,7 +43,7 @@ setup(
             "pytest-cov>=5.0",
             "pytest-timeout>=2.2",
             "pytest-xdist>=3.5",
-            "hypothesis>=6.80",
+            "hypothesis>=6.90",
             "scipy>=1.10",
         ],
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings-python>=1.19", "markdown>=3.6"],

@@ -234,6 +234,17 @@ def test_the_sets_of_a_config_are_checked(tmp_path: Path) -> None:
         check_datasets(cfg)
 
 
+def test_a_config_allows_names_that_leave_their_folder(tmp_path: Path) -> None:
+    register_coco("leaves", *map(str, changed(tmp_path, lambda c: c["images"][0].update(file_name="../set.json"))))
+    cfg = get_cfg()
+    add_mgd_config(cfg)
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("leaves",), ()
+    with pytest.raises(DatasetError, match=r"leads to .*set\.json, outside the image folder"):
+        check_datasets(cfg)
+    cfg.MGD.DATA.ALLOW_OUTSIDE_ROOT = True
+    check_datasets(cfg)
+
+
 class Detector(nn.Module):
     def __init__(self, classes: int, roi: bool = False) -> None:
         super().__init__()
