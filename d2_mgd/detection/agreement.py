@@ -8,8 +8,16 @@ from __future__ import annotations
 import detectron2.utils.comm as comm
 import torch
 import torch.distributed as dist
+from detectron2.layers import NaiveSyncBatchNorm
+from torch import nn
 
-__all__ = ["first_failure", "largest"]
+from d2_mgd.distill.norms import MaskedBatchNorm
+
+__all__ = ["FailedElsewhere", "first_failure", "largest", "synchronises"]
+
+
+class FailedElsewhere(FloatingPointError):
+    """Predictions are not finite in another process, which says what they are."""
 
 
 def largest(number: int) -> int:
@@ -30,3 +38,9 @@ def first_failure(sentence: str) -> str:
     if not largest(int(bool(sentence))):
         return ""
     return next(text for text in comm.all_gather(sentence) if text)
+
+
+def synchronises(module: nn.Module) -> bool:
+    """Whether forward and backward passes wait for other processes, in a norm with the statistics of all."""
+    kinds = (nn.SyncBatchNorm, NaiveSyncBatchNorm)
+    return any(isinstance(one, kinds) or (isinstance(one, MaskedBatchNorm) and one.sync) for one in module.modules())

@@ -97,8 +97,8 @@ class MatchingHook(HookBase):
             self.rematch(start)
 
     def before_step(self) -> None:
-        if self.source == "online" and self.trainer.iter % self.every == 0:
-            self.model.observe_next = True
+        if self.source == "online":  # also off: a step that failed before its maps were there has left it on
+            self.model.observe_next = self.trainer.iter % self.every == 0
 
     def after_step(self) -> None:
         finished = self.trainer.iter + 1

@@ -15,6 +15,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
+from d2_mgd.detection.agreement import FailedElsewhere, first_failure, synchronises
 from d2_mgd.detection.config import (
     LAST_NORMS,
     MARGIN_LOSSES,
@@ -102,6 +103,7 @@ class TeacherStudentDetector(nn.Module):
         self._student_features = {name: pair.student for name, pair in self.pairs.items()}
         also = None if heads is None else heads.student.watch
         self._watched = WatchedMaps(student, self._student_features, also=also)
+        self._synchronises = distiller is not None and synchronises(distiller)
         self._same_pixels = teacher.same_pixels(student, input_format)
         teacher.watch({name: pair.teacher for name, pair in self.pairs.items()})
         if self.distiller is not None:
@@ -150,7 +152,7 @@ class TeacherStudentDetector(nn.Module):
         if factor == 0.0:
             self.observe_next = False
             return {**self.student(batched_inputs), **self._no_losses()}
-        task_losses, student_maps, batch = self._watched.forward(batched_inputs)
+        task_losses, student_maps, batch = self._run_student(batched_inputs)
         inputs = self._for_teacher(batched_inputs, batch)
         outputs: Maps = {}
         if self.heads is None:
@@ -185,6 +187,19 @@ class TeacherStudentDetector(nn.Module):
         factor = self.schedule.factor(storage.iter)
         storage.put_scalar("distill_factor", factor, smoothing_hint=False)
         return factor
+
+    def _run_student(self, batched_inputs: Batch) -> tuple[Any, Maps, Tensor]:
+        """Its losses, its maps and its batch. Where it fails in one process, others must not wait in a norm for it."""
+        failure = ""
+        try:
+            found = self._watched.forward(batched_inputs)
+        except FloatingPointError as error:
+            if not self._synchronises:
+                raise
+            failure = str(error) or type(error).__name__
+        if self._synchronises and first_failure(failure):
+            raise FloatingPointError(failure) if failure else FailedElsewhere
+        return found
 
     def _for_teacher(self, batched_inputs: Batch, batch: Tensor) -> dict[str, Any]:
         """What the teacher is called with, for images of which the student's backbone got ``batch``."""

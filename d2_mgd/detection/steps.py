@@ -14,7 +14,7 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from d2_mgd.detection.agreement import first_failure, largest
+from d2_mgd.detection.agreement import FailedElsewhere, first_failure, largest, synchronises
 from d2_mgd.detection.nonfinite import NonFinitePolicy, StepReport
 
 __all__ = ["Precision", "StepTrainer", "predict_in_float32"]
@@ -104,6 +104,7 @@ class StepTrainer(SimpleTrainer):
         self.policy = policy
         self.micro_batches = micro_batches
         self.precision = precision or Precision("cpu")
+        self._synchronises = synchronises(model)
 
     def run_step(self) -> None:
         """Losses, gradients, and a step of the optimiser if all are finite. A collective.
@@ -141,7 +142,7 @@ class StepTrainer(SimpleTrainer):
                 if not failure:
                     losses, failure = self._forward(part)
                 # The others would wait in this backward pass for a process that does not come to it.
-                if last and first_failure(failure):
+                if (last or self._synchronises) and first_failure(failure):
                     return StepReport({}, [], failure)
                 if not failure:
                     total = torch.stack([loss.float() for loss in losses.values()]).sum() / len(parts)
@@ -155,6 +156,8 @@ class StepTrainer(SimpleTrainer):
         try:
             with self.precision.autocast():
                 return self.model(part), ""
+        except FailedElsewhere:
+            return {}, ""
         except FloatingPointError as error:
             return {}, " ".join(str(error).split())
 

@@ -13,13 +13,19 @@ import torch
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
 from detectron2.engine import HookBase
-from disturbed import BreakTeacher
+from disturbed import BreakPredictions, BreakTeacher
 from training_runs import ROOT, in_process_trainer, run, same_tensors
 
 from d2_mgd.detection.nonfinite import NonFiniteError
 
 # batch-norm on the student's side has running statistics, which a bad batch must not reach
 SYNC = ("MGD.NORM", "bn", "MGD.STUDENT.TRAIN_LAST_NORM", "sync_bn")
+
+
+# all levels have predictions, so that no weight is without a gradient
+RPN = ("MODEL.META_ARCHITECTURE", "ProposalNetwork", "MODEL.RPN.IN_FEATURES", "['p3','p4','p5','p6','p7']")
+RPN += ("MODEL.ANCHOR_GENERATOR.SIZES", "[[8],[16],[32],[64],[128]]", "MGD.LOSS", "mse", "DATASETS.TEST", "()")
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 def checkpoint(output: Path, name: str) -> dict[str, Any]:
@@ -36,6 +42,11 @@ class Recorder(HookBase):
     def after_step(self) -> None:
         self.states.append({name: value.clone() for name, value in self.trainer.detector.state_dict().items()})
         self.losses.append({name: value for name, (value, _) in self.trainer.storage.latest().items()})
+
+
+def errors(text: str) -> list[str]:
+    """What processes said at their end, once each: on a busy machine the second one says the same too."""
+    return sorted({line for line in text.splitlines() if line.startswith("train_net.py: error: ")})
 
 
 def disturbed(workplace: Any, output: Path, hook: HookBase, *overrides: Any, resume: bool = False) -> Any:
@@ -136,14 +147,40 @@ def test_large_gradients_whose_norm_alone_overflows_are_finite(workplace: Any, t
 
 
 def test_predictions_that_detectron2_refuses_are_treated_alike(workplace: Any, tmp_path: Path) -> None:
-    rpn = ("MODEL.META_ARCHITECTURE", "ProposalNetwork", "MODEL.RPN.IN_FEATURES", "['p3','p4','p5']")
-    rpn += ("MODEL.ANCHOR_GENERATOR.SIZES", "[[16],[32],[64]]", "MGD.TEACHER.OPTS", "[]", "MGD.FEATURES", "['p4']")
-    trainer = in_process_trainer(workplace, tmp_path, *rpn, "MGD.LOSS", "mse")
+    trainer = in_process_trainer(workplace, tmp_path, *RPN)
     with torch.no_grad():
         trainer.student.proposal_generator.rpn_head.objectness_logits.bias.fill_(float("nan"))
     with pytest.raises(NonFiniteError, match=r"contain Inf/NaN\. Training has diverged at iteration 0, images .*png"):
         trainer.train()
     assert (tmp_path / "nonfinite" / "iter_0000000.pth").exists()
+
+
+def test_a_step_that_fails_before_its_maps_are_there_leaves_the_next_one_unobserved(
+    workplace: Any, tmp_path: Path
+) -> None:
+    online = ("MGD.REMATCH.SOURCE", "online", "MGD.REMATCH.EVERY", "4", "MGD.REMATCH.PERIODS", "[100]")
+    trainer = disturbed(workplace, tmp_path, BreakPredictions(0, 0), "MGD.NONFINITE.SKIP", "1", *RPN, *online)
+    trainer.train()
+    assert trainer.detector.distiller.costs["p4"].num_images == 2  # of iteration 4 alone
+
+
+@pytest.mark.parametrize(
+    "norms",
+    [
+        ("MGD.NORM", "sync_bn", "MGD.FEATURES", "['p4']"),
+        (*("MGD.STUDENT.TRAIN_LAST_NORM", "sync_bn", "MGD.ACCUMULATE", 2, "SOLVER.IMS_PER_BATCH", 4),),
+    ],
+    ids=["distiller", "student in parts"],
+)
+def test_no_process_waits_in_a_norm_for_one_whose_predictions_fail(
+    workplace: Any, tmp_path: Path, norms: tuple[Any, ...]
+) -> None:
+    arguments = workplace.arguments(tmp_path, *RPN, *norms)
+    disturbed_run = [str(ROOT / "tests/detection/disturbed.py"), "predictions", "1", "1", "9", *arguments]
+    done = run([*TORCHRUN, *disturbed_run], check=False)
+    sentences = errors(done.stderr)
+    assert len(sentences) == 1, done.stderr[-4000:]
+    assert "contain Inf/NaN. Training has diverged at iteration 1 of process 1, images " in sentences[0]
 
 
 def test_where_nothing_can_be_written_the_end_is_the_same(workplace: Any, tmp_path: Path) -> None:
@@ -154,12 +191,12 @@ def test_where_nothing_can_be_written_the_end_is_the_same(workplace: Any, tmp_pa
 
 
 def test_what_happens_to_one_of_two_processes_happens_to_both(workplace: Any, tmp_path: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     skip = ("MGD.NONFINITE.SKIP", 1, "SOLVER.CHECKPOINT_PERIOD", 1, "TEST.EVAL_PERIOD", 0)
     arguments = workplace.arguments(tmp_path, *skip)
-    done = run([*torchrun, str(ROOT / "tests/detection/disturbed.py"), "1", "2", "9", *arguments], check=False)
+    broken_run = [str(ROOT / "tests/detection/disturbed.py"), "teacher", "1", "2", "9", *arguments]
+    done = run([*TORCHRUN, *broken_run], check=False)
     assert done.returncode != 0
-    sentences = [line for line in done.stderr.splitlines() if line.startswith("train_net.py: error: ")]
+    sentences = errors(done.stderr)
     assert len(sentences) == 1, done.stderr[-4000:]
     assert sentences[0].startswith("train_net.py: error: loss_distill/p4 is nan at iteration 3 of process 1, images ")
     assert sentences[0].endswith("; stopped after 1 in a row were left out.")
