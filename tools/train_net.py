@@ -218,7 +218,7 @@ def _refuse(error: BaseException) -> NoReturn:
     Mostly all processes find the same: the others give the first of a machine time to say it and to end the run. Who is
     still there then has an error of its own.
     """
-    if comm.get_world_size() > 1 and comm.get_local_rank() != 0:
+    if (comm.get_local_rank() if comm.get_world_size() > 1 else int(os.environ.get("LOCAL_RANK", 0))) != 0:
         time.sleep(_PATIENCE)
     # Detectron2 finds what a config has wrong about a model by assertions and missing keys.
     text = str(error.args[0]) if isinstance(error, (AssertionError, KeyError)) else str(error)
@@ -229,7 +229,10 @@ def _refuse(error: BaseException) -> NoReturn:
 def _run_under_torchrun(args: argparse.Namespace) -> Any:
     """One process of many, started by torchrun; how many and which is in the environment."""
     local_rank = int(os.environ["LOCAL_RANK"])
-    with_gpus = _wants_gpus(args)
+    try:
+        with_gpus = _wants_gpus(args)
+    except ValueError as error:
+        _refuse(error)
     if with_gpus:
         torch.cuda.set_device(local_rank)
     join_processes("nccl" if with_gpus else "gloo")

@@ -423,9 +423,14 @@ def _check_rematch(cfg: CfgNode, needed: bool) -> None:
     for key in ("NUM_IMAGES", "BATCH_SIZE", "EVERY"):
         if rematch[key] < 1:
             raise ValueError(f"MGD.REMATCH.{key} must be at least 1, got {rematch[key]}.")
-    schedule = rematch_schedule(cfg)
-    if needed and not schedule.start and not any(schedule.periods) and not schedule.at:
-        raise ValueError("MGD.REMATCH.START is False and PERIODS holds no period, so nothing would ever be matched.")
+    schedule, last = rematch_schedule(cfg), cfg.SOLVER.MAX_ITER
+    if not needed or schedule.start or any(step < last for step in schedule.at):
+        return
+    if not any(schedule.periods) or not any(map(schedule.due, range(1, last))):
+        raise ValueError(
+            f"MGD.REMATCH.START is False and no rematch comes before SOLVER.MAX_ITER {last}, so nothing would ever be "
+            "matched."
+        )
 
 
 def _check_choice(key: str, value: Any, choices: Sequence[str]) -> None:

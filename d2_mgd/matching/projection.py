@@ -41,8 +41,8 @@ def projection_agreement(weight: Any, matching: ChannelMatching) -> ProjectionAg
     """Compare a projection of the student's channels to the teacher's, such as a learned 1 x 1 convolution.
 
     Every teacher channel counts alike: its squared weights are scaled to the sum 1, and one whose weights are all zero
-    prefers none. Where student channels have
-    different scales, multiply the columns by their deviations first; then a square is what a channel contributes.
+    prefers none. Where student channels have different scales, multiply the columns by their deviations first; then a
+    square is what a channel contributes.
 
     Args:
         weight: (T, S) or (T, S, 1, 1) array or tensor.

@@ -196,3 +196,13 @@ def test_the_student_needs_an_architecture_of_its_own(workplace: Any, tmp_path: 
     config = write_yaml(tmp_path / "c.yaml", {"MODEL": {"META_ARCHITECTURE": "TeacherStudentDetector"}})
     arguments = ["--config-file", str(config), "MGD.ENABLED", "True", "OUTPUT_DIR", str(tmp_path / "out")]
     assert "MGD.STUDENT.META_ARCHITECTURE must name" in refused(capsys, arguments, tmp_path / "out")
+
+
+def test_bad_input_is_one_sentence_under_torchrun_on_gpus_too(
+    workplace: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # the config is read before any GPU is touched
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    arguments = workplace.arguments(tmp_path, "MGD.REDUCER", "median")
+    assert "MGD.REDUCER is 'median'; there are: " in refused(capsys, arguments, tmp_path)

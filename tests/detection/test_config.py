@@ -176,6 +176,11 @@ def test_a_broken_config_file(tmp_path: Path) -> None:
         (["REMATCH.NUM_IMAGES", 0], r"MGD\.REMATCH\.NUM_IMAGES must be at least 1, got 0"),
         (["REMATCH.EVERY", 0], r"MGD\.REMATCH\.EVERY must be at least 1"),
         (["REMATCH.START", False, "REMATCH.PERIODS", [0], "REMATCH.MILESTONES", []], r"nothing would ever be matched"),
+        (
+            ["REMATCH.START", False, "REMATCH.PERIODS", [100_000], "REMATCH.MILESTONES", []],
+            r"no rematch comes before SOLVER\.MAX_ITER 90000, so nothing would ever be matched",
+        ),
+        (["REMATCH.START", False, "REMATCH.AT", [90_000]], r"no rematch comes before SOLVER\.MAX_ITER 90000"),
         (["REMATCH.PERIODS", [1, 2, 3]], r"MGD\.REMATCH: a rematch schedule needs one period more"),
     ],
 )

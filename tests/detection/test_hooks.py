@@ -102,13 +102,20 @@ def test_online_costs_come_from_every_kth_step(workplace: Any, tmp_path: Path) -
     assert load_reports(tmp_path / "matching" / "iter_0000005.npz")["p4"].num_images == 6
 
 
-@pytest.mark.parametrize("align", ["conv1x1", "matching"])
-def test_nothing_is_rematched_where_nothing_is_due(workplace: Any, tmp_path: Path, align: str) -> None:
-    never = ("MGD.REMATCH.PERIODS", "[1000000]", "MGD.REMATCH.START", "False")
-    trainer = in_process_trainer(workplace, tmp_path, "MGD.ALIGN", align, "MGD.LOSS", "mse", *never)
+def test_nothing_is_rematched_where_nothing_is_matched(workplace: Any, tmp_path: Path) -> None:
+    trainer = in_process_trainer(workplace, tmp_path, "MGD.ALIGN", "conv1x1", "MGD.LOSS", "mse")
     trainer.train()
     assert not (tmp_path / "matching").exists()
     assert math.isfinite(trainer.storage.latest()["loss_distill/p4"][0])
+
+
+def test_nothing_is_distilled_before_the_first_matching(workplace: Any, tmp_path: Path) -> None:
+    late = ("MGD.REMATCH.PERIODS", "[4]", "MGD.REMATCH.START", "False")
+    trainer = in_process_trainer(workplace, tmp_path, *late)
+    trainer.train()
+    assert [path.name for path in (tmp_path / "matching").iterdir()] == ["iter_0000004.npz"]
+    losses = [value for value, _ in trainer.storage.history("loss_distill/p4").values()]
+    assert losses[:4] == [0.0] * 4 and min(losses[4:]) > 0
 
 
 def test_a_bad_cost_keeps_the_matching_in_force(
