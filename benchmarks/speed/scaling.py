@@ -123,7 +123,7 @@ def plot_scaling(records: Sequence[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, len(_AXES), figsize=(16, 4), constrained_layout=True)
+    figure, panels = pyplot.subplots(1, len(_AXES), figsize=(16, 4.6), constrained_layout=True)
     for panel, (axis, (label, _)) in zip(panels, _AXES.items()):
         chosen = [record for record in records if record["axis"] == axis]
         sizes = [record["size"] for record in chosen]
@@ -135,7 +135,7 @@ def plot_scaling(records: Sequence[dict[str, Any]], path: Path) -> None:
         panel.set_xticks(sizes, [str(size) for size in sizes])
         panel.minorticks_off()
         panel.grid(alpha=0.3)
-        panel.legend(fontsize=8)
+        panel.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     panels[0].set_ylabel("milliseconds")
     figure.savefig(path, dpi=90)
     pyplot.close(figure)
