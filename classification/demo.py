@@ -54,7 +54,7 @@ class Budget(NamedTuple):
     learning_rate: float
 
 
-FULL = Budget({"train": 150, "valid": 75}, 12, 12, 64, 32, 0.05)
+FULL = Budget({"train": 150, "valid": 75}, 12, 12, 64, 32, 0.02)
 QUICK = Budget({"train": 4, "valid": 2}, 1, 1, 32, 16, 0.002)
 
 
