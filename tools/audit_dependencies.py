@@ -5,8 +5,8 @@
 
 pip-audit looks every installed version up in PyPI's advisories, or, where that service does not answer, in OSV's. The
 exit status is 0 where nothing is known, 1 where something is, and 2 where it could not be found out: no answer is no
-clean bill. What was not installed from an index (Detectron2, this project) has no entry there and is named as not looked
-up.
+clean bill. What was not installed from an index (Detectron2, this project) has no entry there, and is named as not
+looked up.
 """
 
 from __future__ import annotations
