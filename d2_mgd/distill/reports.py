@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from d2_mgd.matching import ChannelMatching
+from d2_mgd.reliability import write_atomically
 
 __all__ = ["RematchReport", "load_reports", "save_reports"]
 
@@ -57,10 +58,7 @@ def save_reports(path: str | os.PathLike[str], reports: Mapping[str, RematchRepo
         arrays.update({f"{name}/{field}": np.asarray(value) for field, value in zip(_FIELDS, values)})
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(target.name + ".tmp")
-    with open(temporary, "wb") as file:
-        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-    os.replace(temporary, target)
+    write_atomically(target, lambda file: np.savez_compressed(file, **arrays))  # type: ignore[arg-type]
 
 
 def load_reports(path: str | os.PathLike[str]) -> dict[str, RematchReport]:
