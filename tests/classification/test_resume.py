@@ -143,3 +143,15 @@ def test_going_on_with_another_distiller_is_refused(
     checkpoint = tmp_path / "run" / "checkpoint.pth"
     assert mgd(data, *teacher, "--features", "stage3", "--resume", checkpoint, "--epochs", 2) == 2
     assert "the checkpoint does not fit these options" in capsys.readouterr().err
+
+
+def test_another_batch_goes_on_after_as_many_images(base: Run, data: Path, tmp_path: Path) -> None:
+    """24 images: after two steps of eight, one of two processes is lost, and with it half of a step's images."""
+    words = ["--arch", "shufflenet_v2_x0_5", "--lr", 0.01, "--checkpoint-freq", 2]
+    assert base(data, *words) == 0
+    half = tmp_path / "run" / "checkpoint_epoch_0000_step_000002.pth"
+    assert base(data, *words, "--batch-size", 4, "--resume", half) == 0
+    assert "0 epochs and 4 steps are done" in (tmp_path / "run" / "log.txt").read_text()
+    stored = torch.load(tmp_path / "run" / "checkpoint.pth", weights_only=True)
+    assert stored["student"]["conv1.1.num_batches_tracked"] == 2 + 2
+    assert stored["progress"]["history"][-1]["epoch"] == 1
