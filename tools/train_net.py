@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -87,6 +88,11 @@ def build_config(args: argparse.Namespace) -> CfgNode:
     Raises:
         ValueError: one sentence.
     """
+    if args.eval_only and args.eval_teacher:
+        raise ValueError("--eval-only evaluates the student and --eval-teacher the teacher: give one of them.")
+    late = [word for word in args.opts[::2] if word.startswith("--")]
+    if late:
+        raise ValueError(f"{late[0]} stands behind KEY VALUE overrides: flags go before them.")
     cfg = get_cfg()
     add_mgd_config(cfg)
     if args.config_file:
@@ -113,6 +119,7 @@ def set_up(args: argparse.Namespace) -> CfgNode:
     trains = not (args.eval_only or args.eval_teacher)
     if comm.get_world_size() == 1 or comm.get_local_rank() == 0:
         check_datasets(cfg, train=trains)
+    _check_output(cfg.OUTPUT_DIR)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2_mgd")
     default_setup(cfg, args)
     if cfg.MODEL.DEVICE == "cpu":
@@ -166,6 +173,15 @@ def evaluate_teacher(cfg: CfgNode) -> Any:
     if not cfg.MGD.TEACHER.CONFIG_FILE:
         raise ValueError("--eval-teacher needs a config with MGD.TEACHER.CONFIG_FILE.")
     return Trainer.test_teacher(cfg, build_teacher(cfg))
+
+
+def _check_output(folder: str) -> None:
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"OUTPUT_DIR '{folder}' cannot be written: {error.strerror}.") from error
 
 
 def _write_student_config(cfg: CfgNode) -> None:

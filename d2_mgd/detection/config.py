@@ -374,7 +374,7 @@ def validate_config(cfg: CfgNode) -> None:
 
     What needs the two networks (whether a feature exists in both, strides, margins, weights that fit) is checked when
     :class:`~d2_mgd.detection.TeacherStudentDetector` is built, before the first step too. Where MGD.ENABLED is False
-    there is nothing to check.
+    only what every training needs is checked.
 
     Raises:
         ValueError: one sentence that names the key, the value, and what would be right.
@@ -383,6 +383,9 @@ def validate_config(cfg: CfgNode) -> None:
     defaults = CfgNode()
     add_mgd_config(defaults)
     check_mgd_types(mgd, defaults.MGD)
+    for key in ("IMS_PER_BATCH", "MAX_ITER"):
+        if cfg.SOLVER[key] < 1:
+            raise ValueError(f"SOLVER.{key} must be at least 1, got {cfg.SOLVER[key]}.")
     if mgd.CHECKPOINT.KEEP < 0:
         raise ValueError(f"MGD.CHECKPOINT.KEEP must be at least 0, which keeps all, got {mgd.CHECKPOINT.KEEP}.")
     if mgd.NONFINITE.SKIP < 0:

@@ -285,6 +285,11 @@ class Trainer(DefaultTrainer):
             return
         if resume:
             logger.info("There is no checkpoint in %s yet: this is a new training", self.cfg.OUTPUT_DIR)
+        elif self.checkpointer.has_checkpoint():
+            logger.warning(
+                "%s holds an earlier training, whose checkpoints this one overwrites; --resume goes on with it",
+                self.cfg.OUTPUT_DIR,
+            )
         if self.cfg.MODEL.WEIGHTS:
             load_weights(self.student, self.cfg.MODEL.WEIGHTS)
 

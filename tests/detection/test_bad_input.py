@@ -76,6 +76,9 @@ OVERRIDES = {
     "half precision without a GPU": (("SOLVER.AMP.ENABLED", "True", "MGD.PRECISION", "float16"), "needs a GPU"),
     "an unknown precision": (("MGD.PRECISION", "fp8"), "MGD.PRECISION is 'fp8'; there are: '', float16, bfloat16"),
     "a batch in no parts": (("MGD.ACCUMULATE", "0"), "MGD.ACCUMULATE must be at least 1"),
+    "a step of no images": (("SOLVER.IMS_PER_BATCH", "0"), "SOLVER.IMS_PER_BATCH must be at least 1, got 0"),
+    "a training of no steps": (("MGD.ENABLED", "False", "SOLVER.MAX_ITER", "0"), "SOLVER.MAX_ITER must be at least 1"),
+    "a flag too late": (("--resume",), "--resume stands behind KEY VALUE overrides: flags go before them"),
     "fewer than no steps left out": (("MGD.NONFINITE.SKIP", "-1"), "MGD.NONFINITE.SKIP must be at least 0"),
 }
 
@@ -133,6 +136,18 @@ def test_student_weights_of_something_else(workplace: Any, tmp_path: Path, capsy
 def test_nothing_to_evaluate(workplace: Any, tmp_path: Path, capsys: Any) -> None:
     arguments = workplace.arguments(tmp_path / "out", flags=("--eval-only",))
     assert "give MODEL.WEIGHTS, or --resume" in refused(capsys, arguments, tmp_path / "out")
+
+
+def test_one_of_two_is_evaluated(workplace: Any, tmp_path: Path, capsys: Any) -> None:
+    arguments = workplace.arguments(tmp_path / "out", flags=("--eval-only", "--eval-teacher"))
+    assert "give one of them" in refused(capsys, arguments, tmp_path / "out")
+
+
+@pytest.mark.parametrize("parts", [("file",), ("file", "out")], ids=["a file", "below a file"])
+def test_a_folder_that_cannot_be_written(workplace: Any, tmp_path: Path, capsys: Any, parts: tuple[str, ...]) -> None:
+    (tmp_path / "file").touch()
+    output = tmp_path.joinpath(*parts)
+    assert f"OUTPUT_DIR '{output}' cannot be written: " in refused(capsys, workplace.arguments(output), output)
 
 
 @pytest.mark.parametrize(

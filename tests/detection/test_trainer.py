@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,17 @@ def test_a_checkpoint_holds_what_continues_and_not_the_teacher(workplace: Any, f
     size = sum(value.numel() for value in state["model"].values())
     teacher = sum(value.numel() for value in torch.load(workplace.teacher_weights)["model"].values())
     assert size < teacher and not any("teacher" in name for name in state["distillation"]["distiller"])
+
+
+def test_a_new_training_in_the_folder_of_another_says_so(
+    workplace: Any, finished: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("d2_mgd"), "propagate", True)
+    in_process_trainer(workplace, finished)
+    assert f"{finished} holds an earlier training" in caplog.text
+    caplog.clear()
+    in_process_trainer(workplace, finished, resume=True)
+    assert "earlier training" not in caplog.text
 
 
 def test_a_student_alone_begins_as_the_distilled_one_and_sees_the_same_images(workplace: Any, tmp_path: Path) -> None:
