@@ -160,6 +160,7 @@ def test_a_training_that_fails_says_why(tmp_path: Path, capfd: Any) -> None:
         (40.0, 20.0, 15.0, -0.25, "did not help"),
         (20.0, 25.0, 30.0, None, "25.0 AP alone, 30.0 AP with its teacher."),
         (None, 25.0, 25.0, None, "did not help"),
+        (0.03, 0.01, 0.02, None, "compares nothing"),
     ],
 )
 def test_the_report_says_what_came_out(

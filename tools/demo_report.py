@@ -29,6 +29,7 @@ else:
 _COLOURS = {"teacher": "#7F7F7F", "student": "#E69F00", "distilled": "#0072B2"}
 _SHOWN_SCENES = 5
 _LEAST_SCORE = 0.4
+_LEAST_AP = 1.0  # percent; less, of a detector or between two, says nothing on so few scenes
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,9 @@ def write_report(demo: Demo, results: dict[str, dict[str, Any]]) -> Written:
 
 
 def share_recovered(results: dict[str, dict[str, Any]]) -> float | None:
-    """Share of the AP between student alone and teacher that distillation gained; None without such a gap."""
+    """Share of the AP between student alone and teacher that distillation gained; None without a gap to speak of."""
     teacher, student, distilled = (results[name]["AP"] for name in ("teacher", "student", "distilled"))
-    if None in (teacher, student, distilled) or teacher <= student:
+    if None in (teacher, student, distilled) or teacher - student < _LEAST_AP:
         return None
     return float((distilled - student) / (teacher - student))
 
@@ -76,6 +77,8 @@ def share_recovered(results: dict[str, dict[str, Any]]) -> float | None:
 def _lead(results: dict[str, dict[str, Any]]) -> str:
     student, distilled = (results[name]["AP"] or 0.0 for name in ("student", "distilled"))
     gain, share = distilled - student, share_recovered(results)
+    if max(results[name]["AP"] or 0.0 for name in results) < _LEAST_AP:
+        return f"None of the three reaches {_LEAST_AP:.0f} AP: so short a training compares nothing."
     if gain <= 0:
         return (
             f"Here distillation did not help: the student has {student:.1f} AP alone and {distilled:.1f} AP with "
