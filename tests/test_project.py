@@ -102,6 +102,13 @@ def test_detection_without_detectron2_says_how_to_install_it() -> None:
     assert DETECTRON2_INSTALL in run.stderr
 
 
+def test_train_net_without_detectron2_is_one_sentence() -> None:
+    code = "import runpy, sys; sys.modules['detectron2'] = None; runpy.run_path('tools/train_net.py')"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 1
+    assert run.stderr.strip() == f"train_net.py needs Detectron2, which is not installed: {DETECTRON2_INSTALL}"
+
+
 @pytest.mark.parametrize(
     ("folder", "forbidden"),
     [

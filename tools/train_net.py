@@ -21,7 +21,12 @@ from typing import Any, NoReturn
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # works without an installation too
 
-import detectron2.utils.comm as comm
+try:
+    import detectron2.utils.comm as comm
+except ModuleNotFoundError as error:
+    from d2_mgd._install import DETECTRON2_INSTALL
+
+    raise SystemExit(f"train_net.py needs Detectron2, which is not installed: {DETECTRON2_INSTALL}") from error
 import torch
 import torch.distributed as dist
 import yaml
