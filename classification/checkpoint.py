@@ -154,7 +154,7 @@ def _read(path: str) -> dict[str, Any]:
     try:
         return read_checkpoint(Path(path), "it")
     except UserError as error:
-        raise ValueError(str(error).removeprefix(f"it {path} ").rstrip(".")) from error
+        raise ValueError(str(error).removeprefix(f"it {Path(path)} ").rstrip(".")) from error
 
 
 def read_training_state(path: Path, arch: str, classes: list[str]) -> dict[str, Any]:

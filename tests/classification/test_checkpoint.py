@@ -89,7 +89,12 @@ def test_where_all_are_damaged_the_run_says_so(
 
 
 def test_a_run_copied_without_its_list_goes_on_all_the_same(
-    base: Run, data: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    base: Run,
+    data: Path,
+    finished: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = tmp_path / "run"
     run.mkdir()
@@ -98,7 +103,8 @@ def test_a_run_copied_without_its_list_goes_on_all_the_same(
     assert os.readlink(run / "checkpoint.pth") == "checkpoint_epoch_0003.pth"
     shutil.copy(finished / "checkpoint_epoch_0002.pth", tmp_path / "checkpoint.pth")
     cut(tmp_path / "checkpoint.pth")
-    assert base(data, *METHOD, "--resume", tmp_path / "checkpoint.pth") == 2
+    monkeypatch.chdir(tmp_path)
+    assert base(data, *METHOD, "--resume", "checkpoint.pth") == 2
     assert "cannot be read (is damaged or cut short" in capsys.readouterr().err
 
 

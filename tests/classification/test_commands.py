@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -120,6 +121,18 @@ def test_our_options(mgd: Run, data: Path, tmp_path: Path, resnet18_file: Path, 
     features = {key for key in lines(tmp_path / "run")[1] if key.startswith("train_loss_distill/")}
     expected = 0 if "kd" in arguments else 2 if "conv1x1" in arguments else 1 if "--features" in arguments else 4
     assert len(features) == expected
+
+
+def test_the_documented_line_for_a_network_outside_the_table(
+    mgd: Run, data: Path, tmp_path: Path, pretrained: Path
+) -> None:
+    text = (REPOSITORY / "docs" / "classification.md").read_text().replace("\\\n", " ")
+    (line,) = re.findall(r"^python classification/main_mgd.py DATA (.*mobilenet_v3_small.*)$", text, re.MULTILINE)
+    assert mgd(data, *shlex.split(line)) == 0
+    assert {key for key in lines(tmp_path / "run")[0] if "distill/" in key} == {
+        "train_loss_distill/mid",
+        "train_loss_distill/high",
+    }
 
 
 def test_evaluating_teacher_and_student_together(
