@@ -175,7 +175,7 @@ def _work(work: Work, options: argparse.Namespace, process: Process, url: str | 
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // process.local_world))
     try:
         if options.batch_size < process.local_world:
-            raise UserError(
+            raise CommonError(
                 f"--batch-size {options.batch_size} is smaller than the number of processes, {process.local_world}."
             )
         if url is not None:
@@ -186,6 +186,12 @@ def _work(work: Work, options: argparse.Namespace, process: Process, url: str | 
         return say(error, process.rank)
     except KeyboardInterrupt:  # before there was anything to save
         return 128 + signal.SIGINT
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        lost = UserError(f"another process ended, which says why ({str(error).splitlines()[0][:200]}).")
+        say(lost, process.rank)
+        return 1
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import d2_mgd.distill.distiller as distiller_module
+from classification import main_base
 from classification.assembly import TeacherNetwork, make_trainer
 from classification.data import find_folders
 from classification.distillation import Student
@@ -21,7 +22,17 @@ from classification.models import build
 from classification.options import parse_mgd
 from d2_mgd.distill import MatchingGuidedDistiller, Tap, load_reports
 from d2_mgd.distill.norms import MaskedBatchNorm
-from tests.classification.conftest import CLASSES, SMALL, Run, command, free_port, run_command, settled
+from tests.classification.conftest import (
+    CLASSES,
+    SMALL,
+    Run,
+    command,
+    free_port,
+    in_processes,
+    make_folder,
+    run_command,
+    settled,
+)
 
 METHOD = [
     "--arch",
@@ -139,6 +150,21 @@ def test_an_error_in_the_processes_is_said_and_ends_all(data: Path, tmp_path: Pa
     assert done.returncode == 2
     assert "is of resnet18, not of mobilenet_v1" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_what_ends_one_process_ends_the_others_without_a_traceback(
+    tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    """An image that one of two processes reads, and cannot."""
+    root = make_folder(tmp_path / "data")
+    (root / "train" / "bee" / "2.png").write_bytes(b"\x89PNG")
+    words = [root, *SMALL, "--arch", "shufflenet_v2_x0_5", "--output-dir", tmp_path / "run"]
+    statuses = in_processes(words, 2, main_base.main)
+    said = capfd.readouterr().err
+    assert sorted(statuses) == [1, 2]
+    assert "bee/2.png cannot be read" in said
+    assert "another process ended, which says why" in said
+    assert "Traceback" not in said
 
 
 def test_a_port_in_use(mgd: Run, data: Path, resnet18_file: Path, capsys: pytest.CaptureFixture) -> None:

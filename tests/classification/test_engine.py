@@ -233,7 +233,10 @@ def test_data_parallel_and_float16_on_a_gpu(data: Path, tmp_path: Path) -> None:
         "--teacher-resume",
         teacher,
     ]
-    for extra in (["--mixed-precision", "fp16", "--gpu", 0], ["--mixed-precision", "bf16", "--device", "cuda"]):
+    for extra in (
+        ["--mixed-precision", "fp16", "--gpu", 0, "--accumulate", 2, "--skip-nonfinite", 1],
+        ["--mixed-precision", "bf16", "--device", "cuda"],
+    ):
         folder = tmp_path / extra[1]
         assert main_mgd.main([str(word) for word in [*words, *extra, "--output-dir", folder]]) == 0
         assert (
