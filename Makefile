@@ -80,6 +80,7 @@ bench: install  ## speed and memory beside the alternatives: a quarter of an hou
 
 soak: install  ## trainings killed at 20 moments must end as the undisturbed one: minutes
 	$(PY) -m benchmarks.soak --kills 20
+	CLASSIFICATION_KILLS=20 $(PY) -m pytest tests/classification/test_kills.py
 
 fuzz: install  ## random input of every kind, for some minutes: what fails is shown with the smallest input that does
 	$(PY) -m benchmarks.fuzz --minutes 4
