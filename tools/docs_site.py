@@ -41,9 +41,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the documents of the root, and whatever the documents link to."""
     for name, page in PAGES.items():
         files.append(File.generated(config, page, abs_src_path=str(ROOT / name)))
-    linked = {path for file in files.documentation_pages() for path in _linked_files(file)}
-    for path in sorted(linked):
-        files.append(File.generated(config, f"{COPIES}/{path}", abs_src_path=str(ROOT / path)))
+    pages, copied = [*files.documentation_pages()], set[str]()
+    while pages:  # a document that is copied has links, too
+        linked = sorted({path for file in pages for path in _linked_files(file)} - copied)
+        copies = [File.generated(config, f"{COPIES}/{path}", abs_src_path=str(ROOT / path)) for path in linked]
+        for copy in copies:
+            files.append(copy)
+        copied.update(linked)
+        pages = [copy for copy in copies if copy.is_documentation_page()]
     return files
 
 

@@ -27,9 +27,9 @@ class HeadKD:
     """How predictions are distilled.
 
     Args:
-        class_weight, box_weight: factors of the two losses, :func:`~d2_mgd.distill.dense_class_kd` and
-            :func:`~d2_mgd.distill.dense_box_kd`. Both are divided by what the student divides its own losses by, its
-            moving average of positive anchors.
+        class_weight: factor of :func:`~d2_mgd.distill.dense_class_kd`, which is divided by what the student divides
+            its own losses by, its moving average of positive anchors.
+        box_weight: factor of :func:`~d2_mgd.distill.dense_box_kd`, divided by the same.
         temperature: of the class logits.
 
     Raises:
@@ -92,7 +92,8 @@ class HeadDistiller:
     """Compares the predictions of a student's dense head with its teacher's. It has no parameters.
 
     Args:
-        student, teacher: RetinaNets or FCOSs with the same classes, levels and anchors.
+        student: a RetinaNet or an FCOS.
+        teacher: another, with the same classes, levels and anchors.
         dense: compare the student's own predictions.
         cross: compare what the teacher's head makes of the student's features.
 

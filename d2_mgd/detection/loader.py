@@ -290,6 +290,8 @@ def _next(batches: Iterator[list[Sample]]) -> tuple[list[Sample] | None, SampleE
         return next(batches, None), None
     except SampleError as error:
         return None, error
+    except (ConnectionError, EOFError) as error:  # torch tells of a lost process itself, but not of this moment
+        raise RuntimeError("DataLoader worker was lost while it handed over a batch") from error
 
 
 def _raise_in_all(error: SampleError | None) -> None:
