@@ -164,7 +164,9 @@ def test_networks_run_in_bfloat16_and_losses_and_costs_in_float32(workplace: Any
 def test_every_detector_trains_in_bfloat16(name: str) -> None:
     model = matched(built(name)) if name != "fcos" else lively(tiny_fcos())
     predict_in_float32(model if name == "fcos" else model.student)
-    found = stepped(model, [batch(*SIZES)], 1, Precision("cpu", torch.bfloat16))
+    # Not smaller: oneDNN leaves gradients of a strided convolution over a single pixel unwritten in bfloat16.
+    images = batch((160, 160), (150, 140))
+    found = stepped(model, [images], 1, Precision("cpu", torch.bfloat16))
     assert all(torch.isfinite(value).all() for value in found.values())
 
 
