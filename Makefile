@@ -85,7 +85,7 @@ soak: install  ## trainings killed at 20 moments must end as the undisturbed one
 fuzz: install  ## random input of every kind, for some minutes: what fails is shown with the smallest input that does
 	$(PY) -m benchmarks.fuzz --minutes 4
 
-audit: install  ## known vulnerabilities of what is installed; needs pypi.org or osv.dev, and fails where neither answers
+audit: install  ## known vulnerabilities of what is installed; needs PyPI's or OSV's advisories, and fails where neither answers
 	@$(PY) tools/audit_dependencies.py
 
 clean:  ## remove the environment, caches, and what the demos wrote
