@@ -14,7 +14,7 @@ from torch import Tensor, nn
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
 from detectron2.utils.events import EventStorage
-from tiny_detectors import SIZES, batch, built, lively, matched, tiny_fcos
+from tiny_detectors import batch, built, lively, matched, tiny_fcos
 from torch.nn.parallel import DistributedDataParallel
 from training_runs import in_process_trainer, same_tensors
 
