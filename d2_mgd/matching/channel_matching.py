@@ -5,6 +5,8 @@ Shape shorthand: S student channels, T teacher channels, G the size of the large
 
 from __future__ import annotations
 
+import math
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,16 +42,25 @@ class ChannelMatching:
 
     def __post_init__(self) -> None:
         groups = _as_integer_array(self.groups)
-        num_teacher = int(self.num_teacher)
+        try:
+            num_teacher = operator.index(self.num_teacher)
+        except TypeError:
+            raise ValueError(f"num_teacher must be a whole number, got {self.num_teacher!r}.") from None
+        if math.isnan(self.total_cost):
+            raise ValueError("the total cost of a matching cannot be NaN.")
         if groups.ndim != 2 or 0 in groups.shape:
             raise ValueError(f"groups must have the shape (S, G) with S, G >= 1, got {groups.shape}.")
         _check_groups(groups, num_teacher)
         longest = int((groups != PADDING).sum(axis=1).max())
-        groups = np.ascontiguousarray(groups[:, :longest])  # a copy of ours: nobody else can write to it
-        groups.setflags(write=False)
+        kept = np.ascontiguousarray(groups[:, :longest])
+        groups = np.frombuffer(kept.tobytes(), dtype=kept.dtype).reshape(kept.shape)  # bytes cannot be written to
         object.__setattr__(self, "groups", groups)
         object.__setattr__(self, "num_teacher", num_teacher)
         object.__setattr__(self, "total_cost", float(self.total_cost))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and unpickled ones are made, and so checked, anew."""
+        return type(self), (self.groups, self.num_teacher, self.total_cost)
 
     @property
     def num_student(self) -> int:

@@ -56,7 +56,8 @@ class ChannelCost:
     def reset(self) -> None:
         """Forget all images."""
         self._similarity: Tensor | None = None  # (S, T) float64, sum over this process's images
-        self._count = torch.zeros((), dtype=torch.float64)
+        with torch.inference_mode(False):  # sums made there could not be added to elsewhere
+            self._count = torch.zeros((), dtype=torch.float64)
         self._reduced: tuple[Tensor, float] | None = None  # the same two, over all processes
 
     @property
@@ -64,6 +65,7 @@ class ChannelCost:
         """Images that count in :meth:`mean`: of all processes after :meth:`all_reduce`, else of this one."""
         return round(float(self._count) if self._reduced is None else self._reduced[1])
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def update(self, student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> None:
         """Add the images of a batch.

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import math
+import pickle
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,6 +38,23 @@ def test_it_cannot_be_changed() -> None:
         matching.groups[0, 0] = 1
     with pytest.raises(dataclasses.FrozenInstanceError):
         matching.total_cost = 0.0  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
+def test_nor_can_its_copies(copied: Callable[[ChannelMatching], ChannelMatching]) -> None:
+    matching = ChannelMatching([[0, 2], [1, -1]], num_teacher=3, total_cost=1.5)
+    other = copied(matching)
+    assert other == matching and other.total_cost == 1.5
+    with pytest.raises(ValueError, match="read-only"):
+        other.groups[0, 0] = 1
+    with pytest.raises(ValueError, match="WRITEABLE"):
+        other.groups.setflags(write=True)
+
+
+@pytest.mark.parametrize(("num_teacher", "total_cost"), [(2.7, 0.0), ("2", 0.0), (2, math.nan)])
+def test_numbers_that_are_none(num_teacher: Any, total_cost: float) -> None:
+    with pytest.raises(ValueError, match=r"whole number|cannot be NaN"):
+        ChannelMatching([[0], [1]], num_teacher, total_cost)
 
 
 def test_changed_counts_student_channels_whose_members_differ() -> None:
