@@ -5,6 +5,7 @@ Nothing of the tapped model is changed: no attribute, no file, no second forward
 
 from __future__ import annotations
 
+import copy
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -56,7 +57,8 @@ class FeatureTaps:
     Maps carry gradients as the model's own tensors do. A map that the model goes on to change in place is copied; the
     first forward in each mode finds out which ones are. Hooks sit on the model's submodules, so the model may be
     wrapped in DDP or DataParallel, before or after; each thread has its own maps. Under ``torch.compile`` hooks break
-    the graph and give the same maps; ``fullgraph=True`` refuses them.
+    the graph and give the same maps; ``fullgraph=True`` refuses them. A copy of the model (an average of its weights,
+    say) is not tapped, nor is one that was pickled; a copy of the taps taps the copy of the model.
 
     Args:
         model: the root; paths are relative to it.
@@ -74,8 +76,8 @@ class FeatureTaps:
         self._needs_copy: dict[tuple[str, bool, bool], bool] = {}  # by feature, training mode, early stop
         self._calls: dict[int, _Call] = {}  # by thread: DataParallel runs replicas side by side
         self._handles: list[Any] = [
-            model.register_forward_pre_hook(self._begin),
-            model.register_forward_hook(self._end, always_call=True),
+            model.register_forward_pre_hook(_Hook(self._begin)),
+            model.register_forward_hook(_Hook(self._end), always_call=True),
         ]
         by_module: dict[str, list[str]] = {}
         for name, tap in self.taps.items():
@@ -91,10 +93,11 @@ class FeatureTaps:
         before = [name for name in features if self.taps[name].before_activation]
         after = [name for name in features if not self.taps[name].before_activation]
         if before:
-            self._handles.append(module.register_forward_pre_hook(_watch_activation))
-            self._handles.append(module.register_forward_hook(self._take_before(path, before), always_call=True))
+            take = _Hook(self._take_before(path, before))
+            self._handles.append(module.register_forward_pre_hook(_Hook(self._watch_activation)))
+            self._handles.append(module.register_forward_hook(take, always_call=True))
         if after:
-            self._handles.append(module.register_forward_hook(self._take_after(path, after)))
+            self._handles.append(module.register_forward_hook(_Hook(self._take_after(path, after))))
 
     # ---- maps out
 
@@ -122,6 +125,7 @@ class FeatureTaps:
             pass
         except BaseException:
             self._calls.pop(thread, None)  # else the next ordinary forward would end early too
+            self._stop_watching_all()
             raise
         return self.collect()
 
@@ -140,6 +144,7 @@ class FeatureTaps:
             yield
         except BaseException:
             self._calls.pop(thread, None)
+            self._stop_watching_all()
             raise
         self.collect()
 
@@ -149,6 +154,10 @@ class FeatureTaps:
             handle.remove()
         self._handles.clear()
         self._calls.clear()
+        self._stop_watching_all()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FeatureTaps:
+        return FeatureTaps(copy.deepcopy(self.model, memo), self.taps)
 
     def __enter__(self) -> FeatureTaps:
         return self
@@ -171,6 +180,7 @@ class FeatureTaps:
 
     @torch.compiler.disable
     def _begin(self, module: nn.Module, args: Any) -> None:
+        self._stop_watching_all()  # a Ctrl-C ends a forward without its hooks
         thread = threading.get_ident()
         old = self._calls.get(thread, _Call())
         self._calls[thread] = _Call(stop=old.stop, use=old.use, running=True)
@@ -199,7 +209,7 @@ class FeatureTaps:
     def _take_before(self, path: str, features: list[str]) -> Callable[..., None]:
         @torch.compiler.disable
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            watch = _stop_watching(module)
+            watch = self._stop_watching(module)
             if output is None or watch is None:  # the forward was left by an exception
                 return
             if watch.before is None or watch.after is not output:
@@ -212,6 +222,26 @@ class FeatureTaps:
             self._maybe_stop()
 
         return hook
+
+    @torch.compiler.disable
+    def _watch_activation(self, module: nn.Module, args: Any) -> None:
+        watch = _ActivationWatch()
+        _watches().append((self, module, watch))
+        watch.__enter__()
+
+    def _stop_watching(self, module: nn.Module) -> _ActivationWatch | None:
+        watches = _watches()
+        if not watches or watches[-1][:2] != (self, module):
+            return None
+        watch = watches.pop()[2]
+        watch.__exit__(None, None, None)
+        return watch
+
+    def _stop_watching_all(self) -> None:
+        """Of this thread, what a forward that was cut short has left."""
+        watches = _watches()
+        while watches and watches[-1][0] is self:
+            self._stop_watching(watches[-1][1])
 
     def _call(self) -> _Call:
         return self._calls.setdefault(threading.get_ident(), _Call())
@@ -233,6 +263,21 @@ class FeatureTaps:
         call = self._call()
         if call.stop and len(call.taken) == len(self.taps):
             raise _AllTaken
+
+
+class _Hook:
+    """A hook that works on the module it was made for: a copied or unpickled one does nothing."""
+
+    def __init__(self, function: Callable[..., None] | None = None) -> None:
+        self.function = function
+
+    @torch.compiler.disable
+    def __call__(self, *args: Any) -> None:
+        if self.function is not None:
+            self.function(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Hook, ()
 
 
 class _AllTaken(Exception):
@@ -359,20 +404,8 @@ class _ActivationWatch(TorchFunctionMode):
 _watching = threading.local()
 
 
-@torch.compiler.disable
-def _watch_activation(module: nn.Module, args: Any) -> None:
-    watch = _ActivationWatch()
-    stack = getattr(_watching, "stack", None)
-    if stack is None:
-        stack = _watching.stack = []
-    stack.append((module, watch))
-    watch.__enter__()
-
-
-def _stop_watching(module: nn.Module) -> _ActivationWatch | None:
-    stack = getattr(_watching, "stack", [])
-    if not stack or stack[-1][0] is not module:
-        return None
-    _, watch = stack.pop()
-    watch.__exit__(None, None, None)
-    return watch
+def _watches() -> list[tuple[FeatureTaps, nn.Module, _ActivationWatch]]:
+    """Of this thread, in the order in which they were started."""
+    if not hasattr(_watching, "stack"):
+        _watching.stack = []
+    return _watching.stack

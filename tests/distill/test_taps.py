@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 from pathlib import Path
 from typing import Any
 
@@ -321,3 +323,55 @@ def test_each_map_is_given_as_it_comes_and_none_is_kept(before: bool) -> None:
     with pytest.raises(RuntimeError, match="no map of 0"), taps.each(use):
         pass
     handle.remove()
+
+
+def test_copies_of_a_model_are_not_tapped_and_copies_of_the_taps_tap_them() -> None:
+    model = tiny_network()
+    taps = FeatureTaps(model, {"a": "1", "b": Tap("2", before_activation=True)})
+    average = torch.optim.swa_utils.AveragedModel(model)
+    with torch.no_grad():
+        for parameter in average.parameters():
+            parameter.add_(1.0)
+    stored = io.BytesIO()
+    torch.save(model, stored)
+    stored.seek(0)
+    model(IMAGES)
+    for other in (average, torch.load(stored, weights_only=False)):
+        other(IMAGES)
+    found = taps.collect()
+    assert not torch.allclose(found["a"], average.module[1](average.module[0](IMAGES)))
+    torch.testing.assert_close(found["a"], taps.run(IMAGES)["a"])
+
+    copied = copy.deepcopy(taps)
+    with torch.no_grad():
+        copied.model[0].weight.zero_()
+    assert not torch.allclose(copied.run(IMAGES)["b"], taps.run(IMAGES)["b"])
+
+
+def test_ctrl_c_in_a_tapped_block_leaves_activations_as_they_were() -> None:
+    class Interrupted(nn.Module):
+        pressed = True
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.pressed:
+                raise KeyboardInterrupt
+            return torch.relu(x)
+
+    def in_place_works() -> bool:
+        probe = torch.tensor([-1.0])
+        torch.relu_(probe)
+        return bool(probe == 0)
+
+    model = nn.Sequential(Interrupted())
+    taps = FeatureTaps(model, {"a": Tap("0", before_activation=True)})
+    for forward in (model, taps.run):
+        with pytest.raises(KeyboardInterrupt):
+            forward(IMAGES)
+        Interrupted.pressed = False
+        torch.testing.assert_close(taps.run(IMAGES)["a"], IMAGES)
+        assert in_place_works()
+        Interrupted.pressed = True
+    with pytest.raises(KeyboardInterrupt):
+        model(IMAGES)
+    taps.remove()
+    assert in_place_works()
