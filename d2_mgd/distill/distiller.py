@@ -18,7 +18,14 @@ from torch import Tensor, nn
 
 from d2_mgd.distill.checks import check_names, check_weights, checked_mode, checked_ties
 from d2_mgd.distill.fused import Comparison, can_fuse, fused_norm, sum_of_squares
-from d2_mgd.distill.losses import FEATURE_LOSSES, REDUCTIONS, FeatureLoss, loss_divisor, reduce_loss
+from d2_mgd.distill.losses import (
+    BLIND_TO_PADDING,
+    FEATURE_LOSSES,
+    REDUCTIONS,
+    FeatureLoss,
+    loss_divisor,
+    reduce_loss,
+)
 from d2_mgd.distill.norms import build_norm
 from d2_mgd.distill.reducers import REDUCERS, Reducer
 from d2_mgd.distill.registry import lookup
@@ -46,8 +53,8 @@ class MatchingGuidedDistiller(nn.Module):
         distiller.rematch()                            # solve, and use the matching from now on
         losses = distiller(student_maps, teacher_maps)  # {"loss_distill/stage4": scalar}
 
-    Maps are compared in float32 whatever their dtype. A teacher map of another height and width is resized to the
-    student's, with one warning a feature.
+    Maps are compared in float32 whatever their dtype, or in float64 after ``distiller.double()``. A teacher map of
+    another height and width is resized to the student's, with one warning a feature.
 
     Args:
         channels: feature name -> (S, T).
@@ -116,6 +123,8 @@ class MatchingGuidedDistiller(nn.Module):
                 raise ValueError(f"no loss was given for feature {name}.")
             if spatial == "boxes" and not strides.get(name, 0) > 0:
                 raise ValueError(f"feature {name}: the spatial weight 'boxes' needs the stride of its map.")
+            if hasattr(self.features, _key(name)):
+                raise ValueError(f"a feature cannot have the name {name!r}, which PyTorch uses itself.")
             self.features[_key(name)] = _FeatureDistiller(
                 name,
                 student,
@@ -293,7 +302,8 @@ class MatchingGuidedDistiller(nn.Module):
                 raise ValueError(f"the {who} gave no map of feature {name}; it gave: {', '.join(maps) or 'none'}.")
         student, teacher = student_maps[name], teacher_maps[name].detach()
         wanted = self.channels[name]
-        if student.ndim != 4 or teacher.ndim != 4 or (student.shape[1], teacher.shape[1]) != wanted:
+        same_images = student.shape[:1] == teacher.shape[:1]
+        if student.ndim != 4 or teacher.ndim != 4 or (student.shape[1], teacher.shape[1]) != wanted or not same_images:
             raise ValueError(
                 f"feature {name}: expected (N, {wanted[0]}, H, W) from the student and (N, {wanted[1]}, H, W) from the "
                 f"teacher, got {tuple(student.shape)} and {tuple(teacher.shape)}."
@@ -387,16 +397,19 @@ class _FeatureDistiller(nn.Module):
 
     def forward(self, student: Tensor, teacher: Tensor, valid: Tensor | None, boxes: Boxes | None = None) -> Tensor:
         with torch.autocast(student.device.type, enabled=False):
-            student = student.float() if student.dtype != torch.float64 else student
+            student = student.to(self._compared_dtype(student))
             if self.project is not None:
-                student = self.project(student)
+                student = self.project(_without_padding(student, valid))
             with torch.no_grad():
                 spatial_weight = self.spatial(teacher, boxes, self.stride, valid)
             if can_fuse(self.loss, self.reducer):
                 return self._fused(student, teacher, valid, spatial_weight)
             student = self.norm(student, valid)
             guided, margin = self._guided(teacher)
-            elements = self.loss(student, guided.to(student.dtype), margin, valid)
+            guided = guided.to(student.dtype)
+            if self.loss not in BLIND_TO_PADDING:
+                student, guided = _without_padding(student, valid), _without_padding(guided, valid)
+            elements = self.loss(student, guided, margin, valid)
             return self.weight * reduce_loss(elements, valid, self.reduction, spatial_weight)
 
     def _fused(self, student: Tensor, teacher: Tensor, valid: Tensor | None, spatial_weight: Tensor | None) -> Tensor:
@@ -414,9 +427,37 @@ class _FeatureDistiller(nn.Module):
             return teacher, self.margin
         return self.reducer(teacher, self.groups, self.margin, None)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _compared_dtype(self, student: Tensor) -> torch.dtype:
+        """That of the parameters; without any, float32, or float64 where the maps are."""
+        parameter = next(self.parameters(), student)
+        return torch.promote_types(parameter.dtype, torch.float32)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
         self._has_matching = False
-        super()._load_from_state_dict(*args, **kwargs)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        groups = state_dict.get(f"{prefix}groups")
+        if groups is not None and self.reducer is not None and groups.shape == self.groups.shape:
+            error = self._matching_error(groups)
+            if error:
+                error_msgs.append(f"feature {self.name}: {error}")
+
+    def _matching_error(self, groups: Tensor) -> str:
+        """Why stored groups (S, G) are no matching of these channels; empty if they are, or if there is none yet."""
+        if int(groups[0, 0]) == PADDING:
+            return ""
+        try:
+            found = ChannelMatching(groups.cpu().numpy(), self.num_teacher)
+        except ValueError as error:
+            return f"the stored matching is not one of these channels: {error}"
+        guides = len(found.pairs[1])
+        if self.mode == "balanced" and self.num_teacher >= self.num_student and guides != self.num_teacher:
+            return f"the stored matching is of {guides} teacher channels, this one's teacher has {self.num_teacher}."
+        return ""
 
     def extra_repr(self) -> str:
         return f"S={self.num_student}, T={self.num_teacher}, mode={self.mode}, weight={self.weight:g}"
@@ -438,6 +479,11 @@ def _solve_once(solve: Any, group: Any) -> Any:
     if status != "solved":
         raise (ValueError if status == "ValueError" else RuntimeError)(content)
     return content
+
+
+def _without_padding(maps: Tensor, valid: Tensor | None) -> Tensor:
+    """Zero where pixels are not real: multiplied by zero, what the padding holds could still be NaN."""
+    return maps if valid is None else maps.masked_fill(~valid, 0.0)
 
 
 def _key(name: str) -> str:

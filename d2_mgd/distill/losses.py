@@ -3,8 +3,8 @@
 Shape shorthand: N images, S student channels, P real pixels of an image.
 
 A loss takes ``student`` and ``guided`` (N, S, H, W) in the same dtype, ``margin`` (S,) or None, and ``valid``
-(N, 1, H, W) boolean or None. It returns one value an element, (N, S, H, W); :func:`reduce_loss` makes the scalar. So
-any spatial weight multiplies any loss.
+(N, 1, H, W) boolean or None; the distiller has set both maps to zero where they are not real. It returns one value an
+element, (N, S, H, W); :func:`reduce_loss` makes the scalar. So any spatial weight multiplies any loss.
 
 A new one is a function with ``@FEATURE_LOSSES.register()``.
 """
@@ -87,6 +87,10 @@ def channel_kl(
         divergence = divergence.masked_fill(~valid, 0.0)
         pixels = valid.sum(dim=(1, 2, 3), keepdim=True)
     return divergence * pixels * temperature**2
+
+
+BLIND_TO_PADDING = (pearson, channel_kl)
+"""Losses that take no notice of what the padding holds, so that nobody need set it to zero for them."""
 
 
 def reduce_loss(

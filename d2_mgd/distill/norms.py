@@ -55,6 +55,8 @@ class MaskedBatchNorm(nn.BatchNorm2d):
         self.sync = sync
 
     def forward(self, maps: Tensor, valid: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        if valid is not None:
+            maps = maps.masked_fill(~valid, 0.0)  # not a product: the padding may hold NaN
         if not self.training or self.is_plain(maps, valid):
             return super().forward(maps)
         sync = self._synchronises()
@@ -71,13 +73,13 @@ class MaskedBatchNorm(nn.BatchNorm2d):
         return self.sync and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
     def _statistics(self, maps: Tensor, valid: Tensor | None, sync: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean (S,), variance (S,), number of values of a channel ()."""
+        """Mean (S,), variance (S,), number of values of a channel (), of maps that are zero where they are not real."""
         if valid is None:
             count = maps.new_tensor(maps.shape[0] * maps.shape[2] * maps.shape[3])
             total = maps.sum(dim=(0, 2, 3))
         else:
             count = valid.sum().to(maps.dtype)
-            total = maps.masked_fill(~valid, 0.0).sum(dim=(0, 2, 3))
+            total = maps.sum(dim=(0, 2, 3))
         if sync:
             packed = _sum_over_processes(torch.cat([total, count.view(1)]))
             total, count = packed[:-1], packed[-1].detach()

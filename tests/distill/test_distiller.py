@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from d2_mgd.distill import MatchingGuidedDistiller, batch_norm_margin
+from d2_mgd.distill import FEATURE_LOSSES, MatchingGuidedDistiller, batch_norm_margin
 from d2_mgd.matching import ChannelMatching
 
 CHANNELS = {"a": (4, 10), "b.c": (6, 6)}
@@ -121,6 +122,41 @@ def test_state_restores_everything_and_holds_no_network(options: dict[str, Any])
     assert not any("margin" in key for key in state)
 
 
+@pytest.mark.parametrize("num_teacher", [6, 7])
+def test_a_state_of_another_teacher_is_refused(num_teacher: int) -> None:
+    """Whose groups are as long: of 8 channels, as of 6, a student of 4 takes two each."""
+    state = {}
+    for width in (8, num_teacher):
+        distiller = MatchingGuidedDistiller({"a": (4, width)})
+        distiller.observe({"a": torch.randn(2, 4, 3, 3)}, {"a": torch.randn(2, width, 3, 3)})
+        distiller.rematch()
+        state[width] = distiller.state_dict()
+    MatchingGuidedDistiller({"a": (4, 8)}).load_state_dict(MatchingGuidedDistiller({"a": (4, 8)}).state_dict())
+    with pytest.raises(RuntimeError, match="feature a: the stored matching is not one of these channels"):
+        MatchingGuidedDistiller({"a": (4, num_teacher)}).load_state_dict(state[8])
+    with pytest.raises(RuntimeError, match=f"feature a: the stored matching is of {num_teacher} teacher channels"):
+        MatchingGuidedDistiller({"a": (4, 8)}).load_state_dict(state[num_teacher])
+
+
+def test_inference_mode_and_float64_maps() -> None:
+    student, teacher = batch()
+    distiller = MatchingGuidedDistiller(CHANNELS, loss="mse")
+    with torch.inference_mode():
+        distiller.observe(student, teacher)
+    distiller.observe(student, teacher)
+    with torch.inference_mode():
+        assert distiller.rematch()["a"].num_images == 6
+    distiller.observe(student, teacher)
+    distiller.rematch()
+    double = [{name: found.double() for name, found in maps.items()} for maps in (student, teacher)]
+    single, losses = distiller(student, teacher), distiller(*double)
+    precise = distiller.double()(*double)
+    for name, loss in losses.items():
+        assert loss.dtype == torch.float32 and precise[name].dtype == torch.float64
+        torch.testing.assert_close(loss, single[name])
+        torch.testing.assert_close(loss.double(), precise[name])
+
+
 def test_running_costs_resume() -> None:
     whole, half = MatchingGuidedDistiller(CHANNELS), MatchingGuidedDistiller(CHANNELS)
     whole.observe(*batch())
@@ -152,6 +188,43 @@ def test_mask_means_that_padding_changes_nothing() -> None:
             expected, losses = plain(student, teacher), masked(*padded, valid)
             for name in losses:
                 torch.testing.assert_close(losses[name], expected[name], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("align", ["matching", "conv1x1"])
+@pytest.mark.parametrize("reducer", ["amp", "rd"])
+@pytest.mark.parametrize("norm", ["bn", "sync_bn", "gn", "none"])
+@pytest.mark.parametrize("loss", ["mse", "partial_l2", "pearson", "channel_kl", "distance"])
+def test_gradients_do_not_see_what_the_padding_holds(
+    align: str, reducer: str, norm: str, loss: str, registered_distance: str
+) -> None:
+    if align == "conv1x1" and reducer == "rd":
+        return  # reduces nothing
+    valid = torch.ones(2, 1, 6, 6, dtype=torch.bool)
+    valid[1, :, 4:] = False
+    student, teacher = torch.randn(2, 4, 6, 6), torch.randn(2, 10, 6, 6)
+    distiller = MatchingGuidedDistiller({"a": (4, 10)}, norm=norm, loss=loss, reducer=reducer, align=align)
+    if align == "matching":
+        distiller.observe({"a": student}, {"a": teacher}, {"a": valid})
+        distiller.rematch()
+    found = []
+    for padding in (0.0, math.nan, math.inf):
+        torch.manual_seed(1)  # of `rd`
+        distiller.zero_grad()
+        given = torch.where(valid, student, padding).requires_grad_()
+        value = distiller({"a": given}, {"a": torch.where(valid, teacher, padding)}, {"a": valid})["loss_distill/a"]
+        value.backward()
+        found.append([value, given.grad, *(parameter.grad for parameter in distiller.parameters())])
+    for other in found[1:]:
+        for one, two in zip(found[0], other):
+            torch.testing.assert_close(two, one, atol=1e-6, rtol=1e-5)
+
+
+@pytest.fixture
+def registered_distance() -> Iterator[str]:
+    """A loss of somebody who did not think of padding."""
+    FEATURE_LOSSES._do_register("distance", lambda student, guided, margin=None, valid=None: (student - guided).abs())
+    yield "distance"
+    del FEATURE_LOSSES._obj_map["distance"]
 
 
 def test_maps_of_other_size_are_resized_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
@@ -267,6 +340,10 @@ def test_bad_maps_and_order_of_calls() -> None:
         distiller(student, {"b.c": teacher["b.c"]})
     with pytest.raises(ValueError, match=r"feature a: expected \(N, 4, H, W\) from the student and \(N, 10, H, W\)"):
         distiller(student, {**teacher, "a": teacher["a"][:, :9]})
+    with pytest.raises(ValueError, match=r"feature a: expected \(N, 4, .* got \(3, 4, 6, 5\) and \(1, 10, 6, 5\)"):
+        distiller(student, {**teacher, "a": teacher["a"][:1]})
+    with pytest.raises(ValueError, match="a feature cannot have the name 'keys'"):
+        MatchingGuidedDistiller({"keys": (4, 10)})
     with pytest.raises(ValueError, match="at least one feature"):
         MatchingGuidedDistiller({})
     with pytest.raises(ValueError, match="T >= S"):
