@@ -51,7 +51,7 @@ from d2_mgd.detection.nonfinite import NonFiniteError
 from d2_mgd.detection.preemption import forwarded_signals
 from d2_mgd.detection.teacher import build_teacher
 from d2_mgd.detection.weights import local_weights_file
-from d2_mgd.reliability import join_processes
+from d2_mgd.reliability import join_processes, restarted
 from d2_mgd.untrusted import trust
 
 logger = logging.getLogger("d2_mgd.train_net")
@@ -145,7 +145,8 @@ def run(args: argparse.Namespace) -> Any:
         if args.eval_only:
             return evaluate_student(cfg, args.resume)
         trainer = Trainer(cfg)
-        trainer.resume_or_load(resume=args.resume)
+        # after a restart by torchrun, a training goes on by itself
+        trainer.resume_or_load(resume=args.resume or restarted())
     except (ValueError, FileNotFoundError, AssertionError, KeyError, SampleError) as error:
         if " " not in str(error):  # no sentence: not somebody's input, but a mistake in the program
             raise
@@ -283,8 +284,6 @@ def main(arguments: list[str] | None = None) -> Any:
             SIGTERM or Ctrl-C.
     """
     args = parser().parse_args(arguments)
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
-        args.resume = True  # torchrun has started the processes anew after one of them had failed
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "LOCAL_RANK" in os.environ:
         return _run_under_torchrun(args)
     processes = args.num_gpus * args.num_machines

@@ -21,6 +21,7 @@ from detectron2.utils.env import seed_all_rng
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from d2_mgd.detection.agreement import largest
 from d2_mgd.detection.checkpoint import TrainingCheckpointer, check_same_teacher, load_weights
 from d2_mgd.detection.config import META_ARCHITECTURE, rematch_schedule, student_config, validate_config
 from d2_mgd.detection.datasets import check_classes
@@ -271,10 +272,13 @@ class Trainer(DefaultTrainer):
     def resume_or_load(self, resume: bool = True) -> None:
         """Continue from the last checkpoint in OUTPUT_DIR if ``resume`` and there is one, else load MODEL.WEIGHTS.
 
+        A collective; that one process is to resume is enough for all.
+
         Raises:
             FileNotFoundError: no such weights.
             ValueError: the checkpoint is of another student, teacher, or kind of training than the config describes.
         """
+        resume = bool(largest(resume))
         found = comm.all_gather(resume and self.checkpointer.has_checkpoint())
         if len(set(found)) > 1:
             raise ValueError(
