@@ -44,7 +44,7 @@ from d2_mgd.detection import Trainer, add_mgd_config
 from d2_mgd.detection.checkpoint import TrainingCheckpointer, load_weights
 from d2_mgd.detection.config import student_config, validate_config
 from d2_mgd.detection.config_files import merge_file, merge_overrides
-from d2_mgd.detection.datasets import DatasetError, check_classes, check_datasets, register_coco
+from d2_mgd.detection.datasets import DatasetError, check_classes, check_datasets_once, register_coco
 from d2_mgd.detection.hooks import RematchError
 from d2_mgd.detection.loader import SampleError
 from d2_mgd.detection.nonfinite import NonFiniteError
@@ -122,8 +122,7 @@ def set_up(args: argparse.Namespace) -> CfgNode:
         trust(local_weights_file(file))
     cfg = build_config(args)
     trains = not (args.eval_only or args.eval_teacher)
-    if comm.get_world_size() == 1 or comm.get_local_rank() == 0:
-        check_datasets(cfg, train=trains)
+    check_datasets_once(cfg, train=trains)
     _check_output(cfg.OUTPUT_DIR)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2_mgd")
     default_setup(cfg, args)
@@ -144,7 +143,7 @@ def run(args: argparse.Namespace) -> Any:
             return evaluate_teacher(cfg)
         if args.eval_only:
             return evaluate_student(cfg, args.resume)
-        trainer = Trainer(cfg)
+        trainer = Trainer(cfg, data_checked=True)
         # after a restart by torchrun, a training goes on by itself
         trainer.resume_or_load(resume=args.resume or restarted())
     except (ValueError, FileNotFoundError, AssertionError, KeyError, SampleError) as error:

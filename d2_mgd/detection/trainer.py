@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from d2_mgd.detection.agreement import largest
 from d2_mgd.detection.checkpoint import TrainingCheckpointer, check_same_teacher, load_weights
 from d2_mgd.detection.config import META_ARCHITECTURE, rematch_schedule, student_config, validate_config
-from d2_mgd.detection.datasets import check_classes
+from d2_mgd.detection.datasets import check_classes, check_datasets_once
 from d2_mgd.detection.features import export_student_state
 from d2_mgd.detection.hooks import CheckpointHook, MatchingHook, gather_costs
 from d2_mgd.detection.loader import (
@@ -62,17 +62,21 @@ class Trainer(DefaultTrainer):
 
     Args:
         cfg: a config with the `MGD` node; ``MODEL.WEIGHTS`` are the student's, loaded by :meth:`resume_or_load`.
+        data_checked: whether its data sets have been checked by
+            :func:`~d2_mgd.detection.datasets.check_datasets_once`, which is done here otherwise.
 
     Raises:
         ValueError: anything that cannot be trained, before the first step; one sentence.
     """
 
-    def __init__(self, cfg: CfgNode) -> None:
+    def __init__(self, cfg: CfgNode, *, data_checked: bool = False) -> None:
         TrainerBase.__init__(self)
         _check_scaling(cfg)
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         validate_config(cfg)
         _check_supported(cfg)
+        if not data_checked:
+            check_datasets_once(cfg)
         self.precision = Precision.from_config(cfg)
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         logger.info("The seed of this run is %d", self.seed)
