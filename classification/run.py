@@ -158,7 +158,8 @@ def _find_resume(options: argparse.Namespace, restart: bool) -> Path | None:
     own = options.output_dir / CHECKPOINT
     named = options.resume not in (None, "auto") and not (restart and own.is_symlink())
     path = Path(options.resume) if named else own
-    there = path.is_file() or path.is_symlink()
+    checkpoints = Checkpoints(path.parent, options.keep_checkpoints)
+    there = checkpoints.there(path)
     if named and not there:
         raise UserError(f"the checkpoint {path} does not exist.")
     if there and options.resume is None and not restart and not options.overwrite:
@@ -167,7 +168,7 @@ def _find_resume(options: argparse.Namespace, restart: bool) -> Path | None:
             "choose another --output-dir."
         )
     if there and (options.resume is not None or restart):
-        return Checkpoints(path.parent, options.keep_checkpoints).whole(path)
+        return checkpoints.whole(path)
     if options.resume is not None:
         logger.info("%s does not exist yet: starting anew.", own)
     return None
