@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import detectron2.utils.comm as comm
 import numpy as np
 import torch
+from detectron2.config import CfgNode
 from torch import nn
 
 __all__ = [
@@ -20,12 +22,18 @@ __all__ = [
     "preserved_modes",
     "preserved_randomness",
     "random_state",
+    "run_seed",
     "seeded_randomness",
     "set_module_numbers",
     "set_random_state",
 ]
 
 Numbers = dict[str, dict[str, "int | float"]]
+
+
+def run_seed(cfg: CfgNode) -> int:
+    """SEED, or where it is -1 a drawn one, the same in all processes; then a collective."""
+    return cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
 
 
 def random_state() -> dict[str, Any]:

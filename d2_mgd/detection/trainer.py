@@ -43,6 +43,7 @@ from d2_mgd.detection.state import (
     preserved_modes,
     preserved_randomness,
     random_state,
+    run_seed,
     set_module_numbers,
     set_random_state,
 )
@@ -78,7 +79,7 @@ class Trainer(DefaultTrainer):
         if not data_checked:
             check_datasets_once(cfg)
         self.precision = Precision.from_config(cfg)
-        self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+        self.seed = run_seed(cfg)
         logger.info("The seed of this run is %d", self.seed)
         self.cfg = cfg = _with_seed(cfg, self.seed)
         self.distilled = bool(cfg.MGD.ENABLED)
@@ -123,8 +124,8 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
-        """The resumable stream of training batches that follows from ``cfg.SEED``."""
-        return build_train_loader(cfg, cfg.SEED)
+        """The resumable stream of training batches that follows from ``cfg.SEED``; from a drawn seed if that is -1."""
+        return build_train_loader(cfg, run_seed(cfg))
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> EvaluationLoader:

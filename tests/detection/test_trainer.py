@@ -111,6 +111,13 @@ def test_a_drawn_seed_is_kept_when_resuming(workplace: Any, tmp_path: Path) -> N
     assert same_tensors(checkpoint(tmp_path)["model"], whole["model"])
 
 
+def test_a_loader_of_its_own_draws_a_seed_where_there_is_none(workplace: Any, tmp_path: Path) -> None:
+    cfg = in_process_trainer(workplace, tmp_path).cfg.clone()
+    cfg.defrost()
+    cfg.SEED = -1
+    assert len(next(iter(Trainer.build_train_loader(cfg)))) == 2
+
+
 def test_changes_that_forbid_resuming_are_named(workplace: Any, finished: Path, tmp_path: Path) -> None:
     other = tmp_path / "other_teacher.pth"
     weights = torch.load(workplace.teacher_weights)
