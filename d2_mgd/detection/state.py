@@ -26,6 +26,7 @@ __all__ = [
     "seeded_randomness",
     "set_module_numbers",
     "set_random_state",
+    "shared_randomness",
 ]
 
 Numbers = dict[str, dict[str, "int | float"]]
@@ -69,6 +70,18 @@ def preserved_randomness() -> Iterator[None]:
         yield
     finally:
         set_random_state(state)
+
+
+@contextmanager
+def shared_randomness() -> Iterator[None]:
+    """Inside, all processes draw what the first one draws; the others go on as if they had not. A collective."""
+    first = comm.all_gather(random_state())[0]
+    if comm.is_main_process():
+        yield
+        return
+    with preserved_randomness():
+        set_random_state(first)
+        yield
 
 
 @contextmanager
