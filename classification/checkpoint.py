@@ -93,7 +93,7 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder = folder
         self.keep = keep
-        self.manifest = CheckpointManifest(folder, _read)
+        self.manifest = CheckpointManifest(folder, _read, r"checkpoint_epoch_\d+(_step_\d+)?\.pth")
 
     def write(self, state: dict[str, Any], name: str, position: int) -> None:
         """Write what :func:`read_training_state` reads, move the pointer to it, and let old ones go.
@@ -123,14 +123,16 @@ class Checkpoints:
         os.replace(temporary, self.folder / CHECKPOINT)
 
     def whole(self, path: Path) -> Path:
-        """A checkpoint, or the newest before it that is whole, with a warning.
+        """A checkpoint, or the newest other that is whole, with a warning.
+
+        Others are those before it, or where nothing says which those are, all of the folder.
 
         Raises:
-            UserError: it is gone or damaged, and so are all before it.
+            UserError: it is gone or damaged, and so are all others.
         """
         first = Path(os.readlink(path)).name if path.is_symlink() else path.name
         offences: dict[str, str] = {}
-        for name in [first, *self.manifest.before(first)]:
+        for name in [first, *self.manifest.instead_of(first)]:
             offence = self.manifest.damage(name)
             if offence is None:
                 break
@@ -138,14 +140,18 @@ class Checkpoints:
         else:
             raise UserError(f"the checkpoint {self.folder / first} {offences[first]}; there is no whole one before it.")
         for bad, offence in offences.items():
-            logger.warning("the checkpoint %s %s: the one before it is used.", self.folder / bad, offence)
+            logger.warning("the checkpoint %s %s: %s is used.", self.folder / bad, offence, name)
             self.manifest.forget(bad)  # so that it does not count among those to keep
         return self.folder / name
+
+    def there(self, path: Path) -> bool:
+        """Whether a checkpoint is there; for the pointer, or what it should point to."""
+        return path.is_file() or path.is_symlink() or (path.name == CHECKPOINT and bool(self.manifest.files()))
 
     def clear(self) -> None:
         """Remove all checkpoints."""
         (self.folder / CHECKPOINT).unlink(missing_ok=True)
-        for name in self.manifest.read():
+        for name in {*self.manifest.read(), *self.manifest.files()}:
             (self.folder / name).unlink(missing_ok=True)
         Path(self.manifest.path).unlink(missing_ok=True)
 

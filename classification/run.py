@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import platform
 import shlex
 import shutil
@@ -28,14 +27,14 @@ from classification.checkpoint import (
     replace_file,
 )
 from classification.data import find_classes, find_folders
-from classification.distributed import Process, fail_together, from_main, launch, say
+from classification.distributed import Process, fail_together, from_main, largest, launch, say
 from classification.engine import Progress, Trainer
 from classification.errors import UserError
 from classification.evaluation import Interrupted
 from classification.metrics import table
 from classification.models import architecture
 from classification.options import as_values
-from d2_mgd.reliability import StopRequest, remove_leftovers
+from d2_mgd.reliability import StopRequest, remove_leftovers, restarted
 from d2_mgd.untrusted import trust
 
 __all__ = ["main"]
@@ -139,9 +138,10 @@ def _check_process(process: Process, options: argparse.Namespace) -> None:
 def _agreed_resume(process: Process, options: argparse.Namespace) -> Path | None:
     """The checkpoint to go on from, which the first process chooses for all (collective)."""
     chosen, failure = None, None
+    restart = largest(torch.tensor([int(restarted())], device=process.device)) == [1]
     if process.is_main:
         try:
-            chosen = _find_resume(options)
+            chosen = _find_resume(options, restart)
         except UserError as error:
             failure = str(error)
     fail_together(failure)
@@ -153,22 +153,22 @@ def _agreed_resume(process: Process, options: argparse.Namespace) -> Path | None
     return chosen
 
 
-def _find_resume(options: argparse.Namespace) -> Path | None:
+def _find_resume(options: argparse.Namespace, restart: bool) -> Path | None:
+    """The checkpoint to go on from; after a restart by torchrun a run goes on by itself."""
     own = options.output_dir / CHECKPOINT
-    # After a restart by torchrun, a run goes on by itself.
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    named = options.resume not in (None, "auto") and not (restarted and own.is_symlink())
+    named = options.resume not in (None, "auto") and not (restart and own.is_symlink())
     path = Path(options.resume) if named else own
-    there = path.is_file() or path.is_symlink()
+    checkpoints = Checkpoints(path.parent, options.keep_checkpoints)
+    there = checkpoints.there(path)
     if named and not there:
         raise UserError(f"the checkpoint {path} does not exist.")
-    if there and options.resume is None and not restarted and not options.overwrite:
+    if there and options.resume is None and not restart and not options.overwrite:
         raise UserError(
             f"{options.output_dir} holds a run already: go on with --resume, start anew there with --overwrite, or "
             "choose another --output-dir."
         )
-    if there and (options.resume is not None or restarted):
-        return Checkpoints(path.parent, options.keep_checkpoints).whole(path)
+    if there and (options.resume is not None or restart):
+        return checkpoints.whole(path)
     if options.resume is not None:
         logger.info("%s does not exist yet: starting anew.", own)
     return None

@@ -22,6 +22,9 @@ __all__ = ["FINE", "Gradients", "Stepper", "parts_of"]
 
 FINE = 0
 
+# Here a scaler no longer explains gradients that are not finite: what float16 cannot hold is 7e7 without it.
+_SMALLEST_SCALE = 2.0**-10
+
 
 class Gradients(NamedTuple):
     """What a backward pass leaves, besides gradients.
@@ -150,11 +153,12 @@ class Stepper:
 
     def _offence(self, losses: dict[str, Tensor]) -> Tensor:
         """1 + number of the first loss, or gradient, that is not finite; found without waiting for the device."""
-        sizes = [torch.stack(list(losses.values())).detach()]
-        if not self.scaler.is_enabled():  # its gradients may be infinite: it skips the step and scales less
-            norms = torch._foreach_norm([gradient for _, gradient in self._gradients()], math.inf)
-            sizes.append(torch.stack([norm.float() for norm in norms]))
-        bad = ~torch.isfinite(torch.cat(sizes))
+        norms = torch._foreach_norm([gradient for _, gradient in self._gradients()], math.inf)
+        largest = torch.stack([norm.float() for norm in norms])
+        bad_gradients = ~torch.isfinite(largest)
+        if self.scaler.is_enabled():  # skips such a step, and halves its scale, while that is of use
+            bad_gradients &= self.scaler.scale(torch.ones_like(largest)) <= _SMALLEST_SCALE
+        bad = torch.cat([~torch.isfinite(torch.stack(list(losses.values()))), bad_gradients])
         return torch.where(bad.any(), bad.int().argmax() + 1, FINE)
 
 

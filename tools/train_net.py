@@ -44,14 +44,14 @@ from d2_mgd.detection import Trainer, add_mgd_config
 from d2_mgd.detection.checkpoint import TrainingCheckpointer, load_weights
 from d2_mgd.detection.config import student_config, validate_config
 from d2_mgd.detection.config_files import merge_file, merge_overrides
-from d2_mgd.detection.datasets import DatasetError, check_classes, check_datasets, register_coco
+from d2_mgd.detection.datasets import DatasetError, check_classes, check_datasets_once, register_coco
 from d2_mgd.detection.hooks import RematchError
 from d2_mgd.detection.loader import SampleError
 from d2_mgd.detection.nonfinite import NonFiniteError
 from d2_mgd.detection.preemption import forwarded_signals
 from d2_mgd.detection.teacher import build_teacher
 from d2_mgd.detection.weights import local_weights_file
-from d2_mgd.reliability import join_processes
+from d2_mgd.reliability import join_processes, restarted
 from d2_mgd.untrusted import trust
 
 logger = logging.getLogger("d2_mgd.train_net")
@@ -122,8 +122,7 @@ def set_up(args: argparse.Namespace) -> CfgNode:
         trust(local_weights_file(file))
     cfg = build_config(args)
     trains = not (args.eval_only or args.eval_teacher)
-    if comm.get_world_size() == 1 or comm.get_local_rank() == 0:
-        check_datasets(cfg, train=trains)
+    check_datasets_once(cfg, train=trains)
     _check_output(cfg.OUTPUT_DIR)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2_mgd")
     default_setup(cfg, args)
@@ -144,8 +143,9 @@ def run(args: argparse.Namespace) -> Any:
             return evaluate_teacher(cfg)
         if args.eval_only:
             return evaluate_student(cfg, args.resume)
-        trainer = Trainer(cfg)
-        trainer.resume_or_load(resume=args.resume)
+        trainer = Trainer(cfg, data_checked=True)
+        # after a restart by torchrun, a training goes on by itself
+        trainer.resume_or_load(resume=args.resume or restarted())
     except (ValueError, FileNotFoundError, AssertionError, KeyError, SampleError) as error:
         if " " not in str(error):  # no sentence: not somebody's input, but a mistake in the program
             raise
@@ -283,8 +283,6 @@ def main(arguments: list[str] | None = None) -> Any:
             SIGTERM or Ctrl-C.
     """
     args = parser().parse_args(arguments)
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
-        args.resume = True  # torchrun has started the processes anew after one of them had failed
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "LOCAL_RANK" in os.environ:
         return _run_under_torchrun(args)
     processes = args.num_gpus * args.num_machines

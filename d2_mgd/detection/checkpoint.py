@@ -104,12 +104,18 @@ class TrainingCheckpointer(SafeCheckpointer):
         pointer = os.path.join(self.save_dir, "last_checkpoint")
         write_atomically(pointer, lambda file: file.write(last_filename_basename.encode()))
 
+    def has_checkpoint(self) -> bool:
+        """Whether there is a pointer, or without one any checkpoint."""
+        return super().has_checkpoint() or bool(self.save_dir and self.manifest.files())
+
     def newest_whole(self) -> str:
-        """Path of the last checkpoint, or of the newest before it that is whole, with a warning. A collective.
+        """Path of the last checkpoint, or of the newest other that is whole, with a warning. A collective.
+
+        Others are those before it, or where nothing says which those are, all of the folder.
 
         Raises:
-            FileNotFoundError: the pointer names a file that is gone, and there is none before it.
-            ValueError: the file is damaged, and so are all before it.
+            FileNotFoundError: the pointer names no file, or one that is gone, and there is no other.
+            ValueError: the file is damaged, and so are all others.
         """
         name, found = os.path.basename(self.get_checkpoint_file()), None
         if comm.is_main_process():
@@ -117,24 +123,23 @@ class TrainingCheckpointer(SafeCheckpointer):
         found = comm.all_gather(found)[0]
         assert found is not None
         whole, offences = found
+        pointer, path = os.path.join(self.save_dir, "last_checkpoint"), os.path.join(self.save_dir, name)
         if whole is None:
+            if not name:
+                raise FileNotFoundError(f"{pointer} names no checkpoint, and there is no whole one beside it.")
             if offences[name] == "is gone":
-                raise FileNotFoundError(
-                    f"{os.path.join(self.save_dir, 'last_checkpoint')} names {os.path.join(self.save_dir, name)}, "
-                    "which is gone."
-                )
-            raise ValueError(
-                f"the checkpoint {os.path.join(self.save_dir, name)} {offences[name]}; there is no whole one before it."
-            )
+                raise FileNotFoundError(f"{pointer} names {path}, which is gone, and there is no whole one before it.")
+            raise ValueError(f"the checkpoint {path} {offences[name]}; there is no whole one before it.")
+        if not name:
+            logger.warning("%s names no checkpoint: %s, the newest whole one, is used.", pointer, whole)
         for bad, offence in offences.items():
-            logger.warning(
-                "The checkpoint %s %s: the one before it is used.", os.path.join(self.save_dir, bad), offence
-            )
+            logger.warning("The checkpoint %s %s: %s is used.", os.path.join(self.save_dir, bad), offence, whole)
         return os.path.join(self.save_dir, whole)
 
     def _first_whole(self, name: str) -> tuple[str | None, dict[str, str]]:
         offences: dict[str, str] = {}
-        for candidate in [name, *self.manifest.before(name)]:
+        candidates = [name, *self.manifest.instead_of(name)] if name else self.manifest.instead_of(None)
+        for candidate in candidates:
             offence = self.manifest.damage(candidate)
             if offence is None:
                 return candidate, offences

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 
+import detectron2.utils.comm as comm
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
@@ -17,6 +18,7 @@ from torch import nn
 
 from d2_mgd.data.coco import ERROR, WARNING, CocoError, Inspection
 from d2_mgd.data.inspection import OUTSIDE, inspect_set
+from d2_mgd.detection.agreement import first_failure
 
 __all__ = [
     "DatasetError",
@@ -24,6 +26,7 @@ __all__ = [
     "check_classes",
     "check_coco",
     "check_datasets",
+    "check_datasets_once",
     "register_coco",
     "registered",
     "wanted_of",
@@ -78,6 +81,19 @@ def check_datasets(cfg: CfgNode, train: bool = True) -> None:
         if known.get("evaluator_type") == "coco":
             wanted = wanted_of(cfg, name, train=train)
             check_coco(name, known.json_file, known.image_root, wanted, allow_outside=cfg.MGD.DATA.ALLOW_OUTSIDE_ROOT)
+
+
+def check_datasets_once(cfg: CfgNode, train: bool = True) -> None:
+    """:func:`check_datasets` in the first process of each machine; what one of them finds, all raise. A collective."""
+    failure = ""
+    if comm.get_world_size() == 1 or comm.get_local_rank() == 0:
+        try:
+            check_datasets(cfg, train)
+        except DatasetError as error:
+            failure = str(error)
+    failure = first_failure(failure)
+    if failure:
+        raise DatasetError(failure)
 
 
 def registered(name: str) -> Metadata:

@@ -32,6 +32,8 @@ __all__ = ["CheckpointHook", "MatchingHook", "RematchError", "gather_costs"]
 
 logger = logging.getLogger(__name__)
 
+_SOLVER = "the flow solver"  # the begin of its errors, which all processes raise alike
+
 
 class RematchError(RuntimeError):
     """There is no matching, and none can be found; the message says why."""
@@ -44,8 +46,8 @@ class MatchingHook(HookBase):
     ``rematch/<feature>_changed`` and ``rematch/seconds``, and to ``OUTPUT_DIR/matching/iter_0001000.npz``, where the
     number is that of finished iterations.
 
-    A rematch whose cost is empty or not finite keeps the matching in force, with a warning; if there is none yet, it
-    is a :class:`RematchError`.
+    A rematch whose cost is empty or not finite, or whose solver fails, keeps the matching in force, with a warning; if
+    there is none yet, it is a :class:`RematchError`.
 
     Where the model's weight schedule says when distillation starts and stops, the rematch before the first step is that
     before its start, and there are none outside.
@@ -132,7 +134,9 @@ class MatchingHook(HookBase):
                 self.leave(told.number)
         try:
             reports = distiller.rematch()
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not str(error).startswith(_SOLVER):
+                raise  # such as of a collective: another process is lost
             if not distiller.matched:
                 raise RematchError(f"the first matching cannot be found: {error}") from error
             for cost in distiller.costs.values():

@@ -17,4 +17,4 @@ class CheckpointManifest(reliability.CheckpointManifest):
     """
 
     def __init__(self, folder: str) -> None:
-        super().__init__(folder, read_tensors)
+        super().__init__(folder, read_tensors, r"model_(\d+|final)\.pth")

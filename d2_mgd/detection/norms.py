@@ -52,8 +52,15 @@ class TrainableAffineNorm(_LoadsAsFrozen):
 class TrainableSyncNorm(_LoadsAsFrozen, NaiveSyncBatchNorm):
     """Batch statistics over all processes and trainable scale and shift, on CPU and GPU alike.
 
-    What it learns is the state of a frozen norm.
+    What it learns is the state of a frozen norm. In half precisions the mean of squares less the square of the mean is
+    rounding, so statistics and their use are in float32 whatever comes in.
     """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or x.dtype not in (torch.float16, torch.bfloat16):
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float()).to(x.dtype)
 
 
 _TRAINABLE = {"affine": TrainableAffineNorm, "sync_bn": TrainableSyncNorm}

@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import detectron2.utils.comm as comm
 import numpy as np
 import torch
+from detectron2.config import CfgNode
 from torch import nn
 
 __all__ = [
@@ -20,12 +22,19 @@ __all__ = [
     "preserved_modes",
     "preserved_randomness",
     "random_state",
+    "run_seed",
     "seeded_randomness",
     "set_module_numbers",
     "set_random_state",
+    "shared_randomness",
 ]
 
 Numbers = dict[str, dict[str, "int | float"]]
+
+
+def run_seed(cfg: CfgNode) -> int:
+    """SEED, or where it is -1 a drawn one, the same in all processes; then a collective."""
+    return cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
 
 
 def random_state() -> dict[str, Any]:
@@ -61,6 +70,18 @@ def preserved_randomness() -> Iterator[None]:
         yield
     finally:
         set_random_state(state)
+
+
+@contextmanager
+def shared_randomness() -> Iterator[None]:
+    """Inside, all processes draw what the first one draws; the others go on as if they had not. A collective."""
+    first = comm.all_gather(random_state())[0]
+    if comm.is_main_process():
+        yield
+        return
+    with preserved_randomness():
+        set_random_state(first)
+        yield
 
 
 @contextmanager

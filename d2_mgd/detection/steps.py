@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -20,6 +21,9 @@ from d2_mgd.detection.nonfinite import NonFinitePolicy, StepReport
 __all__ = ["Precision", "StepTrainer", "predict_in_float32"]
 
 Batch = list[dict[str, Any]]
+
+# Here a scaler no longer explains gradients that are not finite: what float16 cannot hold is 7e7 without it.
+_SMALLEST_SCALE = 2.0**-10
 
 
 class Precision:
@@ -172,17 +176,23 @@ class StepTrainer(SimpleTrainer):
 
     def _report(self, losses: dict[str, Tensor]) -> StepReport:
         """One look at the device for all numbers."""
-        gradients = {} if self.precision.scaler.is_enabled() else self._gradients()  # a scaler lives with infinite ones
-        numbers = [torch.stack([*losses.values()])]
+        gradients = self._gradients()
+        numbers = torch.stack([*losses.values()])
         if gradients:
             norms = torch._foreach_norm([*gradients.values()])
-            numbers.append(torch.stack([norm.float() for norm in norms]).max().view(1))
-        values = torch.cat(numbers).tolist()
+            largest_norm = torch.stack([norm.float() for norm in norms]).max()
+            scale = self.precision.scaler.scale(torch.ones_like(largest_norm))
+            numbers = torch.cat([numbers, largest_norm.view(1), scale.view(1)])
+        values = numbers.tolist()
         bad = []
-        if gradients and not torch.isfinite(torch.tensor(values[-1])):
+        if gradients and not math.isfinite(values[-2]) and not self._scales_less(values[-1]):
             # a norm overflows before its elements do
             bad = [name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()]
         return StepReport(dict(zip(losses, values)), bad)
+
+    def _scales_less(self, scale: float) -> bool:
+        """Whether gradients that are not finite are the scaler's business: it leaves the step out and halves."""
+        return self.precision.scaler.is_enabled() and scale > _SMALLEST_SCALE
 
     def _gradients(self) -> dict[str, Tensor]:
         return {name: one.grad for name, one in self._detector.named_parameters() if one.grad is not None}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from d2_mgd.detection.config import UNTRAINED, teacher_config
 from d2_mgd.detection.features import Feature, WatchedMaps, backbone_of
+from d2_mgd.detection.state import shared_randomness
 from d2_mgd.detection.weights import file_digest, load_weights, local_weights_file
 
 __all__ = ["FrozenTeacher", "build_teacher", "load_teacher_weights"]
@@ -252,8 +254,12 @@ def _beyond_constants(names: Sequence[str]) -> list[str]:
 def build_teacher(cfg: CfgNode) -> FrozenTeacher:
     """The teacher that a student's config names, on its device, with its weights.
 
+    An untrained one is drawn by the first process and the same in all; then a collective.
+
     Raises:
         FileNotFoundError, ValueError: as :func:`~d2_mgd.detection.config.teacher_config` and :class:`FrozenTeacher`.
     """
     own = teacher_config(cfg)
-    return FrozenTeacher(build_model(own), input_format=own.INPUT.FORMAT, weights=own.MODEL.WEIGHTS, cfg=own)
+    with shared_randomness() if own.MODEL.WEIGHTS == UNTRAINED else nullcontext():
+        model = build_model(own)
+    return FrozenTeacher(model, input_format=own.INPUT.FORMAT, weights=own.MODEL.WEIGHTS, cfg=own)

@@ -21,9 +21,10 @@ from detectron2.utils.env import seed_all_rng
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from d2_mgd.detection.agreement import largest
 from d2_mgd.detection.checkpoint import TrainingCheckpointer, check_same_teacher, load_weights
 from d2_mgd.detection.config import META_ARCHITECTURE, rematch_schedule, student_config, validate_config
-from d2_mgd.detection.datasets import check_classes
+from d2_mgd.detection.datasets import check_classes, check_datasets_once
 from d2_mgd.detection.features import export_student_state
 from d2_mgd.detection.hooks import CheckpointHook, MatchingHook, gather_costs
 from d2_mgd.detection.loader import (
@@ -42,6 +43,7 @@ from d2_mgd.detection.state import (
     preserved_modes,
     preserved_randomness,
     random_state,
+    run_seed,
     set_module_numbers,
     set_random_state,
 )
@@ -61,19 +63,23 @@ class Trainer(DefaultTrainer):
 
     Args:
         cfg: a config with the `MGD` node; ``MODEL.WEIGHTS`` are the student's, loaded by :meth:`resume_or_load`.
+        data_checked: whether its data sets have been checked by
+            :func:`~d2_mgd.detection.datasets.check_datasets_once`, which is done here otherwise.
 
     Raises:
         ValueError: anything that cannot be trained, before the first step; one sentence.
     """
 
-    def __init__(self, cfg: CfgNode) -> None:
+    def __init__(self, cfg: CfgNode, *, data_checked: bool = False) -> None:
         TrainerBase.__init__(self)
         _check_scaling(cfg)
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         validate_config(cfg)
         _check_supported(cfg)
+        if not data_checked:
+            check_datasets_once(cfg)
         self.precision = Precision.from_config(cfg)
-        self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+        self.seed = run_seed(cfg)
         logger.info("The seed of this run is %d", self.seed)
         self.cfg = cfg = _with_seed(cfg, self.seed)
         self.distilled = bool(cfg.MGD.ENABLED)
@@ -118,8 +124,8 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
-        """The resumable stream of training batches that follows from ``cfg.SEED``."""
-        return build_train_loader(cfg, cfg.SEED)
+        """The resumable stream of training batches that follows from ``cfg.SEED``; from a drawn seed if that is -1."""
+        return build_train_loader(cfg, run_seed(cfg))
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> EvaluationLoader:
@@ -271,10 +277,13 @@ class Trainer(DefaultTrainer):
     def resume_or_load(self, resume: bool = True) -> None:
         """Continue from the last checkpoint in OUTPUT_DIR if ``resume`` and there is one, else load MODEL.WEIGHTS.
 
+        A collective; that one process is to resume is enough for all.
+
         Raises:
             FileNotFoundError: no such weights.
             ValueError: the checkpoint is of another student, teacher, or kind of training than the config describes.
         """
+        resume = bool(largest(resume))
         found = comm.all_gather(resume and self.checkpointer.has_checkpoint())
         if len(set(found)) > 1:
             raise ValueError(

@@ -5,7 +5,7 @@ Knows no network, no Detectron2.
 
 from d2_mgd.reliability.files import file_digest, remove_leftovers, system_reason, write_atomically
 from d2_mgd.reliability.manifest import CheckpointManifest
-from d2_mgd.reliability.restarts import join_processes
+from d2_mgd.reliability.restarts import join_processes, restarted
 from d2_mgd.reliability.signals import StopRequest, forwarded_signals, loader_process_signals
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "join_processes",
     "loader_process_signals",
     "remove_leftovers",
+    "restarted",
     "system_reason",
     "write_atomically",
 ]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -29,12 +30,14 @@ class CheckpointManifest:
     Args:
         folder: of the run.
         read: reads a checkpoint, to see whether one that has no entry is whole; raises ``ValueError`` where it is not.
+        names: a regular expression for the file names of checkpoints, by which those that have no entry are found.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], read: Callable[[str], Any]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], read: Callable[[str], Any], names: str) -> None:
         self.folder = os.fspath(folder)
         self.path = os.path.join(self.folder, "checkpoints.json")
         self._read_checkpoint = read
+        self._names = re.compile(names)
 
     def read(self) -> dict[str, _Entry]:
         """File name -> entry, in the order of writing; empty where there is no list, or none that can be read."""
@@ -98,6 +101,22 @@ class CheckpointManifest:
             return []
         earlier = [other for other, entry in entries.items() if entry.iteration < entries[name].iteration]
         return sorted(earlier, key=lambda other: entries[other].iteration, reverse=True)
+
+    def instead_of(self, name: str | None) -> list[str]:
+        """The checkpoints to try where ``name`` is damaged, or where nothing says which is the last (None).
+
+        Those :meth:`before` it, then those of which no entry says when they were written: the newest file first.
+        """
+        entries = self.read()
+        known = set(entries) if name in entries else {name}
+        return [*([] if name is None else self.before(name)), *(one for one in self.files() if one not in known)]
+
+    def files(self) -> list[str]:
+        """Names of the folder's checkpoints, listed or not, the newest file first."""
+        if not os.path.isdir(self.folder):
+            return []
+        found = [entry for entry in os.scandir(self.folder) if self._names.fullmatch(entry.name) and entry.is_file()]
+        return [entry.name for entry in sorted(found, key=lambda entry: (entry.stat().st_mtime_ns, entry.name))][::-1]
 
     def _write(self, entries: dict[str, _Entry]) -> None:
         plain = {name: asdict(entry) for name, entry in entries.items()}

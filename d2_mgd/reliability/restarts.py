@@ -8,7 +8,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-__all__ = ["join_processes"]
+__all__ = ["join_processes", "restarted"]
 
 _PATIENCE = timedelta(seconds=2)  # for an answer from a process that may be gone
 _QUESTIONS = 900
@@ -28,6 +28,14 @@ def join_processes(backend: str) -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         store = dist.PrefixStore(_attempt(store, rank, world_size), store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+
+
+def restarted() -> bool:
+    """Whether torchrun has started this process anew after a failure, as its agent on this machine counts them.
+
+    An agent that came later has counted none, so a group must ask all of its processes.
+    """
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def _attempt(store: dist.Store, rank: int, world_size: int) -> str:

@@ -72,7 +72,7 @@ def test_where_the_newest_is_damaged_the_one_before_it_is_used(
     said = capsys.readouterr().err
     assert f"{run}/checkpoint_epoch_0002.pth" in said
     assert offence in said
-    assert "the one before it is used" in said
+    assert "checkpoint_epoch_0001_step_000002.pth is used" in said
     assert "1 epochs and 2 steps are done" in said
     assert_same_run(finished, run)
 
@@ -86,6 +86,24 @@ def test_where_all_are_damaged_the_run_says_so(
         flip_a_bit(file)
     assert base(data, *METHOD, "--epochs", 2, "--output-dir", run, "--resume") == 2
     assert "there is no whole one before it" in capsys.readouterr().err
+
+
+def test_without_list_and_pointer_the_newest_that_can_be_read_is_used(
+    base: Run, data: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run, symlinks=True)
+    (run / "checkpoints.json").write_text("")
+    (run / "checkpoint.pth").unlink()
+    cut(run / "checkpoint_epoch_0002.pth")
+    assert base(data, *METHOD, "--epochs", 2, "--output-dir", run) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert base(data, *METHOD, "--epochs", 2, "--output-dir", run, "--resume") == 0
+    assert f"{run}/checkpoint.pth is gone: checkpoint_epoch_0001_step_000002.pth is used" in capsys.readouterr().err
+    assert_same_run(finished, run)
+    (run / "checkpoints.json").unlink()
+    assert base(data, *METHOD, "--output-dir", run, "--overwrite") == 0
+    assert not (run / "checkpoint_epoch_0002.pth").exists()
 
 
 def test_a_run_copied_without_its_list_goes_on_all_the_same(

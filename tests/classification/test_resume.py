@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.classification.conftest import SMALL, Run, assert_same_run, command
+from classification import main_base
+from tests.classification.conftest import SMALL, Run, assert_same_run, command, in_processes
 
 
 def kill_after_checkpoint(words: list[str], checkpoint: Path) -> None:
@@ -106,6 +107,18 @@ def test_a_restart_by_torchrun_goes_on_by_itself(
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert base(data, "--arch", "mobilenet_v1", "--epochs", 2) == 0
     assert len((tmp_path / "run" / "metrics.json").read_text().splitlines()) == 2
+
+
+def _the_second_counts_a_restart(words: list[str]) -> int:
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = os.environ["RANK"]
+    return main_base.main(words)
+
+
+def test_a_restart_that_one_machine_counts_is_one_for_all(base: Run, data: Path, tmp_path: Path) -> None:
+    words = [data, *SMALL, "--arch", "mobilenet_v1", "--epochs", 2, "--output-dir", tmp_path / "run"]
+    assert base(data, "--arch", "mobilenet_v1") == 0
+    assert in_processes(words, 2, _the_second_counts_a_restart) == [0, 0]
+    assert "going on from" in (tmp_path / "run" / "log.txt").read_text()
 
 
 def test_checkpoints_that_do_not_fit(

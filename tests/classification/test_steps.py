@@ -161,6 +161,18 @@ def test_a_gradient_that_is_not_finite_is_named() -> None:
     assert stepper.name_of(int(found.offence), found.losses) == "the gradient of network.4.bias"
 
 
+def test_a_scaler_bears_infinite_gradients_while_it_can_scale_less() -> None:
+    stepper = stepper_of()
+    stepper.scaler = torch.amp.GradScaler("cpu")
+    stepper.student.network[4].bias.register_hook(lambda gradient: gradient * math.nan)
+    borne = 0
+    while not int((found := stepper.backward(batch_of(6))).offence) and borne < 100:
+        stepper.apply()
+        borne += 1
+    assert stepper.name_of(int(found.offence), found.losses) == "the gradient of network.4.bias"
+    assert 15 < borne < 40 and 0.0 < stepper.scaler.get_scale() < 1.0
+
+
 class Spoiler(nn.Module):
     """Makes one forward pass of a training not finite, as a flipped bit in a GPU's memory would."""
 

@@ -284,6 +284,41 @@ def test_a_damaged_list_of_checkpoints_is_no_damage_to_the_checkpoints(tmp_path:
     assert checkpointer.resume()["iteration"] == 2
 
 
+def empty(path: Path) -> None:
+    path.write_text("")
+
+
+@pytest.mark.parametrize("harm", [empty, Path.unlink], ids=["empty", "lost"])
+def test_without_a_list_or_a_pointer_the_newest_that_can_be_read_is_used(
+    tmp_path: Path, harm: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpointer = three_checkpoints(tmp_path)
+    for iteration in range(3):
+        os.utime(tmp_path / f"model_{iteration}.pth", (iteration, iteration))
+    torch.save({"model": {}}, tmp_path / "weights.pth")
+    harm(tmp_path / "checkpoints.json")
+    cut(tmp_path / "model_2.pth")
+    with caplog.at_level("WARNING", "d2_mgd"):
+        assert checkpointer.resume()["iteration"] == 1
+    assert "model_2.pth cannot be read" in caplog.text and "model_1.pth is used" in caplog.text
+    harm(tmp_path / "last_checkpoint")
+    with caplog.at_level("WARNING", "d2_mgd"):
+        assert checkpointer.has_checkpoint() and checkpointer.resume()["iteration"] == 1
+    assert "last_checkpoint names no checkpoint: model_1.pth, the newest whole one, is used" in caplog.text
+    cut(tmp_path / "model_1.pth")
+    cut(tmp_path / "model_0.pth")
+    with pytest.raises(FileNotFoundError, match="names no checkpoint, and there is no whole one beside it"):
+        checkpointer.resume()
+
+
+def test_older_checkpoints_that_a_new_list_does_not_have_are_used_after_those_that_it_has(tmp_path: Path) -> None:
+    checkpointer = three_checkpoints(tmp_path)
+    (tmp_path / "checkpoints.json").unlink()
+    for iteration in (3, 4):
+        checkpointer.save(f"model_{iteration}", iteration=iteration, training={})
+    assert checkpointer.manifest.instead_of("model_4.pth") == [f"model_{number}.pth" for number in (3, 2, 1, 0)]
+
+
 @pytest.mark.parametrize(("keep", "left"), [(0, {0, 1, 2}), (1, {2}), (2, {1, 2}), (9, {0, 1, 2})])
 def test_old_checkpoints_are_pruned(tmp_path: Path, keep: int, left: set[int]) -> None:
     checkpointer = three_checkpoints(tmp_path, keep)
@@ -322,6 +357,7 @@ def test_checkpoints_that_cannot_be_resumed_say_why(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no state of a training; give it as MODEL.WEIGHTS"):
         checkpointer.resume()
     (tmp_path / "weights.pth").unlink()
+    (tmp_path / "model_0.pth").unlink()
     with pytest.raises(FileNotFoundError, match=r"names .*weights\.pth, which is gone"):
         checkpointer.resume()
 

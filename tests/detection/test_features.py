@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
@@ -28,7 +30,7 @@ from d2_mgd.detection.features import (
     teacher_margin,
     valid_masks,
 )
-from d2_mgd.detection.norms import make_trainable
+from d2_mgd.detection.norms import TrainableSyncNorm, make_trainable
 from d2_mgd.distill import Tap, batch_norm_margin
 
 
@@ -254,6 +256,30 @@ class TestValidMasks:
     def test_every_image_keeps_a_cell(self) -> None:
         mask = self.masks([(128, 128), (1, 1)], (128, 128), 64)
         assert mask is not None and int(mask[1].sum()) == 1
+
+
+def _normalise(rank: int, folder: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    norm = TrainableSyncNorm(FrozenBatchNorm2d(3)).train()
+    found = {str(dtype): norm(_far_from_zero(rank).to(dtype)).detach() for dtype in (torch.float32, torch.bfloat16)}
+    torch.save(found, folder / f"{rank}.pth")
+    dist.destroy_process_group()
+
+
+def _far_from_zero(rank: int) -> torch.Tensor:
+    """(2, 3, 16, 16), of means that are many deviations."""
+    noise = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(rank))
+    return noise + torch.tensor([0.0, 5.0, 20.0]).view(1, 3, 1, 1)
+
+
+def test_statistics_of_two_processes_are_the_batchs_in_bfloat16_too(tmp_path: Path) -> None:
+    torch.multiprocessing.start_processes(_normalise, (tmp_path,), nprocs=2, start_method="fork")
+    found = [torch.load(tmp_path / f"{rank}.pth", weights_only=True) for rank in (0, 1)]
+    whole = nn.BatchNorm2d(3)(torch.cat([_far_from_zero(rank) for rank in (0, 1)])).detach()
+    torch.testing.assert_close(torch.cat([one["torch.float32"] for one in found]), whole, rtol=0, atol=1e-3)
+    half = torch.cat([one["torch.bfloat16"] for one in found])
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), whole, rtol=0, atol=0.1)  # 20 is held to a sixteenth
 
 
 class TestTrainableNorms:

@@ -13,6 +13,7 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 from detectron2.engine import HookBase
 from training_runs import in_process_trainer, same_tensors
 
+import d2_mgd.distill.distiller as distiller_module
 from d2_mgd.detection.hooks import MatchingHook, RematchError
 from d2_mgd.detection.loader import TrainLoader
 from d2_mgd.detection.state import random_state
@@ -136,6 +137,34 @@ def test_a_bad_cost_keeps_the_matching_in_force(
     assert "not finite" in caplog.text and "The matching in force stays." in caplog.text
     assert all((before[name].groups == now.groups).all() for name, now in distiller.matchings.items())
     assert distiller.costs["res4"].num_images == 0
+
+
+def failing(sentence: str) -> Any:
+    def fail(*arguments: Any) -> Any:
+        raise RuntimeError(sentence)
+
+    return fail
+
+
+def test_a_solver_that_fails_keeps_the_matching_in_force(
+    workplace: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = in_process_trainer(workplace, tmp_path)
+    hook, distiller = hook_of(trainer), trainer.detector.distiller
+    with monkeypatch.context() as patch:
+        patch.setattr(distiller_module, "solve_matching", failing("the flow solver ended with status 3."))
+        with pytest.raises(RematchError, match=r"the first matching cannot be found: the flow solver ended with st"):
+            hook.rematch(0)
+    trainer.train()
+    before = distiller.matchings
+    monkeypatch.setattr(distiller_module, "solve_matching", failing("the flow solver ended with status 3."))
+    with caplog.at_level(logging.WARNING, "d2_mgd"):
+        hook.rematch(6)
+    assert "the flow solver ended with status 3. The matching in force stays." in caplog.text
+    assert all((before[name].groups == now.groups).all() for name, now in distiller.matchings.items())
+    monkeypatch.setattr(distiller.costs["p4"], "all_reduce", failing("Connection reset by peer"))
+    with pytest.raises(RuntimeError, match="Connection reset by peer"):
+        hook.rematch(6)
 
 
 def break_teacher(trainer: Any) -> None:

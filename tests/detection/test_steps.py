@@ -18,7 +18,7 @@ from tiny_detectors import batch, built, lively, matched, tiny_fcos
 from torch.nn.parallel import DistributedDataParallel
 from training_runs import in_process_trainer, same_tensors
 
-from d2_mgd.detection.nonfinite import NonFinitePolicy
+from d2_mgd.detection.nonfinite import NonFiniteError, NonFinitePolicy
 from d2_mgd.detection.steps import Precision, StepTrainer, predict_in_float32
 
 BFLOAT16 = ("SOLVER.AMP.ENABLED", "True")
@@ -177,15 +177,19 @@ class Plain(nn.Module):
         super().__init__()
         self.linear = nn.Linear(4, 4, bias=False)
 
-    def forward(self, images: list[Tensor]) -> dict[str, Tensor]:
-        return {"loss": self.linear(torch.stack(images)).float().square().sum()}
+    def forward(self, batch: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        images = torch.stack([sample["image"] for sample in batch])
+        return {"loss": self.linear(images).float().square().sum()}
+
+
+ONES = {"image": torch.ones(4)}
 
 
 def test_an_infinite_scaled_gradient_is_the_scalers_business() -> None:
     model = Plain()
     precision = Precision("cpu", torch.float16)
     precision.scaler.load_state_dict({**precision.scaler.state_dict(), "scale": 2.0**60})
-    trainer = step_trainer(model, [[torch.ones(4), torch.ones(4)]] * 2, 2, precision)
+    trainer = step_trainer(model, [[ONES, ONES]] * 2, 2, precision)
     begin = model.linear.weight.detach().clone()
     with EventStorage(0):
         trainer.run_step()
@@ -196,6 +200,18 @@ def test_an_infinite_scaled_gradient_is_the_scalers_business() -> None:
         precision.scaler.update(2.0**4)
         trainer.run_step()
     assert not torch.equal(model.linear.weight, begin)
+
+
+def test_a_gradient_that_is_not_finite_at_any_scale_is_named(tmp_path: Path) -> None:
+    model = Plain()
+    model.linear.weight.register_hook(lambda gradient: gradient * float("nan"))
+    precision = Precision("cpu", torch.float16)
+    trainer = step_trainer(model, [[ONES]] * 100, 1, precision)
+    trainer.policy.folder = str(tmp_path)
+    with EventStorage(0), pytest.raises(NonFiniteError, match=r"^the gradient of linear\.weight is not finite at"):
+        for trainer.iter in range(100):
+            trainer.run_step()
+    assert 15 < trainer.iter < 40 and 0.0 < precision.scaler.get_scale() < 1.0
 
 
 @pytest.mark.gpu

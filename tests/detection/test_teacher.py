@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
@@ -23,6 +24,25 @@ def teacher_of(model: nn.Module, names: list[str], input_format: str = "BGR") ->
     teacher = FrozenTeacher(model, input_format=input_format)
     teacher.watch({name: find_feature(model, name) for name in names})
     return teacher
+
+
+def _untrained(rank: int, folder: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.manual_seed(rank)
+    weights = build_teacher(distilled_config()).model.state_dict()
+    torch.save({"weights": weights, "drawn": torch.rand(3)}, folder / f"{rank}.pth")
+    dist.destroy_process_group()
+
+
+def test_an_untrained_teacher_is_the_same_in_all_processes(tmp_path: Path) -> None:
+    torch.multiprocessing.start_processes(_untrained, (tmp_path,), nprocs=2, start_method="fork")
+    one, two = (torch.load(tmp_path / f"{rank}.pth", weights_only=True) for rank in (0, 1))
+    assert all(torch.equal(one["weights"][name], value) for name, value in two["weights"].items())
+    torch.manual_seed(0)  # of the first, and of a process alone
+    alone = build_teacher(distilled_config()).model.state_dict()
+    assert all(torch.equal(alone[name], value) for name, value in one["weights"].items())
+    torch.manual_seed(1)
+    assert torch.equal(torch.rand(3), two["drawn"])  # what it would have drawn
 
 
 class TestPixels:

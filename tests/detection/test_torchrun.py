@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -35,6 +36,28 @@ def test_a_lost_process_is_restarted_and_all_continue_to_the_bit(workplace: Any,
     done = run([*TORCHRUN, "--max-restarts", "1", *killer])
     assert mark.exists() and "Starting training from iteration 3" in done.stdout
     assert [*differences(final(tmp_path / "whole"), final(tmp_path / "lost"))] == []
+
+
+def test_two_machines_of_which_one_counts_a_restart_both_continue(workplace: Any, tmp_path: Path) -> None:
+    """Each machine's agent counts for itself, and one that came in another's place has counted none."""
+    plain = ("MGD.ENABLED", "False")
+    in_process_trainer(workplace, tmp_path, *plain).train()
+    (tmp_path / "last_checkpoint").write_text("model_0000002.pth")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, TRAIN_NET, *workplace.arguments(tmp_path, "TEST.EVAL_PERIOD", 0, *plain)]
+    machines = []
+    for rank, restarts in enumerate((1, 0)):
+        place = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
+        place |= {"MASTER_PORT": port, "OMP_NUM_THREADS": 1, "TORCHELASTIC_RESTART_COUNT": restarts}
+        env = {**os.environ, **{name: str(value) for name, value in place.items()}}
+        with open(tmp_path / f"said.{rank}", "w") as file:
+            machines.append(subprocess.Popen(command, env=env, stdout=file, stderr=subprocess.STDOUT))
+    statuses = [machine.wait(timeout=120) for machine in machines]
+    said = (tmp_path / "said.0").read_text()
+    assert statuses == [0, 0], said[-3000:]
+    assert "Starting training from iteration 3" in said
 
 
 def test_torchrun_that_is_told_to_leave_leaves_a_checkpoint(workplace: Any, tmp_path: Path) -> None:

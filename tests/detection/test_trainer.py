@@ -13,10 +13,11 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.evaluation import DatasetEvaluators
 from detectron2.modeling import build_model
-from training_runs import in_process_trainer, same_tensors
+from training_runs import in_process_trainer, same_tensors, write_coco
 
 from d2_mgd.detection import Trainer
 from d2_mgd.detection.config import student_config
+from d2_mgd.detection.datasets import DatasetError, register_coco
 
 
 def checkpoint(output: Path, name: str = "model_final.pth") -> dict[str, Any]:
@@ -110,6 +111,13 @@ def test_a_drawn_seed_is_kept_when_resuming(workplace: Any, tmp_path: Path) -> N
     assert same_tensors(checkpoint(tmp_path)["model"], whole["model"])
 
 
+def test_a_loader_of_its_own_draws_a_seed_where_there_is_none(workplace: Any, tmp_path: Path) -> None:
+    cfg = in_process_trainer(workplace, tmp_path).cfg.clone()
+    cfg.defrost()
+    cfg.SEED = -1
+    assert len(next(iter(Trainer.build_train_loader(cfg)))) == 2
+
+
 def test_changes_that_forbid_resuming_are_named(workplace: Any, finished: Path, tmp_path: Path) -> None:
     other = tmp_path / "other_teacher.pth"
     weights = torch.load(workplace.teacher_weights)
@@ -175,3 +183,11 @@ def test_the_teacher_is_evaluated_with_its_own_settings(workplace: Any, tmp_path
 def test_what_cannot_be_done_is_refused(workplace: Any, tmp_path: Path, override: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         in_process_trainer(workplace, tmp_path, *override)
+
+
+def test_an_image_that_is_missing_is_found_before_anything_is_built(workplace: Any, tmp_path: Path) -> None:
+    path, root = write_coco(tmp_path, "an_image_less", 4, seed=0)
+    (root / "002.png").unlink()
+    register_coco("an_image_less", str(path), str(root))
+    with pytest.raises(DatasetError, match=r"'an_image_less': the image .*002\.png does not exist"):
+        in_process_trainer(workplace, tmp_path / "out", "DATASETS.TRAIN", "('an_image_less',)")
