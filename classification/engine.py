@@ -27,6 +27,7 @@ from classification.records import write_checkpoint, write_epoch, write_matching
 from classification.state import random_state, restore_training, training_state
 from classification.steps import FINE, Gradients, Stepper
 from d2_mgd.distill import MatchingGuidedDistiller, RematchSchedule, WeightSchedule
+from d2_mgd.matching import SolverError
 from d2_mgd.reliability import StopRequest
 
 __all__ = ["Progress", "Trainer", "learning_rate_factor"]
@@ -383,14 +384,12 @@ class Trainer:
         """Solve what was observed (collective); returns what the metrics keep of it.
 
         Raises:
-            CommonError: the solver failed; or the cost is empty or not finite, and there is no matching yet. One in
+            CommonError: the solver failed, or the cost is empty or not finite, and there is no matching yet. One in
                 force stays, with a warning.
         """
         try:
             reports = self.distiller.rematch()
-        except RuntimeError as error:  # of the solver
-            raise CommonError(f"the matching failed: {error}") from error
-        except ValueError as error:  # of the cost
+        except (ValueError, SolverError) as error:  # of the cost or the solver
             if not self.distiller.matched:
                 raise CommonError(f"the first matching cannot be found: {error}") from error
             self._forget_costs()

@@ -26,13 +26,12 @@ from d2_mgd.detection.loader import PassLoader
 from d2_mgd.detection.preemption import Interrupted
 from d2_mgd.detection.state import preserved_modes, preserved_randomness
 from d2_mgd.distill import MatchingGuidedDistiller, RematchReport, RematchSchedule, save_reports
+from d2_mgd.matching import SolverError
 from d2_mgd.matching.cost import collective_device
 
 __all__ = ["CheckpointHook", "MatchingHook", "RematchError", "gather_costs"]
 
 logger = logging.getLogger(__name__)
-
-_SOLVER = "the flow solver"  # the begin of its errors, which all processes raise alike
 
 
 class RematchError(RuntimeError):
@@ -134,9 +133,7 @@ class MatchingHook(HookBase):
                 self.leave(told.number)
         try:
             reports = distiller.rematch()
-        except (ValueError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not str(error).startswith(_SOLVER):
-                raise  # such as of a collective: another process is lost
+        except (ValueError, SolverError) as error:  # no other RuntimeError: a collective's means that a process is lost
             if not distiller.matched:
                 raise RematchError(f"the first matching cannot be found: {error}") from error
             for cost in distiller.costs.values():

@@ -31,7 +31,7 @@ from d2_mgd.distill.reducers import REDUCERS, Reducer
 from d2_mgd.distill.registry import lookup
 from d2_mgd.distill.reports import RematchReport
 from d2_mgd.distill.spatial import SPATIAL_WEIGHTS, Boxes, SpatialWeight
-from d2_mgd.matching import ChannelCost, ChannelMatching, solve_matching
+from d2_mgd.matching import ChannelCost, ChannelMatching, SolverError, solve_matching
 from d2_mgd.matching.channel_matching import PADDING
 
 __all__ = ["ALIGNMENTS", "MatchingGuidedDistiller"]
@@ -232,7 +232,7 @@ class MatchingGuidedDistiller(nn.Module):
 
         Raises:
             ValueError: no image was observed, or a cost is not finite; the message names the feature.
-            RuntimeError: the solver failed.
+            SolverError: the solver failed.
         """
         if not self.costs:
             return {}
@@ -463,6 +463,9 @@ class _FeatureDistiller(nn.Module):
         return f"S={self.num_student}, T={self.num_teacher}, mode={self.mode}, weight={self.weight:g}"
 
 
+_ERRORS_OF_A_SOLVE = {error.__name__: error for error in (ValueError, SolverError)}
+
+
 def _solve_once(solve: Any, group: Any) -> Any:
     """Run ``solve`` in the first process of ``group`` and give its result, or its error, to all."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
@@ -477,7 +480,7 @@ def _solve_once(solve: Any, group: Any) -> Any:
     dist.broadcast_object_list(payload, src=source, group=group)
     status, content = payload[0]
     if status != "solved":
-        raise (ValueError if status == "ValueError" else RuntimeError)(content)
+        raise _ERRORS_OF_A_SOLVE.get(status, RuntimeError)(content)
     return content
 
 

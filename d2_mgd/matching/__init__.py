@@ -6,7 +6,7 @@ Knows tensors and arrays, no network. See Yue, Deng, Zhou, "Matching Guided Dist
 from d2_mgd.matching.channel_matching import ChannelMatching
 from d2_mgd.matching.cost import METRICS, ChannelCost
 from d2_mgd.matching.projection import ProjectionAgreement, projection_agreement
-from d2_mgd.matching.solver import MODES, solve_matching
+from d2_mgd.matching.solver import MODES, SolverError, solve_matching
 
 __all__ = [
     "METRICS",
@@ -14,6 +14,7 @@ __all__ = [
     "ChannelCost",
     "ChannelMatching",
     "ProjectionAgreement",
+    "SolverError",
     "projection_agreement",
     "solve_matching",
 ]

@@ -17,7 +17,7 @@ from ortools.graph.python import min_cost_flow
 from d2_mgd.matching.certificate import sink_prices, violated_arcs
 from d2_mgd.matching.channel_matching import PADDING, ChannelMatching
 
-__all__ = ["MODES", "solve_matching"]
+__all__ = ["MODES", "SolverError", "solve_matching"]
 
 MODES = ("balanced", "even", "one_to_one")
 
@@ -30,6 +30,10 @@ _LARGEST_SHARE = 1 / 8  # of all arcs: with more, a round takes as long as all a
 _TEMPERATURE = 0.1  # of the smoothed assignment, in standard deviations of the costs
 _LARGEST_EXPONENT = 40.0  # keeps its kernel and scales within float32
 _SINKHORN_ITERATIONS = 20
+
+
+class SolverError(RuntimeError):
+    """No matching was found, for no fault of the cost."""
 
 
 def solve_matching(cost: np.ndarray | torch.Tensor, mode: str = "balanced") -> ChannelMatching:
@@ -53,7 +57,7 @@ def solve_matching(cost: np.ndarray | torch.Tensor, mode: str = "balanced") -> C
     Raises:
         ValueError: an unknown mode, a mode that needs T >= S, or a cost that is empty, not a matrix, not real or not
             finite (the message says where).
-        RuntimeError: the flow solver gave up (it says with which status).
+        SolverError: the flow solver gave up (it says with which status).
     """
     matrix = _checked_cost(cost)
     num_student, num_teacher = matrix.shape
@@ -161,7 +165,7 @@ def _cheapest_sinks(costs: np.ndarray, least: np.ndarray, most: np.ndarray) -> n
         sink, arcs, unit_costs = _flow(candidates, costs, least, most)
         prices = sink_prices(arcs, unit_costs, sink, least, most)
         if prices is None:
-            raise RuntimeError("the flow solver called a matching optimal that is not.")
+            raise SolverError("the flow solver called a matching optimal that is not.")
         violated = violated_arcs(costs, sink, prices)
         if not violated.any():
             return sink
@@ -220,7 +224,7 @@ def _flow(
     flow.set_nodes_supplies(np.arange(extra + 1, dtype=np.int32), supplies)
     status = flow.solve()
     if status != flow.OPTIMAL:
-        raise RuntimeError(
+        raise SolverError(
             f"the flow solver ended with status {getattr(status, 'name', status)} on a matching of {num_sources} to "
             f"{num_sinks} channels."
         )

@@ -22,6 +22,7 @@ from classification.models import build
 from classification.options import parse_mgd
 from d2_mgd.distill import MatchingGuidedDistiller, Tap, load_reports
 from d2_mgd.distill.norms import MaskedBatchNorm
+from d2_mgd.matching import SolverError
 from tests.classification.conftest import (
     CLASSES,
     SMALL,
@@ -229,7 +230,7 @@ def _rematch(rank: int, url: str, folder: Path, case: str) -> None:
     if case == "solver" and rank == 0:
 
         def fail(*arguments: object) -> None:
-            raise RuntimeError("the solver found no flow.")
+            raise SolverError("the solver found no flow.")
 
         distiller_module.solve_matching = fail
     if case != "empty":
@@ -253,7 +254,7 @@ def _rematch(rank: int, url: str, folder: Path, case: str) -> None:
         ("first", "the first matching cannot be found: feature a: the matching cost is not finite"),
         ("second", ""),
         ("empty", "the first matching cannot be found: feature a: the matching cost is empty"),
-        ("solver", "the matching failed: the solver found no flow."),
+        ("solver", "the first matching cannot be found: the solver found no flow."),
     ],
 )
 def test_three_unlike_processes_find_one_matching_or_fail_alike(tmp_path: Path, case: str, sentence: str) -> None:

@@ -18,6 +18,7 @@ from d2_mgd.detection.hooks import MatchingHook, RematchError
 from d2_mgd.detection.loader import TrainLoader
 from d2_mgd.detection.state import random_state
 from d2_mgd.distill import load_reports
+from d2_mgd.matching import SolverError
 
 
 def hook_of(trainer: Any) -> MatchingHook:
@@ -139,9 +140,9 @@ def test_a_bad_cost_keeps_the_matching_in_force(
     assert distiller.costs["res4"].num_images == 0
 
 
-def failing(sentence: str) -> Any:
+def failing(error: Exception) -> Any:
     def fail(*arguments: Any) -> Any:
-        raise RuntimeError(sentence)
+        raise error
 
     return fail
 
@@ -152,17 +153,19 @@ def test_a_solver_that_fails_keeps_the_matching_in_force(
     trainer = in_process_trainer(workplace, tmp_path)
     hook, distiller = hook_of(trainer), trainer.detector.distiller
     with monkeypatch.context() as patch:
-        patch.setattr(distiller_module, "solve_matching", failing("the flow solver ended with status 3."))
+        patch.setattr(distiller_module, "solve_matching", failing(SolverError("the flow solver ended with status 3.")))
         with pytest.raises(RematchError, match=r"the first matching cannot be found: the flow solver ended with st"):
             hook.rematch(0)
     trainer.train()
     before = distiller.matchings
-    monkeypatch.setattr(distiller_module, "solve_matching", failing("the flow solver ended with status 3."))
+    monkeypatch.setattr(
+        distiller_module, "solve_matching", failing(SolverError("the flow solver ended with status 3."))
+    )
     with caplog.at_level(logging.WARNING, "d2_mgd"):
         hook.rematch(6)
     assert "the flow solver ended with status 3. The matching in force stays." in caplog.text
     assert all((before[name].groups == now.groups).all() for name, now in distiller.matchings.items())
-    monkeypatch.setattr(distiller.costs["p4"], "all_reduce", failing("Connection reset by peer"))
+    monkeypatch.setattr(distiller.costs["p4"], "all_reduce", failing(RuntimeError("Connection reset by peer")))
     with pytest.raises(RuntimeError, match="Connection reset by peer"):
         hook.rematch(6)
 
