@@ -134,6 +134,14 @@ def _load_modules(trainer: Trainer, state: Mapping[str, Any]) -> None:
             student.distiller.load_state_dict(state["distiller"])
     except RuntimeError as error:
         raise ValueError(" ".join(str(error).split())) from error
-    trainer.stepper.optimizer.load_state_dict(state["optimizer"])
+    _load_momenta(trainer.stepper.optimizer, state["optimizer"])
     if state["scaler"] and trainer.stepper.scaler.is_enabled():
         trainer.stepper.scaler.load_state_dict(state["scaler"])
+
+
+def _load_momenta(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """What the optimiser has gathered; its settings (weight decay, momentum, ...) stay those of this run's options."""
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, settings):
+        group.update(own)
