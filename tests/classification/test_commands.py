@@ -182,6 +182,17 @@ def test_a_folder_with_a_run_is_not_written_over(
     assert len(lines(tmp_path / "run")) == 1
 
 
+@pytest.mark.parametrize("below", ["", "run"])
+def test_an_output_folder_that_is_a_file(
+    base: Run, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture, below: str
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    assert base(data, "--arch", "mobilenet_v1", "--output-dir", file / below) == 2
+    assert f"cannot be made, since {file} is a file: name a folder." in capsys.readouterr().err
+    assert file.read_text() == "mine"
+
+
 MISTAKES = [
     (["--arch", "mobilenet_v9"], "unknown architecture 'mobilenet_v9'; there are: mobilenet_v1, mobilenet_v2"),
     (["--teacher-arch", "vgg99"], "unknown architecture 'vgg99'"),
