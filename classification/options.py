@@ -319,6 +319,7 @@ def _checked(options: argparse.Namespace) -> argparse.Namespace:
     if options.warmup:
         options.epochs += options.warmup_epochs
         options.lr_drop_epochs = [epoch + options.warmup_epochs for epoch in options.lr_drop_epochs]
+    options.data = options.data.resolve()  # whoever reads it later stands somewhere else
     _set_output_dir(options)
     return options
 
@@ -327,7 +328,7 @@ def _set_output_dir(options: argparse.Namespace) -> None:
     if options.resume in (None, "", "auto"):
         options.resume = options.resume or None
         if options.output_dir is None:
-            name = f"{options.data.resolve().name}.{options.arch.replace(':', '-')}.{options.method}"
+            name = f"{options.data.name}.{options.arch.replace(':', '-')}.{options.method}"
             options.output_dir = Path("output") / "classification" / name
         return
     folder = Path(options.resume).resolve().parent
