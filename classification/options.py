@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from classification.checkpoint import CHECKPOINT
 from classification.errors import UserError, user_errors
 from d2_mgd.distill import (
     ALIGNMENTS,
@@ -321,7 +322,18 @@ def _checked(options: argparse.Namespace) -> argparse.Namespace:
         options.lr_drop_epochs = [epoch + options.warmup_epochs for epoch in options.lr_drop_epochs]
     options.data = options.data.resolve()  # whoever reads it later stands somewhere else
     _set_output_dir(options)
+    if options.evaluate and options.resume:
+        _name_evaluated_student(options)
     return options
+
+
+def _name_evaluated_student(options: argparse.Namespace) -> None:
+    """With --evaluate, --resume names the checkpoint whose student is looked at; as in a training, it goes before
+    pretrained weights."""
+    if options.student_resume:
+        raise UserError("--resume and --student-resume both name the student to evaluate: choose one.")
+    options.student_resume = options.output_dir / CHECKPOINT if options.resume == "auto" else Path(options.resume)
+    options.resume, options.use_pretrained = None, 0
 
 
 def _set_output_dir(options: argparse.Namespace) -> None:

@@ -151,6 +151,27 @@ def test_evaluating_teacher_and_student_together(
     assert not (tmp_path / "no").exists()
 
 
+def test_evaluating_a_checkpoint(base: Run, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """By its path, or as that of the output folder; pretrained weights that the training began with do not matter."""
+    words, run = [data, "--arch", "mobilenet_v1"], tmp_path / "run"
+    assert base(*words, "--epochs", 2, "--lr", 0.01) == 0
+    expected = f"{lines(run)[-1]['err1']:.2f}"
+    before = sorted(run.rglob("*"))
+    path = run / "checkpoint.pth"
+    for named in (["--resume", path], ["--resume", "auto", "--output-dir", run, "--use-pretrained", 1]):
+        capsys.readouterr()
+        assert base(*words, "--evaluate", *named) == 0
+        assert capsys.readouterr().out.splitlines()[-1].split()[-2] == expected
+    assert sorted(run.rglob("*")) == before
+    for wrong, message in (
+        (["--resume", tmp_path / "none.pth"], "none.pth does not exist"),
+        (["--resume", "auto", "--output-dir", tmp_path / "none"], "none/checkpoint.pth does not exist"),
+        (["--resume", path, "--student-resume", path], "both name the student to evaluate: choose one."),
+    ):
+        assert base(*words, "--evaluate", *wrong) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_evaluation_splits_and_missing_classes(base: Run, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     root = make_folder(tmp_path / "d")
     (root / "valid").rename(root / "val")
