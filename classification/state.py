@@ -73,7 +73,9 @@ def _differs(buffer: Tensor) -> bool:
 
 def _with_means(module: nn.Module, prefix: str, mean: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A module's state with other running statistics, which ``mean`` names by prefix and name."""
-    return {name: mean.get(prefix + name, value) for name, value in module.state_dict().items()}
+    state = module.state_dict()
+    state.update({name: mean[prefix + name] for name in state if prefix + name in mean})
+    return state  # with its metadata, by which some networks know the version of their weights
 
 
 def _summed_costs(trainer: Trainer) -> dict[str, Any]:

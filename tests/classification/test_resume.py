@@ -111,6 +111,12 @@ def test_going_on_with_other_settings_of_the_optimiser(base: Run, data: Path, tm
     assert optimizer["state"][0]["momentum_buffer"].any()
 
 
+def test_going_on_with_a_network_that_knows_the_version_of_its_weights(base: Run, data: Path, tmp_path: Path) -> None:
+    """torchvision's MNASNet refuses weights without one."""
+    assert base(data, "--arch", "mnasnet0_5") == 0
+    assert base(data, "--arch", "mnasnet0_5", "--epochs", 2, "--resume", tmp_path / "run" / "checkpoint.pth") == 0
+
+
 def test_resume_without_a_checkpoint_starts_anew(base: Run, data: Path, tmp_path: Path) -> None:
     assert base(data, "--arch", "mobilenet_v1", "--resume", "auto", "--output-dir", tmp_path / "run") == 0
     assert (tmp_path / "run" / "checkpoint.pth").exists()
