@@ -20,9 +20,16 @@ from classification.distributed import Process, first_then_others, synchronised_
 from classification.engine import Trainer
 from classification.errors import UserError, user_errors
 from classification.features import FeaturePair, margins, pair_features, published_factors
-from classification.models import TIMM, architecture, build, measure_features
+from classification.models import architecture, build, measure_features
 from classification.options import logit_loss
-from classification.weights import digest, load_file, load_weights, network_from_file, pretrained_network
+from classification.weights import (
+    digest,
+    load_file,
+    load_weights,
+    network_from_file,
+    pretrained_network,
+    pretrained_teacher,
+)
 from d2_mgd.distill import MatchingGuidedDistiller
 from d2_mgd.reliability import StopRequest
 
@@ -32,7 +39,6 @@ logger = logging.getLogger(__name__)
 
 _DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SUMMED = ("partial_l2", "mse")  # losses that are summed over an image and take the published factors
-_IMAGENET_CLASSES = 1000
 
 
 @dataclass(frozen=True)
@@ -86,8 +92,8 @@ def make_teacher(process: Process, options: argparse.Namespace, num_classes: int
         record = {"arch": name, "file": str(path.resolve()), "sha256": digest(path)}
     else:
         with first_then_others(process):
-            network, classes = pretrained_network(name, num_classes, new_head=False), _IMAGENET_CLASSES
-        record = {"arch": name, "file": "timm" if name.startswith(TIMM) else "torchvision IMAGENET1K_V1"}
+            network, classes, source = pretrained_teacher(name)
+        record = {"arch": name, "file": source}
     if classes != num_classes and not features_only:
         raise UserError(
             f"the teacher tells {classes} classes apart and the data has {num_classes}: train it on the data first "

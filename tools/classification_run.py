@@ -24,7 +24,7 @@ from classification.weights import (
     load_file,
     load_weights,
     network_from_file,
-    pretrained_network,
+    pretrained_teacher,
     read_checkpoint,
 )
 from d2_mgd.distill import FeatureTaps, Tap
@@ -131,7 +131,7 @@ def feature_maps(run: Run, image: Path) -> Maps:
 def _teacher(run: Run, num_classes: int) -> nn.Module:
     record = run.record["teacher"]
     if run.settings["teacher_resume"] is None:
-        return pretrained_network(record["arch"], num_classes, new_head=False)
+        return pretrained_teacher(record["arch"])[0]
     file = Path(record["file"])
     network, _ = network_from_file(record["arch"], file, num_classes, "its file", other_classes=True)
     if digest(file) != record["sha256"]:
