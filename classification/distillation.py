@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from d2_mgd.distill import FeatureTaps, LogitLoss, MatchingGuidedDistiller, Tap
 
-__all__ = ["DistillationStep", "Forward", "Precision", "Student", "Teacher"]
+__all__ = ["Classifier", "DistillationStep", "Forward", "Precision", "Student", "Teacher"]
 
 Maps = dict[str, Tensor]
 
@@ -51,6 +51,26 @@ class Precision:
     def on(self, device: torch.device) -> torch.autocast:
         """The context to run a network in."""
         return torch.autocast(device.type, dtype=self.dtype or torch.bfloat16, enabled=self.dtype is not None)
+
+
+class Classifier(nn.Module):
+    """A network alone, to be evaluated as it is trained.
+
+    Args:
+        network: the student, or the teacher.
+        precision: of the forward.
+    """
+
+    def __init__(self, network: nn.Module, precision: Precision) -> None:
+        super().__init__()
+        self.network = network
+        self.precision = precision
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) -> (N, K) float32 logits."""
+        with self.precision.on(images.device):
+            logits: Tensor = self.network(images)
+        return logits.float()
 
 
 class Teacher(nn.Module):

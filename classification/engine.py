@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from classification.checkpoint import Checkpoints
 from classification.data import Batch, ImageDataset, ShuffledBatches, StridedBatches, loader, rematch_indices
-from classification.distillation import Student
+from classification.distillation import Classifier, Student
 from classification.distributed import Process, average_buffers, fail_together, largest
 from classification.errors import CommonError, UserError, user_errors
 from classification.evaluation import Evaluation, Intake, Interrupted, evaluate, leave_if_told, progress_bar
@@ -344,13 +344,12 @@ class Trainer:
 
     def evaluate(self, network: nn.Module | None = None) -> Evaluation:
         """A network, by default the student, on the evaluation split (collective)."""
-        model = self.student.network if network is None else network
+        model: nn.Module = Classifier(self.student.network if network is None else network, self.student.precision)
         if isinstance(self.step, nn.DataParallel):
             model = nn.DataParallel(model)
         data = self.data["valid"]
         batches = self._strided(data, range(len(data)))
-        precision, is_main = self.student.precision, self.process.is_main
-        return evaluate(model, batches, self.intake, precision, "evaluation", is_main, self.stop)
+        return evaluate(model, batches, self.intake, "evaluation", self.process.is_main, self.stop)
 
     def _strided(self, data: ImageDataset, indices: Any) -> Any:
         order = StridedBatches(indices, self.batch_size, self.process.rank, self.process.world)

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from classification.data import Batch, Normalize
-from classification.distillation import Precision
 from classification.distributed import largest
 from classification.errors import UserError
 from classification.metrics import Sums, errors
@@ -104,10 +103,10 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(
-    model: nn.Module, batches: Any, intake: Intake, precision: Precision, what: str, is_main: bool, stop: StopRequest
-) -> Evaluation:
+def evaluate(model: nn.Module, batches: Any, intake: Intake, what: str, is_main: bool, stop: StopRequest) -> Evaluation:
     """Evaluate on this process's share of the images; each image counts once (collective at the end).
+
+    ``model`` gives (N, K) float32 logits of what ``intake`` gives of ``batches``.
 
     Raises:
         UserError: not one image could be read.
@@ -120,9 +119,7 @@ def evaluate(
             break
         images, targets = intake(batch)
         if images.shape[0]:
-            with precision.on(intake.device):
-                logits = model(images)
-            logits = logits.float()
+            logits = model(images)
             losses = nn.functional.cross_entropy(logits, targets, reduction="sum")
             sums.add(images.shape[0], {"loss": losses, **errors(logits, targets)})
     leave_if_told(stop, intake.device)

@@ -2,6 +2,7 @@
 
 import argparse
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -215,6 +216,24 @@ def test_bfloat16_is_used_inside_and_losses_are_float32(data: Path, tmp_path: Pa
     losses = trainer.step.train()(torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])).losses
     assert {loss.dtype for loss in losses.values()} == {torch.float32}
     assert Precision(None).on(CPU)._enabled is False
+
+
+def test_evaluation_has_the_precision_of_the_training_on_several_gpus(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DataParallel runs replicas in threads, which start without mixed precision."""
+
+    def in_a_thread(self: nn.DataParallel, images: Tensor) -> Tensor:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(self.module, images).result()
+
+    trainer = trainer_of(data, tmp_path, "--mixed-precision", "bf16")
+    trainer.step = nn.DataParallel(trainer.step)
+    monkeypatch.setattr(nn.DataParallel, "forward", in_a_thread)
+    seen = set()
+    trainer.student.network.fc.register_forward_hook(lambda module, images, logits: seen.add(logits.dtype))
+    assert trainer.evaluate().images == 15
+    assert seen == {torch.bfloat16}
 
 
 @pytest.mark.gpu
