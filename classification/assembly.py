@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from classification.data import Folder, ImageDataset
+from classification.data import Folder, ImageDataset, image_statistics, renormalize
 from classification.distillation import DistillationStep, Precision, Student, Teacher
 from classification.distributed import Process, first_then_others, synchronised_norms
 from classification.engine import Trainer
@@ -121,6 +121,7 @@ def make_trainer(
     if options.sync_bn and process.world > 1:
         network = synchronised_norms(network, process.device)
     precision = Precision(_DTYPES[options.mixed_precision])
+    statistics = image_statistics(network)
     student = Student(
         network.to(memory_format=torch.channels_last),
         {name: pair.student for name, pair in pairs.items()},
@@ -131,8 +132,11 @@ def make_trainer(
     frozen = None
     if teacher is not None and options.method != "base":
         taps = {name: pair.teacher for name, pair in pairs.items()}
-        frozen = Teacher(teacher.network.to(memory_format=torch.channels_last), taps, options.with_kd, precision)
-    if teacher is not None:
+        images = renormalize(statistics, image_statistics(teacher.network))
+        frozen = Teacher(
+            teacher.network.to(memory_format=torch.channels_last), taps, options.with_kd, precision, images
+        ).to(process.device)
+    elif teacher is not None:
         teacher.network.to(process.device)
     step = _wrapped(process, options, student, frozen)
     record = None if teacher is None else teacher.record

@@ -37,17 +37,18 @@ __all__ = [
     "Key",
     "Normalize",
     "ShuffledBatches",
+    "Statistics",
     "StridedBatches",
     "find_classes",
     "find_folders",
+    "image_statistics",
     "loader",
     "rematch_indices",
+    "renormalize",
 ]
 
 logger = logging.getLogger(__name__)
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 _LONGEST = 100  # times the shorter side
 
 
@@ -253,19 +254,50 @@ def _collate(items: list[Item]) -> Batch:
     return Batch(images, targets, [path for item in items for path in item.broken])
 
 
-class Normalize(nn.Module):
-    """(N, 3, H, W) uint8 -> float32 with ImageNet's mean and standard deviation."""
+class Statistics(NamedTuple):
+    """Of the images that a network is made for: mean and standard deviation of each channel, white being 1."""
 
-    def __init__(self) -> None:
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+IMAGENET = Statistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def image_statistics(network: nn.Module) -> Statistics:
+    """timm's networks have their own; all others take ImageNet's."""
+    known: Any = getattr(network, "pretrained_cfg", None) or {}
+    return Statistics(tuple(known.get("mean", IMAGENET.mean)), tuple(known.get("std", IMAGENET.std)))
+
+
+class _Affine(nn.Module):
+    """(N, 3, H, W) -> float32, each channel scaled and shifted."""
+
+    def __init__(self, scale: Tensor, shift: Tensor) -> None:
         super().__init__()
-        mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
-        self.register_buffer("scale", (1.0 / (255.0 * std)).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("shift", (-mean / std).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("scale", scale.view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("shift", shift.view(1, 3, 1, 1), persistent=False)
         self.scale: Tensor
         self.shift: Tensor
 
     def forward(self, images: Tensor) -> Tensor:
         return torch.addcmul(self.shift, images.float(), self.scale)
+
+
+class Normalize(_Affine):
+    """(N, 3, H, W) uint8 -> float32 with a mean of 0 and a standard deviation of 1 over such images."""
+
+    def __init__(self, statistics: Statistics = IMAGENET) -> None:
+        mean, std = torch.tensor(statistics.mean), torch.tensor(statistics.std)
+        super().__init__(1.0 / (255.0 * std), -mean / std)
+
+
+def renormalize(before: Statistics, after: Statistics) -> nn.Module:
+    """(N, 3, H, W) normalised by one network's statistics -> by another's; the same images where these agree."""
+    if before == after:
+        return nn.Identity()
+    mean, std = torch.tensor(after.mean), torch.tensor(after.std)
+    return _Affine(torch.tensor(before.std) / std, (torch.tensor(before.mean) - mean) / std)
 
 
 # ---- which images, in which order

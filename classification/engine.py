@@ -15,7 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from classification.checkpoint import Checkpoints
-from classification.data import Batch, ImageDataset, ShuffledBatches, StridedBatches, loader, rematch_indices
+from classification.data import (
+    Batch,
+    ImageDataset,
+    ShuffledBatches,
+    StridedBatches,
+    image_statistics,
+    loader,
+    rematch_indices,
+    renormalize,
+)
 from classification.distillation import Classifier, Student
 from classification.distributed import Process, average_buffers, fail_together, largest
 from classification.errors import CommonError, UserError, user_errors
@@ -96,7 +105,8 @@ class Trainer:
         self.step = step
         self.data = data
         self.teacher = dict(teacher) if teacher else None
-        self.intake = Intake(process.device, options.skip_broken_images)
+        self.statistics = image_statistics(student.network)
+        self.intake = Intake(process.device, options.skip_broken_images, self.statistics)
         self.progress = Progress(epoch=options.start_epoch)
         self.sums = Sums(process.device)
         self.summed: list[str] = []  # names of what is summed over the epoch
@@ -344,7 +354,9 @@ class Trainer:
 
     def evaluate(self, network: nn.Module | None = None) -> Evaluation:
         """A network, by default the student, on the evaluation split (collective)."""
-        model: nn.Module = Classifier(self.student.network if network is None else network, self.student.precision)
+        network = self.student.network if network is None else network
+        renormalized = renormalize(self.statistics, image_statistics(network)).to(self.process.device)
+        model: nn.Module = Classifier(network, self.student.precision, renormalized)
         if isinstance(self.step, nn.DataParallel):
             model = nn.DataParallel(model)
         data = self.data["valid"]

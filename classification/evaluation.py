@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from classification.data import Batch, Normalize
+from classification.data import IMAGENET, Batch, Normalize, Statistics
 from classification.distributed import largest
 from classification.errors import UserError
 from classification.metrics import Sums, errors
@@ -54,12 +54,13 @@ class Intake:
     Args:
         device: where the network is.
         skip_broken: go on without images that cannot be read.
+        statistics: those that the network takes images by.
     """
 
-    def __init__(self, device: torch.device, skip_broken: bool) -> None:
+    def __init__(self, device: torch.device, skip_broken: bool, statistics: Statistics = IMAGENET) -> None:
         self.device = device
         self.skip_broken = skip_broken
-        self.normalize = Normalize().to(device)
+        self.normalize = Normalize(statistics).to(device)
         self.broken: set[str] = set()
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from classification.assembly import TeacherNetwork, make_trainer
-from classification.data import find_folders
+from classification.data import IMAGENET, find_folders
 from classification.distillation import DistillationStep, Forward, Precision
 from classification.distributed import Process
 from classification.engine import Trainer, learning_rate_factor
@@ -216,6 +216,31 @@ def test_bfloat16_is_used_inside_and_losses_are_float32(data: Path, tmp_path: Pa
     losses = trainer.step.train()(torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])).losses
     assert {loss.dtype for loss in losses.values()} == {torch.float32}
     assert Precision(None).on(CPU)._enabled is False
+
+
+def test_each_network_sees_images_as_it_takes_them(data: Path, tmp_path: Path) -> None:
+    """timm's networks say in ``pretrained_cfg`` by which mean and deviation; here a teacher does."""
+    half = (0.5, 0.5, 0.5)
+
+    def make(network: nn.Module) -> Trainer:
+        options = parse_mgd([str(data), *SMALL, "--arch", "resnet18", "--output-dir", str(tmp_path)])
+        teacher = TeacherNetwork("resnet18", network, len(CLASSES))
+        torch.manual_seed(0)
+        return make_trainer(Process(0, 1, 0, 1, CPU), options, build("resnet18", 3), teacher, find_folders(data))
+
+    network = settled(build("resnet18", len(CLASSES)))
+    network.pretrained_cfg = {"mean": half, "std": half}
+    trainer = make(network)
+    seen: dict[str, list[Tensor]] = {"teacher": [], "student": []}
+    network.conv1.register_forward_pre_hook(lambda _, inputs: seen["teacher"].append(inputs[0]))
+    trainer.student.network.conv1.register_forward_pre_hook(lambda _, inputs: seen["student"].append(inputs[0]))
+    trainer._observe_pass(0)
+    trainer.evaluate(network)
+    trainer.evaluate()
+    std, mean = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET.std, IMAGENET.mean))
+    assert len(seen["teacher"]) == len(seen["student"]) == 5  # three batches for training, two for evaluation
+    for of_teacher, of_student in zip(seen["teacher"], seen["student"]):
+        torch.testing.assert_close(of_teacher / 2 + 0.5, of_student * std + mean)
 
 
 def test_evaluation_has_the_precision_of_the_training_on_several_gpus(
