@@ -42,6 +42,7 @@ __all__ = [
     "say",
     "sum_over_processes",
     "synchronised_norms",
+    "union_over_processes",
 ]
 
 _TORCHRUN = "env://"
@@ -310,6 +311,15 @@ def gather_objects(value: Any) -> list[Any]:
     gathered: list[Any] = [None] * dist.get_world_size() if dist.get_rank() == 0 else []
     dist.gather_object(value, gathered if dist.get_rank() == 0 else None, dst=0)
     return gathered
+
+
+def union_over_processes(values: set[str]) -> set[str]:
+    """What any of the processes has, in all."""
+    if not _together():
+        return values
+    gathered: list[set[str]] = [set()] * dist.get_world_size()
+    dist.all_gather_object(gathered, values)
+    return set().union(*gathered)
 
 
 @contextlib.contextmanager

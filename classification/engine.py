@@ -26,7 +26,7 @@ from classification.data import (
     renormalize,
 )
 from classification.distillation import Classifier, Student
-from classification.distributed import Process, average_buffers, fail_together, largest
+from classification.distributed import Process, average_buffers, fail_together, largest, union_over_processes
 from classification.errors import CommonError, UserError, user_errors
 from classification.evaluation import Evaluation, Intake, Interrupted, evaluate, leave_if_told, progress_bar
 from classification.metrics import Journal, Sums, Throughput
@@ -214,7 +214,7 @@ class Trainer:
             if options.mgd_update_source == "pass" or not self.distiller.matched:
                 self._observe_pass(epoch + 1)
             line.update(self._rematch(epoch + 1))
-        line["broken_images"] = len(self.intake.broken)
+        line["broken_images"] = len(union_over_processes(self.intake.broken))
         line["skipped_steps"] = self.progress.skipped
         line["seconds"] = round(clock.seconds, 1)
         self._finish(line)

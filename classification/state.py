@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,12 @@ def training_state(trainer: Trainer) -> dict[str, Any]:
     The student's running statistics are the mean over processes. Within an epoch, each process's own are beside them.
     """
     student, device = trainer.student, trainer.process.device
-    own: dict[str, Any] = {"random": random_state(device), "sums": trainer.sums.state_dict()}
+    data = trainer.options.data
+    own: dict[str, Any] = {
+        "random": random_state(device),
+        "sums": trainer.sums.state_dict(),
+        "broken": sorted(os.path.relpath(path, data) for path in trainer.intake.broken),
+    }
     if trainer.process.world > 1 and trainer.progress.step:
         own["buffers"] = {name: buffer.cpu() for name, buffer in student.named_buffers() if _differs(buffer)}
     mean = averaged_buffers(student)
@@ -104,6 +110,8 @@ def restore_training(trainer: Trainer, state: Mapping[str, Any]) -> None:
     if state["costs"] and trainer.process.is_main:
         trainer.distiller.load_cost_state_dict(state["costs"])
     processes = state["processes"]
+    broken = [path for own in processes for path in own.get("broken", ())]
+    trainer.intake.broken.update(os.path.join(trainer.options.data, path) for path in broken)
     step = state["progress"]["step"]
     if state["together"] != trainer.together:  # as many images are done, rounded to whole steps
         step = min(trainer.order.steps, step * state["together"] // trainer.together)
