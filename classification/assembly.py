@@ -21,7 +21,7 @@ from classification.engine import Trainer
 from classification.errors import UserError, user_errors
 from classification.features import FeaturePair, margins, pair_features, published_factors
 from classification.models import architecture, build, measure_features
-from classification.options import logit_loss
+from classification.options import SUMMED_LOSSES, logit_loss
 from classification.weights import (
     digest,
     load_file,
@@ -38,7 +38,6 @@ __all__ = ["TeacherNetwork", "make_student", "make_teacher", "make_trainer"]
 logger = logging.getLogger(__name__)
 
 _DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-_SUMMED = ("partial_l2", "mse")  # losses that are summed over an image and take the published factors
 
 
 @dataclass(frozen=True)
@@ -160,7 +159,7 @@ def _make_distiller(
         logger.info(
             "feature %s: student %s x %s x %s, teacher %s x %s x %s", name, *student_maps[name], *teacher_maps[name]
         )
-    summed = options.loss in _SUMMED
+    summed = options.loss in SUMMED_LOSSES
     weights = published_factors(every, options.loss_factor) if summed else dict.fromkeys(pairs, options.loss_weight)
     with user_errors():
         return MatchingGuidedDistiller(

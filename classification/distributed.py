@@ -108,6 +108,7 @@ def say(error: UserError, rank: int | None = None) -> int:
 
 def _torchrun_process(options: argparse.Namespace) -> Process:
     local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    _check_named_gpu(options, local_world)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     return Process(rank, world, local_rank, local_world, _device(options, local_rank))
 
@@ -128,6 +129,7 @@ def _spawn(work: Work, options: argparse.Namespace) -> int:
     here = options.nproc or (torch.cuda.device_count() if _device(options, 0).type == "cuda" else 1)
     if options.batch_size < here:
         raise UserError(f"--batch-size {options.batch_size} is smaller than the number of processes, {here}.")
+    _check_named_gpu(options, here)
     url = _url(options)
     if node == 0:
         _check_port(url)
@@ -255,6 +257,15 @@ def _device(options: argparse.Namespace, local_rank: int) -> torch.device:
             raise UserError(f"GPU {index} was asked for, and PyTorch sees {torch.cuda.device_count()} GPU(s).")
         return torch.device("cuda", index)
     return wanted
+
+
+def _check_named_gpu(options: argparse.Namespace, processes: int) -> None:
+    named = f"--device {options.device}" if options.gpu is None else f"--gpu {options.gpu}"
+    if processes > 1 and (options.gpu is not None or options.device.startswith("cuda:")):
+        raise UserError(
+            f"{named} is one GPU for all of the {processes} processes of this machine, which take one each: leave it "
+            "out, and choose GPUs by CUDA_VISIBLE_DEVICES."
+        )
 
 
 # ---- what processes tell each other; each of these does nothing in a single process

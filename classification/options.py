@@ -26,7 +26,10 @@ from d2_mgd.distill.registry import names
 from d2_mgd.matching import MODES
 from d2_mgd.matching.cost import METRICS
 
-__all__ = ["logit_loss", "parse_base", "parse_mgd", "rematch_schedule", "weight_schedule"]
+__all__ = ["SUMMED_LOSSES", "logit_loss", "parse_base", "parse_mgd", "rematch_schedule", "weight_schedule"]
+
+
+SUMMED_LOSSES = ("partial_l2", "mse")  # over an image; they take the published factors
 
 
 class _Parser(argparse.ArgumentParser):
@@ -56,8 +59,9 @@ def parse_mgd(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = _Parser(prog="main_mgd.py", description="Distil a teacher into a student by Matching Guided Distillation.")
     _add_common(parser, nesterov=1, drops=[31, 61, 81])
     _add_distillation(parser)
-    options = parser.parse_args(arguments)
+    options, given = _parse(parser, arguments)
     options.with_kd = bool(options.mgd_with_kd) or options.distiller == "kd"
+    _check_in_vain(options, given)
     if options.with_kd:
         logit_loss(options)
     if options.distiller == "kd":
@@ -69,6 +73,30 @@ def parse_mgd(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     rematch_schedule(options)
     weight_schedule(options)
     return options
+
+
+def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """The options, and the names of those that the command line gave a value."""
+    defaults = vars(parser.parse_args(["DATA"]))
+    options = parser.parse_args(arguments, argparse.Namespace(**dict.fromkeys(defaults)))
+    given = [name for name, value in vars(options).items() if value is not None]
+    for name in defaults.keys() - set(given):
+        setattr(options, name, defaults[name])
+    return options, given
+
+
+def _check_in_vain(options: argparse.Namespace, given: Sequence[str]) -> None:
+    """Refuse what was asked for and would change nothing."""
+    about_logits = next((name for name in given if name.startswith("kd_")), None)
+    if about_logits is not None and not options.with_kd:
+        raise UserError(
+            f"--{about_logits.replace('_', '-')} is about the logits, which are not distilled: add --mgd-with-kd 1, or "
+            "--distiller kd, or leave it out."
+        )
+    if options.loss in SUMMED_LOSSES and "loss_weight" in given:
+        raise UserError(f"--loss-weight is not used by --loss {options.loss}, which --loss-factor divides.")
+    if options.loss not in SUMMED_LOSSES and "loss_factor" in given:
+        raise UserError(f"--loss-factor is not used by --loss {options.loss}, which --loss-weight multiplies.")
 
 
 def _add_common(parser: argparse.ArgumentParser, nesterov: int, drops: list[int]) -> None:

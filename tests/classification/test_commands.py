@@ -224,6 +224,11 @@ MISTAKES = [
     (["--mgd-reducer", "best"], "argument --mgd-reducer: invalid choice: 'best' (choose from "),
     (["--mgd-with-kd", "1", "--kd-options", "beta"], "--kd-options takes NAME=NUMBER, such as beta=8, not 'beta'"),
     (["--distiller", "kd", "--kd-options", "beta=8"], "logit loss 'kd' has no option beta; it has: temperature"),
+    (["--kd-temperature", "1.5"], "--kd-temperature is about the logits, which are not distilled: add --mgd-with-kd 1"),
+    (["--mgd-with-kd", "0", "--kd-options", "a=1"], "--kd-options is about the logits, which are not distilled"),
+    (["--loss-weight", "1"], "--loss-weight is not used by --loss partial_l2, which --loss-factor divides."),
+    (["--loss", "mse", "--loss-weight", "2"], "--loss-weight is not used by --loss mse"),
+    (["--loss", "pearson", "--loss-factor", "10"], "--loss-factor is not used by --loss pearson, which --loss-weight"),
     (["--mgd-spatial", "boxes"], "argument --mgd-spatial: invalid choice: 'boxes'"),
     (["--unknown"], "unrecognized arguments: --unknown"),
     (["--momentum", "0"], "--nesterov 1 needs a --momentum above 0"),
@@ -239,6 +244,8 @@ MISTAKES = [
     (["--resume", "none/checkpoint.pth", "--output-dir", "elsewhere"], "goes on in its own folder"),
     (["--world-size", "3", "--rank", "5", "--dist-url", "tcp://localhost:1"], "--rank must be 0 to 2"),
     (["--world-size", "2", "--rank", "1"], "several machines need --dist-url"),
+    (["--multiprocessing-distributed", "--nproc", "2", "--gpu", "0"], "--gpu 0 is one GPU for all of the 2 processes"),
+    (["--multiprocessing-distributed", "--nproc", "2", "--device", "cuda:1"], "--device cuda:1 is one GPU for all"),
     (["--batch-size", "1", "--multiprocessing-distributed", "--nproc", "2"], "smaller than the number of processes, 2"),
 ]
 

@@ -199,6 +199,12 @@ def test_a_port_in_use(mgd: Run, data: Path, resnet18_file: Path, capsys: pytest
     assert "is not of the form tcp://ADDRESS:PORT" in capsys.readouterr().err
 
 
+def test_one_gpu_for_the_processes_of_torchrun(data: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    words = [data, *SMALL[:-2], "--arch", "shufflenet_v2_x0_5", "--gpu", 0, "--output-dir", tmp_path / "run"]
+    assert in_processes(words, 2, main_base.main) == [2, 2]
+    assert capfd.readouterr().err.count("--gpu 0 is one GPU for all of the 2 processes of this machine") == 1
+
+
 def test_synchronised_norms_keep_weights_and_names() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.BatchNorm2d(4, eps=1e-3, momentum=0.2)))
     nn.init.normal_(network[1][0].weight)
