@@ -27,6 +27,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
 from classification.errors import UserError
+from d2_mgd.data.class_folders import class_names, files_below
 from d2_mgd.data.images import eight_bits
 from d2_mgd.reliability import loader_process_signals
 
@@ -97,10 +98,10 @@ def find_classes(data: Path, evaluation: str | None = None) -> tuple[Path, Path,
             raise UserError(
                 f"there is no folder {split}: {data} needs train/ and valid/ (or val/, or --val-split); has {there}."
             )
-    classes = _class_names(train)
+    classes = tuple(class_names(train))
     if len(classes) < 2:
         raise UserError(f"{train} has {len(classes)} class folder(s), and telling classes apart needs two or more.")
-    strangers = sorted(set(_class_names(data / evaluation)) - set(classes))
+    strangers = sorted(set(class_names(data / evaluation)) - set(classes))
     if strangers:
         raise UserError(
             f"{data / evaluation} has {len(strangers)} class folder(s) that {train} lacks, such as {strangers[0]!r}."
@@ -128,25 +129,21 @@ def find_folders(data: Path, evaluation: str | None = None) -> tuple[Folder, Fol
     return training, held_out
 
 
-def _class_names(root: Path) -> tuple[str, ...]:
-    return tuple(sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")))
-
-
 def _scan(root: Path, classes: Sequence[str]) -> Folder:
     files: list[bytes] = []
     targets: list[int] = []
     for number, name in enumerate(classes):
-        for folder, subfolders, names in os.walk(root / name, followlinks=True):
-            subfolders.sort()
+        for folder, names in files_below(root / name, _refused):
             inside = os.path.relpath(folder, root)
-            found = [
-                os.fsencode(os.path.join(inside, file))
-                for file in sorted(names)
-                if file.lower().endswith(IMG_EXTENSIONS)
-            ]
+            found = [os.fsencode(os.path.join(inside, file)) for file in names if file.lower().endswith(IMG_EXTENSIONS)]
             files += found
             targets += [number] * len(found)
     return Folder(root, tuple(classes), np.array(files, dtype=np.bytes_), np.array(targets, dtype=np.int64))
+
+
+def _refused(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):  # the evaluation split may lack a class
+        raise UserError(f"the folder {error.filename} cannot be listed: {error.strerror}.") from error
 
 
 # ---- images

@@ -38,11 +38,11 @@ def classification_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from classification import main_base, main_mgd
 
     folder = tmp_path_factory.mktemp("classification")
-    _images(folder / "insects")
+    data = _images(folder / "insects")
     torch.manual_seed(1)
     teacher = torchvision.models.resnet18(num_classes=len(SPECIES))
     torch.save({"state_dict": teacher.state_dict(), "arch": "resnet18"}, folder / "teacher.pth")
-    small = "--image-size 32 --epochs 2 --batch-size 6 --lr 0.01 --workers 0 --device cpu insects".split()
+    small = f"--image-size 32 --epochs 2 --batch-size 6 --lr 0.01 --workers 0 --device cpu {data.name}".split()
     base = [*small, "--arch", "shufflenet_v2_x0_5"]
     distil = ["--teacher-arch", "resnet18", "--teacher-resume", str(folder / "teacher.pth"), "--mgd-update-freq", "1"]
     with pytest.MonkeyPatch.context() as patch:
