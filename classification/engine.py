@@ -264,7 +264,8 @@ class Trainer:
         random = random_state(self.process.device)
         factor = self.weight.factor(self.finished_steps / self.order.steps)
         gradients = self.stepper.backward(batch, factor > 0.0 and self._observing(), factor)
-        # In one exchange: whether to leave, and the first that is not finite, of all processes.
+        # In one exchange: whether to leave, and the first that is not finite, of all processes. To read it is to wait
+        # for the device, once a step and in a single process too: until it is known, the weights may not change.
         world = self.process.world
         first = gradients.offence * world + self.process.rank
         first = torch.where(gradients.offence > FINE, _OFFENCES - first, 0)

@@ -4,11 +4,13 @@ import argparse
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from classification.assembly import TeacherNetwork, make_trainer
 from classification.data import IMAGENET, find_folders
@@ -81,6 +83,27 @@ def test_sums_do_not_depend_on_how_images_are_batched() -> None:
     copy = Sums(CPU)
     copy.load_state_dict(sums.state_dict())
     assert copy.totals(["loss"]) == sums.totals(["loss"])
+
+
+def test_counting_sends_nothing_to_the_device() -> None:
+    """A number that travels there makes the process wait; ``meta`` stands for a GPU."""
+
+    class Sent(TorchDispatchMode):
+        found: ClassVar[list[str]] = []
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if any(isinstance(value, Tensor) and value.device.type == "cpu" for value in args):
+                self.found.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    meta = torch.device("meta")
+    sums = Sums(meta)
+    with Sent():
+        for _ in range(2):
+            wrong = errors(torch.empty(8, 7, device=meta), torch.empty(8, dtype=torch.int64, device=meta))
+            sums.add(8, wrong)
+    assert Sent.found == []
+    assert {value.device for value in sums.values.values()} == {meta}
 
 
 def test_table_is_aligned() -> None:
