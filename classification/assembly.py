@@ -14,15 +14,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from classification.data import Folder, ImageDataset
+from classification.data import Folder, ImageDataset, image_statistics, renormalize
 from classification.distillation import DistillationStep, Precision, Student, Teacher
 from classification.distributed import Process, first_then_others, synchronised_norms
 from classification.engine import Trainer
 from classification.errors import UserError, user_errors
 from classification.features import FeaturePair, margins, pair_features, published_factors
-from classification.models import TIMM, architecture, build, measure_features
-from classification.options import logit_loss
-from classification.weights import digest, load_file, load_weights, network_from_file, pretrained_network
+from classification.models import architecture, build, measure_features
+from classification.options import SUMMED_LOSSES, logit_loss
+from classification.weights import (
+    digest,
+    load_file,
+    load_weights,
+    network_from_file,
+    pretrained_network,
+    pretrained_teacher,
+)
 from d2_mgd.distill import MatchingGuidedDistiller
 from d2_mgd.reliability import StopRequest
 
@@ -31,8 +38,6 @@ __all__ = ["TeacherNetwork", "make_student", "make_teacher", "make_trainer"]
 logger = logging.getLogger(__name__)
 
 _DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-_SUMMED = ("partial_l2", "mse")  # losses that are summed over an image and take the published factors
-_IMAGENET_CLASSES = 1000
 
 
 @dataclass(frozen=True)
@@ -86,8 +91,8 @@ def make_teacher(process: Process, options: argparse.Namespace, num_classes: int
         record = {"arch": name, "file": str(path.resolve()), "sha256": digest(path)}
     else:
         with first_then_others(process):
-            network, classes = pretrained_network(name, num_classes, new_head=False), _IMAGENET_CLASSES
-        record = {"arch": name, "file": "timm" if name.startswith(TIMM) else "torchvision IMAGENET1K_V1"}
+            network, classes, source = pretrained_teacher(name)
+        record = {"arch": name, "file": source}
     if classes != num_classes and not features_only:
         raise UserError(
             f"the teacher tells {classes} classes apart and the data has {num_classes}: train it on the data first "
@@ -115,6 +120,7 @@ def make_trainer(
     if options.sync_bn and process.world > 1:
         network = synchronised_norms(network, process.device)
     precision = Precision(_DTYPES[options.mixed_precision])
+    statistics = image_statistics(network)
     student = Student(
         network.to(memory_format=torch.channels_last),
         {name: pair.student for name, pair in pairs.items()},
@@ -125,8 +131,11 @@ def make_trainer(
     frozen = None
     if teacher is not None and options.method != "base":
         taps = {name: pair.teacher for name, pair in pairs.items()}
-        frozen = Teacher(teacher.network.to(memory_format=torch.channels_last), taps, options.with_kd, precision)
-    if teacher is not None:
+        images = renormalize(statistics, image_statistics(teacher.network))
+        frozen = Teacher(
+            teacher.network.to(memory_format=torch.channels_last), taps, options.with_kd, precision, images
+        ).to(process.device)
+    elif teacher is not None:
         teacher.network.to(process.device)
     step = _wrapped(process, options, student, frozen)
     record = None if teacher is None else teacher.record
@@ -150,7 +159,7 @@ def _make_distiller(
         logger.info(
             "feature %s: student %s x %s x %s, teacher %s x %s x %s", name, *student_maps[name], *teacher_maps[name]
         )
-    summed = options.loss in _SUMMED
+    summed = options.loss in SUMMED_LOSSES
     weights = published_factors(every, options.loss_factor) if summed else dict.fromkeys(pairs, options.loss_weight)
     with user_errors():
         return MatchingGuidedDistiller(

@@ -27,6 +27,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
 from classification.errors import UserError
+from d2_mgd.data.class_folders import class_names, files_below
 from d2_mgd.data.images import eight_bits
 from d2_mgd.reliability import loader_process_signals
 
@@ -37,17 +38,18 @@ __all__ = [
     "Key",
     "Normalize",
     "ShuffledBatches",
+    "Statistics",
     "StridedBatches",
     "find_classes",
     "find_folders",
+    "image_statistics",
     "loader",
     "rematch_indices",
+    "renormalize",
 ]
 
 logger = logging.getLogger(__name__)
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 _LONGEST = 100  # times the shorter side
 
 
@@ -96,10 +98,10 @@ def find_classes(data: Path, evaluation: str | None = None) -> tuple[Path, Path,
             raise UserError(
                 f"there is no folder {split}: {data} needs train/ and valid/ (or val/, or --val-split); has {there}."
             )
-    classes = _class_names(train)
+    classes = tuple(class_names(train))
     if len(classes) < 2:
         raise UserError(f"{train} has {len(classes)} class folder(s), and telling classes apart needs two or more.")
-    strangers = sorted(set(_class_names(data / evaluation)) - set(classes))
+    strangers = sorted(set(class_names(data / evaluation)) - set(classes))
     if strangers:
         raise UserError(
             f"{data / evaluation} has {len(strangers)} class folder(s) that {train} lacks, such as {strangers[0]!r}."
@@ -127,25 +129,21 @@ def find_folders(data: Path, evaluation: str | None = None) -> tuple[Folder, Fol
     return training, held_out
 
 
-def _class_names(root: Path) -> tuple[str, ...]:
-    return tuple(sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")))
-
-
 def _scan(root: Path, classes: Sequence[str]) -> Folder:
     files: list[bytes] = []
     targets: list[int] = []
     for number, name in enumerate(classes):
-        for folder, subfolders, names in os.walk(root / name, followlinks=True):
-            subfolders.sort()
+        for folder, names in files_below(root / name, _refused):
             inside = os.path.relpath(folder, root)
-            found = [
-                os.fsencode(os.path.join(inside, file))
-                for file in sorted(names)
-                if file.lower().endswith(IMG_EXTENSIONS)
-            ]
+            found = [os.fsencode(os.path.join(inside, file)) for file in names if file.lower().endswith(IMG_EXTENSIONS)]
             files += found
             targets += [number] * len(found)
     return Folder(root, tuple(classes), np.array(files, dtype=np.bytes_), np.array(targets, dtype=np.int64))
+
+
+def _refused(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):  # the evaluation split may lack a class
+        raise UserError(f"the folder {error.filename} cannot be listed: {error.strerror}.") from error
 
 
 # ---- images
@@ -253,19 +251,50 @@ def _collate(items: list[Item]) -> Batch:
     return Batch(images, targets, [path for item in items for path in item.broken])
 
 
-class Normalize(nn.Module):
-    """(N, 3, H, W) uint8 -> float32 with ImageNet's mean and standard deviation."""
+class Statistics(NamedTuple):
+    """Of the images that a network is made for: mean and standard deviation of each channel, white being 1."""
 
-    def __init__(self) -> None:
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+IMAGENET = Statistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def image_statistics(network: nn.Module) -> Statistics:
+    """timm's networks have their own; all others take ImageNet's."""
+    known: Any = getattr(network, "pretrained_cfg", None) or {}
+    return Statistics(tuple(known.get("mean", IMAGENET.mean)), tuple(known.get("std", IMAGENET.std)))
+
+
+class _Affine(nn.Module):
+    """(N, 3, H, W) -> float32, each channel scaled and shifted."""
+
+    def __init__(self, scale: Tensor, shift: Tensor) -> None:
         super().__init__()
-        mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
-        self.register_buffer("scale", (1.0 / (255.0 * std)).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("shift", (-mean / std).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("scale", scale.view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("shift", shift.view(1, 3, 1, 1), persistent=False)
         self.scale: Tensor
         self.shift: Tensor
 
     def forward(self, images: Tensor) -> Tensor:
         return torch.addcmul(self.shift, images.float(), self.scale)
+
+
+class Normalize(_Affine):
+    """(N, 3, H, W) uint8 -> float32 with a mean of 0 and a standard deviation of 1 over such images."""
+
+    def __init__(self, statistics: Statistics = IMAGENET) -> None:
+        mean, std = torch.tensor(statistics.mean), torch.tensor(statistics.std)
+        super().__init__(1.0 / (255.0 * std), -mean / std)
+
+
+def renormalize(before: Statistics, after: Statistics) -> nn.Module:
+    """(N, 3, H, W) normalised by one network's statistics -> by another's; the same images where these agree."""
+    if before == after:
+        return nn.Identity()
+    mean, std = torch.tensor(after.mean), torch.tensor(after.std)
+    return _Affine(torch.tensor(before.std) / std, (torch.tensor(before.mean) - mean) / std)
 
 
 # ---- which images, in which order

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from d2_mgd.distill import FeatureTaps, LogitLoss, MatchingGuidedDistiller, Tap
 
-__all__ = ["DistillationStep", "Forward", "Precision", "Student", "Teacher"]
+__all__ = ["Classifier", "DistillationStep", "Forward", "Precision", "Student", "Teacher"]
 
 Maps = dict[str, Tensor]
 
@@ -53,6 +53,28 @@ class Precision:
         return torch.autocast(device.type, dtype=self.dtype or torch.bfloat16, enabled=self.dtype is not None)
 
 
+class Classifier(nn.Module):
+    """A network alone, to be evaluated as it is trained.
+
+    Args:
+        network: the student, or the teacher.
+        precision: of the forward.
+        renormalize: from the student's images to the network's.
+    """
+
+    def __init__(self, network: nn.Module, precision: Precision, renormalize: nn.Module | None = None) -> None:
+        super().__init__()
+        self.network = network
+        self.precision = precision
+        self.renormalize = renormalize or nn.Identity()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) -> (N, K) float32 logits."""
+        with self.precision.on(images.device):
+            logits: Tensor = self.network(self.renormalize(images))
+        return logits.float()
+
+
 class Teacher(nn.Module):
     """A frozen network and the maps of it that are wanted; always in eval mode.
 
@@ -61,26 +83,37 @@ class Teacher(nn.Module):
         taps: feature name -> where; none for distillation of the logits alone.
         with_logits: also run the head.
         precision: of the forward; float32 by default.
+        renormalize: from the student's images to the teacher's.
     """
 
     def __init__(
-        self, network: nn.Module, taps: Mapping[str, Tap], with_logits: bool, precision: Precision | None = None
+        self,
+        network: nn.Module,
+        taps: Mapping[str, Tap],
+        with_logits: bool,
+        precision: Precision | None = None,
+        renormalize: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.network = network.requires_grad_(False).eval()
         self.taps = FeatureTaps(network, taps) if taps else None
         self.with_logits = with_logits
         self.precision = precision or Precision()
+        self.renormalize = renormalize or nn.Identity()
 
     def train(self, mode: bool = True) -> Teacher:
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, images: Tensor, with_logits: bool | None = None) -> tuple[Maps, Tensor | None]:
-        """Maps by name, and logits (N, K) or None; without logits the forward ends at the deepest tap."""
+        """Maps by name, and logits (N, K) or None; without logits the forward ends at the deepest tap.
+
+        ``images`` are normalised for the student.
+        """
         with_logits = self.with_logits if with_logits is None else with_logits
         # The taps of a replica of DataParallel belong to the original network, so a replica runs to the end.
         replica = getattr(self, "_is_replica", False)
+        images = self.renormalize(images)
         with self.precision.on(images.device):
             if self.taps is not None and not with_logits and not replica:
                 return self.taps.run(images), None

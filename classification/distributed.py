@@ -42,6 +42,7 @@ __all__ = [
     "say",
     "sum_over_processes",
     "synchronised_norms",
+    "union_over_processes",
 ]
 
 _TORCHRUN = "env://"
@@ -107,6 +108,7 @@ def say(error: UserError, rank: int | None = None) -> int:
 
 def _torchrun_process(options: argparse.Namespace) -> Process:
     local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    _check_named_gpu(options, local_world)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     return Process(rank, world, local_rank, local_world, _device(options, local_rank))
 
@@ -127,6 +129,7 @@ def _spawn(work: Work, options: argparse.Namespace) -> int:
     here = options.nproc or (torch.cuda.device_count() if _device(options, 0).type == "cuda" else 1)
     if options.batch_size < here:
         raise UserError(f"--batch-size {options.batch_size} is smaller than the number of processes, {here}.")
+    _check_named_gpu(options, here)
     url = _url(options)
     if node == 0:
         _check_port(url)
@@ -256,6 +259,15 @@ def _device(options: argparse.Namespace, local_rank: int) -> torch.device:
     return wanted
 
 
+def _check_named_gpu(options: argparse.Namespace, processes: int) -> None:
+    named = f"--device {options.device}" if options.gpu is None else f"--gpu {options.gpu}"
+    if processes > 1 and (options.gpu is not None or options.device.startswith("cuda:")):
+        raise UserError(
+            f"{named} is one GPU for all of the {processes} processes of this machine, which take one each: leave it "
+            "out, and choose GPUs by CUDA_VISIBLE_DEVICES."
+        )
+
+
 # ---- what processes tell each other; each of these does nothing in a single process
 
 
@@ -310,6 +322,15 @@ def gather_objects(value: Any) -> list[Any]:
     gathered: list[Any] = [None] * dist.get_world_size() if dist.get_rank() == 0 else []
     dist.gather_object(value, gathered if dist.get_rank() == 0 else None, dst=0)
     return gathered
+
+
+def union_over_processes(values: set[str]) -> set[str]:
+    """What any of the processes has, in all."""
+    if not _together():
+        return values
+    gathered: list[set[str]] = [set()] * dist.get_world_size()
+    dist.all_gather_object(gathered, values)
+    return set().union(*gathered)
 
 
 @contextlib.contextmanager

@@ -15,9 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from classification.checkpoint import Checkpoints
-from classification.data import Batch, ImageDataset, ShuffledBatches, StridedBatches, loader, rematch_indices
-from classification.distillation import Student
-from classification.distributed import Process, average_buffers, fail_together, largest
+from classification.data import (
+    Batch,
+    ImageDataset,
+    ShuffledBatches,
+    StridedBatches,
+    image_statistics,
+    loader,
+    rematch_indices,
+    renormalize,
+)
+from classification.distillation import Classifier, Student
+from classification.distributed import Process, average_buffers, fail_together, largest, union_over_processes
 from classification.errors import CommonError, UserError, user_errors
 from classification.evaluation import Evaluation, Intake, Interrupted, evaluate, leave_if_told, progress_bar
 from classification.metrics import Journal, Sums, Throughput
@@ -97,7 +106,8 @@ class Trainer:
         self.step = step
         self.data = data
         self.teacher = dict(teacher) if teacher else None
-        self.intake = Intake(process.device, options.skip_broken_images)
+        self.statistics = image_statistics(student.network)
+        self.intake = Intake(process.device, options.skip_broken_images, self.statistics)
         self.progress = Progress(epoch=options.start_epoch)
         self.sums = Sums(process.device)
         self.summed: list[str] = []  # names of what is summed over the epoch
@@ -205,7 +215,7 @@ class Trainer:
             if options.mgd_update_source == "pass" or not self.distiller.matched:
                 self._observe_pass(epoch + 1)
             line.update(self._rematch(epoch + 1))
-        line["broken_images"] = len(self.intake.broken)
+        line["broken_images"] = len(union_over_processes(self.intake.broken))
         line["skipped_steps"] = self.progress.skipped
         line["seconds"] = round(clock.seconds, 1)
         self._finish(line)
@@ -255,7 +265,8 @@ class Trainer:
         random = random_state(self.process.device)
         factor = self.weight.factor(self.finished_steps / self.order.steps)
         gradients = self.stepper.backward(batch, factor > 0.0 and self._observing(), factor)
-        # In one exchange: whether to leave, and the first that is not finite, of all processes.
+        # In one exchange: whether to leave, and the first that is not finite, of all processes. To read it is to wait
+        # for the device, once a step and in a single process too: until it is known, the weights may not change.
         world = self.process.world
         first = gradients.offence * world + self.process.rank
         first = torch.where(gradients.offence > FINE, _OFFENCES - first, 0)
@@ -345,13 +356,14 @@ class Trainer:
 
     def evaluate(self, network: nn.Module | None = None) -> Evaluation:
         """A network, by default the student, on the evaluation split (collective)."""
-        model = self.student.network if network is None else network
+        network = self.student.network if network is None else network
+        renormalized = renormalize(self.statistics, image_statistics(network)).to(self.process.device)
+        model: nn.Module = Classifier(network, self.student.precision, renormalized)
         if isinstance(self.step, nn.DataParallel):
             model = nn.DataParallel(model)
         data = self.data["valid"]
         batches = self._strided(data, range(len(data)))
-        precision, is_main = self.student.precision, self.process.is_main
-        return evaluate(model, batches, self.intake, precision, "evaluation", is_main, self.stop)
+        return evaluate(model, batches, self.intake, "evaluation", self.process.is_main, self.stop)
 
     def _strided(self, data: ImageDataset, indices: Any) -> Any:
         order = StridedBatches(indices, self.batch_size, self.process.rank, self.process.world)

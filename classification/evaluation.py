@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from classification.data import Batch, Normalize
-from classification.distillation import Precision
+from classification.data import IMAGENET, Batch, Normalize, Statistics
 from classification.distributed import largest
 from classification.errors import UserError
 from classification.metrics import Sums, errors
@@ -55,12 +54,13 @@ class Intake:
     Args:
         device: where the network is.
         skip_broken: go on without images that cannot be read.
+        statistics: those that the network takes images by.
     """
 
-    def __init__(self, device: torch.device, skip_broken: bool) -> None:
+    def __init__(self, device: torch.device, skip_broken: bool, statistics: Statistics = IMAGENET) -> None:
         self.device = device
         self.skip_broken = skip_broken
-        self.normalize = Normalize().to(device)
+        self.normalize = Normalize(statistics).to(device)
         self.broken: set[str] = set()
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -104,10 +104,10 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(
-    model: nn.Module, batches: Any, intake: Intake, precision: Precision, what: str, is_main: bool, stop: StopRequest
-) -> Evaluation:
+def evaluate(model: nn.Module, batches: Any, intake: Intake, what: str, is_main: bool, stop: StopRequest) -> Evaluation:
     """Evaluate on this process's share of the images; each image counts once (collective at the end).
+
+    ``model`` gives (N, K) float32 logits of what ``intake`` gives of ``batches``.
 
     Raises:
         UserError: not one image could be read.
@@ -120,9 +120,7 @@ def evaluate(
             break
         images, targets = intake(batch)
         if images.shape[0]:
-            with precision.on(intake.device):
-                logits = model(images)
-            logits = logits.float()
+            logits = model(images)
             losses = nn.functional.cross_entropy(logits, targets, reduction="sum")
             sums.add(images.shape[0], {"loss": losses, **errors(logits, targets)})
     leave_if_told(stop, intake.device)

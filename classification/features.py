@@ -28,55 +28,75 @@ class FeaturePair:
         student: tap of the student.
         teacher: tap of the teacher.
         norm: dotted path of the teacher's batch-norm for the margins; None: the last one inside the tapped module.
+        deeper: how many features are deeper, for the published factors.
         distilled: whether it is compared; features that are not still count in the published factors.
     """
 
     student: Tap
     teacher: Tap
     norm: str | None
+    deeper: int
     distilled: bool = True
 
 
 def pair_features(student: str, teacher: str, specs: Sequence[str] | None = None) -> dict[str, FeaturePair]:
-    """Name -> the pair, shallow to deep.
+    """Name -> the pair, in the order of the table or of ``specs``.
 
     Args:
         student: architecture.
         teacher: architecture.
         specs: what ``--features`` was given; None for the table's features, of which the student's ignored ones are not
-            distilled. A bare name takes both modules from the table. ``MODULE@pre`` taps before the last activation.
+            distilled. A bare name takes both modules and its depth from the table; named modules go from shallow to
+            deep. ``MODULE@pre`` taps before the last activation.
 
     Raises:
         UserError: no features are known for a network, or a spec cannot be understood.
     """
-    student_row, teacher_row = architecture(student), architecture(teacher)
     if specs is None:
-        for name, row in ((student, student_row), (teacher, teacher_row)):
-            if not row.features:
-                raise UserError(f"where to tap {name} is not known: name its modules with --features {_FORM}.")
-        return {
-            name: FeaturePair(
-                student_row.features[name].tap,
-                teacher_row.features[name].tap,
-                teacher_row.features[name].norm,
-                name not in student_row.ignored,
-            )
-            for name in student_row.features
-        }
+        return _table_pairs(student, teacher)
     pairs: dict[str, FeaturePair] = {}
-    for spec in specs:
+    for index, spec in enumerate(specs):
         name, _, modules = spec.partition("=")
         parts = modules.split(":") if modules else []
         if not name or name in pairs or len(parts) > 3 or not all(parts):
             raise UserError(f"--features {spec}: expected a new {_FORM}.")
-        student_tap = _tap(parts[0]) if parts else _known(name, student, student_row.features).tap
-        if len(parts) > 1:
-            teacher_tap, norm = _tap(parts[1]), parts[2] if len(parts) == 3 else None
-        else:
-            known = _known(name, teacher, teacher_row.features)
-            teacher_tap, norm = known.tap, known.norm
-        pairs[name] = FeaturePair(student_tap, teacher_tap, norm)
+        pairs[name] = _named_pair(student, teacher, name, parts, deeper=len(specs) - 1 - index)
     return pairs
+
+
+def _table_pairs(student: str, teacher: str) -> dict[str, FeaturePair]:
+    student_row, teacher_row = architecture(student), architecture(teacher)
+    for name, row in ((student, student_row), (teacher, teacher_row)):
+        if not row.features:
+            raise UserError(f"where to tap {name} is not known: name its modules with --features {_FORM}.")
+    return {
+        name: FeaturePair(
+            student_row.features[name].tap,
+            teacher_row.features[name].tap,
+            teacher_row.features[name].norm,
+            _deeper(name, student_row.features),
+            name not in student_row.ignored,
+        )
+        for name in student_row.features
+    }
+
+
+def _named_pair(student: str, teacher: str, name: str, parts: list[str], deeper: int) -> FeaturePair:
+    """Of a spec: its name and modules. ``deeper`` specs follow, which a name of the table does not depend on."""
+    student_row, teacher_row = architecture(student), architecture(teacher)
+    if parts:
+        student_tap = _tap(parts[0])
+    else:
+        student_tap = _known(name, student, student_row.features).tap
+        deeper = _deeper(name, student_row.features)
+    if len(parts) > 1:
+        return FeaturePair(student_tap, _tap(parts[1]), parts[2] if len(parts) == 3 else None, deeper)
+    known = _known(name, teacher, teacher_row.features)
+    return FeaturePair(student_tap, known.tap, known.norm, deeper)
+
+
+def _deeper(name: str, features: Mapping[str, Feature]) -> int:
+    return len(features) - 1 - list(features).index(name)
 
 
 def _known(feature: str, name: str, features: Mapping[str, Feature]) -> Feature:
@@ -92,13 +112,8 @@ def _tap(text: str) -> Tap:
 
 
 def published_factors(pairs: dict[str, FeaturePair], loss_factor: float) -> dict[str, float]:
-    """Distilled feature -> 1 / loss_factor / 2^(L - 1 - i), i of all L features, for losses summed over an image."""
-    last = len(pairs) - 1
-    return {
-        name: 1.0 / loss_factor / 2.0 ** (last - index)
-        for index, (name, pair) in enumerate(pairs.items())
-        if pair.distilled
-    }
+    """Distilled feature -> 1 / loss_factor / 2^(features that are deeper), for losses summed over an image."""
+    return {name: 1.0 / loss_factor / 2.0**pair.deeper for name, pair in pairs.items() if pair.distilled}
 
 
 def margins(name: str, teacher: nn.Module, pairs: dict[str, FeaturePair]) -> dict[str, Tensor]:

@@ -29,8 +29,8 @@ def errors(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
     """How many of N images are not among the best class, and not among the best five (or K, if fewer)."""
     best = logits.topk(min(5, logits.shape[1]), dim=1).indices
     hits = best == targets.unsqueeze(1)
-    wrong = targets.new_tensor(targets.shape[0])
-    return {"err1": wrong - hits[:, 0].sum(), "err5": wrong - hits.sum()}
+    images = targets.shape[0]  # a tensor of it would wait for the device, to which the number has to go
+    return {"err1": images - hits[:, 0].sum(), "err5": images - hits.sum()}
 
 
 class Sums:
@@ -42,7 +42,8 @@ class Sums:
 
     def add(self, images: int, values: Mapping[str, Tensor]) -> None:
         """Add a batch: the number of images, and sums over them."""
-        for name, value in {"images": torch.tensor(float(images)), **values}.items():
+        count = torch.full((), images, dtype=torch.float64, device=self.device)  # filled there, not sent
+        for name, value in {"images": count, **values}.items():
             value = value.detach().to(device=self.device, dtype=torch.float64).sum()
             self.values[name] = self.values[name] + value if name in self.values else value
 

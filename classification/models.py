@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torchvision
@@ -166,7 +167,7 @@ def build(name: str, num_classes: int) -> nn.Module:
         return row.build(num_classes)
 
 
-def _timm_model(name: str, num_classes: int, pretrained: bool = False) -> nn.Module:
+def _timm_model(name: str, num_classes: int | None, pretrained: bool = False) -> nn.Module:
     try:
         import timm
     except ImportError as error:
@@ -175,7 +176,8 @@ def _timm_model(name: str, num_classes: int, pretrained: bool = False) -> nn.Mod
     if not timm.is_model(bare):
         near = ", ".join(timm.list_models(f"*{bare.split('_')[0]}*")[:20])
         raise UserError(f"timm has no model {bare!r}; near it there are: {near or 'none'}.")
-    return timm.create_model(bare, num_classes=num_classes, pretrained=pretrained)
+    head: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}  # None: the published head
+    return timm.create_model(bare, pretrained=pretrained, **head)
 
 
 @torch.no_grad()

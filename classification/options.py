@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from classification.checkpoint import CHECKPOINT
 from classification.errors import UserError, user_errors
 from d2_mgd.distill import (
     ALIGNMENTS,
@@ -25,7 +26,10 @@ from d2_mgd.distill.registry import names
 from d2_mgd.matching import MODES
 from d2_mgd.matching.cost import METRICS
 
-__all__ = ["logit_loss", "parse_base", "parse_mgd", "rematch_schedule", "weight_schedule"]
+__all__ = ["SUMMED_LOSSES", "logit_loss", "parse_base", "parse_mgd", "rematch_schedule", "weight_schedule"]
+
+
+SUMMED_LOSSES = ("partial_l2", "mse")  # over an image; they take the published factors
 
 
 class _Parser(argparse.ArgumentParser):
@@ -55,8 +59,9 @@ def parse_mgd(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = _Parser(prog="main_mgd.py", description="Distil a teacher into a student by Matching Guided Distillation.")
     _add_common(parser, nesterov=1, drops=[31, 61, 81])
     _add_distillation(parser)
-    options = parser.parse_args(arguments)
+    options, given = _parse(parser, arguments)
     options.with_kd = bool(options.mgd_with_kd) or options.distiller == "kd"
+    _check_in_vain(options, given)
     if options.with_kd:
         logit_loss(options)
     if options.distiller == "kd":
@@ -68,6 +73,30 @@ def parse_mgd(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     rematch_schedule(options)
     weight_schedule(options)
     return options
+
+
+def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """The options, and the names of those that the command line gave a value."""
+    defaults = vars(parser.parse_args(["DATA"]))
+    options = parser.parse_args(arguments, argparse.Namespace(**dict.fromkeys(defaults)))
+    given = [name for name, value in vars(options).items() if value is not None]
+    for name in defaults.keys() - set(given):
+        setattr(options, name, defaults[name])
+    return options, given
+
+
+def _check_in_vain(options: argparse.Namespace, given: Sequence[str]) -> None:
+    """Refuse what was asked for and would change nothing."""
+    about_logits = next((name for name in given if name.startswith("kd_")), None)
+    if about_logits is not None and not options.with_kd:
+        raise UserError(
+            f"--{about_logits.replace('_', '-')} is about the logits, which are not distilled: add --mgd-with-kd 1, or "
+            "--distiller kd, or leave it out."
+        )
+    if options.loss in SUMMED_LOSSES and "loss_weight" in given:
+        raise UserError(f"--loss-weight is not used by --loss {options.loss}, which --loss-factor divides.")
+    if options.loss not in SUMMED_LOSSES and "loss_factor" in given:
+        raise UserError(f"--loss-factor is not used by --loss {options.loss}, which --loss-weight multiplies.")
 
 
 def _add_common(parser: argparse.ArgumentParser, nesterov: int, drops: list[int]) -> None:
@@ -319,15 +348,27 @@ def _checked(options: argparse.Namespace) -> argparse.Namespace:
     if options.warmup:
         options.epochs += options.warmup_epochs
         options.lr_drop_epochs = [epoch + options.warmup_epochs for epoch in options.lr_drop_epochs]
+    options.data = options.data.resolve()  # whoever reads it later stands somewhere else
     _set_output_dir(options)
+    if options.evaluate and options.resume:
+        _name_evaluated_student(options)
     return options
+
+
+def _name_evaluated_student(options: argparse.Namespace) -> None:
+    """With --evaluate, --resume names the checkpoint whose student is looked at; as in a training, it goes before
+    pretrained weights."""
+    if options.student_resume:
+        raise UserError("--resume and --student-resume both name the student to evaluate: choose one.")
+    options.student_resume = options.output_dir / CHECKPOINT if options.resume == "auto" else Path(options.resume)
+    options.resume, options.use_pretrained = None, 0
 
 
 def _set_output_dir(options: argparse.Namespace) -> None:
     if options.resume in (None, "", "auto"):
         options.resume = options.resume or None
         if options.output_dir is None:
-            name = f"{options.data.resolve().name}.{options.arch.replace(':', '-')}.{options.method}"
+            name = f"{options.data.name}.{options.arch.replace(':', '-')}.{options.method}"
             options.output_dir = Path("output") / "classification" / name
         return
     folder = Path(options.resume).resolve().parent

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import platform
 import shlex
 import shutil
@@ -78,6 +79,14 @@ def _check(options: argparse.Namespace) -> None:
     for file in (options.student_resume, options.teacher_resume):
         if file is not None and not file.is_file():
             raise UserError(f"the file {file} does not exist.")
+    if not options.evaluate:
+        _check_output(options.output_dir)
+
+
+def _check_output(folder: Path) -> None:
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    if not there.is_dir():
+        raise UserError(f"--output-dir {folder} cannot be made, since {there} is a file: name a folder.")
 
 
 def _work(process: Process, options: argparse.Namespace) -> None:
@@ -176,25 +185,28 @@ def _find_resume(options: argparse.Namespace, restart: bool) -> Path | None:
 
 def _open_folder(options: argparse.Namespace, anew: bool) -> None:
     folder = options.output_dir
-    if anew:  # what an earlier run left must not be taken for this one's
-        Checkpoints(folder, options.keep_checkpoints).clear()
-        students = [
-            Path(name).with_suffix(end).name
-            for name in (STUDENT_LAST, STUDENT_BEST)
-            for end in (".pth", ".safetensors")
-        ]
-        for name in (*students, "metrics.json", "run.json", "log.txt"):
-            (folder / name).unlink(missing_ok=True)
-        for name in ("tensorboard", "matching", "nonfinite"):
-            shutil.rmtree(folder / name, ignore_errors=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if anew:
+            _clear(folder, options.keep_checkpoints)
         remove_leftovers(folder)
         handler = logging.FileHandler(folder / "log.txt")
     except OSError as error:
         raise UserError(f"--output-dir {folder} cannot be written to: {error.strerror}.") from error
     handler.setFormatter(logging.Formatter(_LOG_FORMAT))
     logging.getLogger().addHandler(handler)
+
+
+def _clear(folder: Path, keep: int) -> None:
+    """What an earlier run left must not be taken for this one's."""
+    Checkpoints(folder, keep).clear()
+    students = [
+        Path(name).with_suffix(end).name for name in (STUDENT_LAST, STUDENT_BEST) for end in (".pth", ".safetensors")
+    ]
+    for name in (*students, "metrics.json", "run.json", "log.txt"):
+        (folder / name).unlink(missing_ok=True)
+    for name in ("tensorboard", "matching", "nonfinite"):
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _describe(trainer: Trainer, teacher: TeacherNetwork | None) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,12 @@ def training_state(trainer: Trainer) -> dict[str, Any]:
     The student's running statistics are the mean over processes. Within an epoch, each process's own are beside them.
     """
     student, device = trainer.student, trainer.process.device
-    own: dict[str, Any] = {"random": random_state(device), "sums": trainer.sums.state_dict()}
+    data = trainer.options.data
+    own: dict[str, Any] = {
+        "random": random_state(device),
+        "sums": trainer.sums.state_dict(),
+        "broken": sorted(os.path.relpath(path, data) for path in trainer.intake.broken),
+    }
     if trainer.process.world > 1 and trainer.progress.step:
         own["buffers"] = {name: buffer.cpu() for name, buffer in student.named_buffers() if _differs(buffer)}
     mean = averaged_buffers(student)
@@ -73,7 +79,9 @@ def _differs(buffer: Tensor) -> bool:
 
 def _with_means(module: nn.Module, prefix: str, mean: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A module's state with other running statistics, which ``mean`` names by prefix and name."""
-    return {name: mean.get(prefix + name, value) for name, value in module.state_dict().items()}
+    state = module.state_dict()
+    state.update({name: mean[prefix + name] for name in state if prefix + name in mean})
+    return state  # with its metadata, by which some networks know the version of their weights
 
 
 def _summed_costs(trainer: Trainer) -> dict[str, Any]:
@@ -102,6 +110,8 @@ def restore_training(trainer: Trainer, state: Mapping[str, Any]) -> None:
     if state["costs"] and trainer.process.is_main:
         trainer.distiller.load_cost_state_dict(state["costs"])
     processes = state["processes"]
+    broken = [path for own in processes for path in own.get("broken", ())]
+    trainer.intake.broken.update(os.path.join(trainer.options.data, path) for path in broken)
     step = state["progress"]["step"]
     if state["together"] != trainer.together:  # as many images are done, rounded to whole steps
         step = min(trainer.order.steps, step * state["together"] // trainer.together)
@@ -134,6 +144,14 @@ def _load_modules(trainer: Trainer, state: Mapping[str, Any]) -> None:
             student.distiller.load_state_dict(state["distiller"])
     except RuntimeError as error:
         raise ValueError(" ".join(str(error).split())) from error
-    trainer.stepper.optimizer.load_state_dict(state["optimizer"])
+    _load_momenta(trainer.stepper.optimizer, state["optimizer"])
     if state["scaler"] and trainer.stepper.scaler.is_enabled():
         trainer.stepper.scaler.load_state_dict(state["scaler"])
+
+
+def _load_momenta(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """What the optimiser has gathered; its settings (weight decay, momentum, ...) stay those of this run's options."""
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, settings):
+        group.update(own)

@@ -13,17 +13,29 @@ from urllib.error import URLError
 import torch
 import torchvision
 from torch import Tensor, nn
+from torchvision.models import WeightsEnum
 
 from classification.errors import UserError
 from classification.models import TIMM, _timm_model, architecture, build
 from d2_mgd.reliability import file_digest as digest
 from d2_mgd.untrusted import UntrustedFileError, read_safetensors, read_tensors
 
-__all__ = ["digest", "load_file", "load_weights", "network_from_file", "pretrained_network", "read_checkpoint"]
+__all__ = [
+    "digest",
+    "load_file",
+    "load_weights",
+    "network_from_file",
+    "pretrained_network",
+    "pretrained_teacher",
+    "published_weights",
+    "read_checkpoint",
+]
 
 logger = logging.getLogger(__name__)
 
 State = Mapping[str, Tensor]
+
+_LARGEST = 224  # px: weights for larger images alone do not fit networks that are built for this size
 
 
 def read_checkpoint(path: Path, what: str) -> dict[str, Any]:
@@ -115,7 +127,8 @@ def load_weights(model: nn.Module, state: State, name: str, what: str, new_head:
         logger.info(
             "%s: the head has %d classes; ours of %d starts anew.", what, state[head[0]].shape[0], own[head[0]].shape[0]
         )
-    model.load_state_dict({key: value for key, value in state.items() if key not in head}, strict=False)
+    own.update({key: value for key, value in state.items() if key not in head})
+    model.load_state_dict(own)  # with its metadata, by which some networks know the version of their weights
 
 
 def head_mismatch(own: State, state: State) -> list[str]:
@@ -126,46 +139,90 @@ def head_mismatch(own: State, state: State) -> list[str]:
     return differ if len(modules) == 1 and same_inputs else []
 
 
-def pretrained_network(name: str, num_classes: int, new_head: bool = True) -> nn.Module:
+def pretrained_network(name: str, num_classes: int) -> nn.Module:
     """A network with the ImageNet weights that torchvision (or timm) publishes.
 
     Args:
         name: architecture.
-        num_classes: of the head; where that is not 1000, the head starts anew.
-        new_head: False gives the published head and all of its classes whatever ``num_classes`` is.
+        num_classes: of the head; where that is not the published number, the head starts anew.
 
     Raises:
         UserError: there are none, or they are neither on this machine nor can be downloaded; it says where to put them.
     """
     if name.startswith(TIMM):
-        try:
-            return _timm_model(name, num_classes if new_head else 1000, pretrained=True)
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"the weights of {name} could not be loaded: {_first_line(error)}") from error
+        return _timm_pretrained(name, num_classes)
+    return _with_published(name, num_classes, published_weights(name))
+
+
+def pretrained_teacher(name: str) -> tuple[nn.Module, int, str]:
+    """A network with published weights and the published head: the network, its classes, and whose weights they are.
+
+    Errors as in :func:`pretrained_network`.
+    """
+    if name.startswith(TIMM):
+        network: Any = _timm_pretrained(name, None)
+        return network, int(network.num_classes), "timm"
+    weights = published_weights(name)
+    classes = len(weights.meta["categories"])
+    return _with_published(name, classes, weights), classes, f"torchvision {weights.name}"
+
+
+def _timm_pretrained(name: str, num_classes: int | None) -> nn.Module:
+    try:
+        return _timm_model(name, num_classes, pretrained=True)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"the weights of {name} could not be loaded: {_first_line(error)}") from error
+
+
+def _with_published(name: str, num_classes: int, weights: WeightsEnum) -> nn.Module:
+    state = _published_state(name, weights)
+    model = build(name, num_classes)
+    load_weights(model, state, name, f"torchvision's file of {name}", new_head=True)
+    return model
+
+
+def published_weights(name: str) -> WeightsEnum:
+    """Which of torchvision's weights are a network's: the first that it published, else its default, else any; none of
+    those that take larger images alone.
+
+    Raises:
+        UserError: there are none.
+    """
     published = architecture(name).torchvision
     if published is None:
         raise UserError(
             f"torchvision publishes no weights of {name}: name a file by --student-resume or --teacher-resume."
         )
-    weights = torchvision.models.get_model_weights(published)["IMAGENET1K_V1"]
+    there = torchvision.models.get_model_weights(published).__members__  # DEFAULT is another name of one of them
+    order = [there[key] for key in ("IMAGENET1K_V1", "DEFAULT") if key in there] + list(there.values())
+    return next(weights for weights in order if max(weights.meta["min_size"]) <= _LARGEST)
+
+
+def _published_state(name: str, weights: WeightsEnum) -> State:
+    """What torchvision's own network holds once it has loaded its file, whose keys may be those of an older version.
+
+    torchvision would run what a file asks for, so the file has to show first that it asks for nothing.
+    """
     folder = Path(torch.hub.get_dir()) / "checkpoints"
+    file = weights.url.rpartition("/")[2]
     try:
-        state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+        weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except pickle.UnpicklingError as error:
-        file = folder / weights.url.rpartition("/")[2]
         raise UserError(
-            f"{file} asks for python objects or is damaged, and is not torchvision's: remove it."
+            f"{folder / file} asks for python objects or is damaged, and is not torchvision's: remove it."
         ) from error
     except (URLError, OSError, RuntimeError) as error:
-        file = weights.url.rpartition("/")[2]
         raise UserError(
             f"the ImageNet weights of {name} are not on this machine and cannot be downloaded ({_first_line(error)}): "
             f"put {file} from {weights.url} into {folder}, or name a file of your own by --teacher-resume (or "
             "--student-resume for the student)."
         ) from error
-    model = build(name, num_classes if new_head else 1000)
-    load_weights(model, state, name, f"torchvision's file of {name}", new_head=True)
-    return model
+    try:
+        with torch.random.fork_rng(devices=[]):  # its fresh weights, before it loads, cost nobody a random number
+            network = torchvision.models.get_model(architecture(name).torchvision, weights=weights, progress=False)
+    except RuntimeError as error:
+        raise UserError(f"{folder / file} is not torchvision's file of {name}: remove it.") from error
+    return network.state_dict()
 
 
 def network_from_file(name: str, path: Path, num_classes: int, what: str, other_classes: bool) -> tuple[nn.Module, int]:

@@ -3,11 +3,11 @@
     python tools/check_imagefolder.py data/cub200
     python tools/check_imagefolder.py data/cub200 --workers 16 --json > report.json
 
-The folder has train/ and valid/ (or val/), and test/ if there is one, with a folder per class, as torchvision's
-ImageFolder reads it. Every image is decoded to its last pixel. Problems are images that cannot be read (cut short,
-empty, of another format, ...), by name; classes without an image; classes that one split has and another lacks: a
-loader that numbers each split's folders by itself then gives the same class two numbers. The exit status is 0 where
-all is well, 1 where there is a problem.
+The folder has train/ and valid/ (or val/), and test/ if there is one, with a folder per class. It is read as a training
+reads it: at any depth, hidden folders passed over, links followed, but not round in a circle. Every image is decoded to
+its last pixel. Problems are images that cannot be read (cut short, empty, of another format, ...), by name; classes
+without an image; classes that one split has and another lacks: a loader that numbers each split's folders by itself
+then gives the same class two numbers. The exit status is 0 where all is well, 1 where there is a problem.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # works without an installation too
 
+from d2_mgd.data.class_folders import class_names, files_below
 from d2_mgd.data.images import eight_bits
 
 SPLITS = ("train", "valid", "val", "test")
@@ -132,8 +133,9 @@ def check_folder(root: Path, workers: int = 1, progress: bool = False) -> Folder
 def _list_split(root: Path, name: str) -> tuple[SplitReport, list[Path]]:
     report = SplitReport(images={})
     images: list[Path] = []
+    classes = class_names(root / name)
     for entry in sorted((root / name).iterdir()):
-        if not entry.is_dir():
+        if entry.name not in classes:
             report.ignored.append(entry.relative_to(root).as_posix())
             continue
         found = list(_files(entry, root, report))
@@ -149,16 +151,13 @@ def _is_image(path: Path) -> bool:
 
 
 def _files(folder: Path, root: Path, report: SplitReport) -> Iterator[Path]:
-    """All files at any depth below a class, as ImageFolder finds them, but no link round in a circle twice."""
+    """All files at any depth below a class."""
 
     def refused(error: OSError) -> None:
         report.inaccessible[Path(error.filename).relative_to(root).as_posix()] = error.strerror or str(error)
 
-    visited = set()
-    for parent, children, names in os.walk(folder, followlinks=True, onerror=refused):
-        visited.add(os.path.realpath(parent))
-        children[:] = [child for child in sorted(children) if os.path.realpath(Path(parent, child)) not in visited]
-        yield from (Path(parent, name) for name in sorted(names))
+    for parent, names in files_below(folder, refused):
+        yield from (Path(parent, name) for name in names)
 
 
 def _problems(root: Path, splits: dict[str, SplitReport]) -> Iterator[str]:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from classification.checkpoint import STUDENT_LAST
-from classification.data import Folder, ImageDataset, Key, Normalize, find_folders
+from classification.data import Folder, ImageDataset, Key, Normalize, find_folders, image_statistics
 from classification.features import pair_features
 from classification.models import build
 from classification.weights import (
@@ -24,7 +24,7 @@ from classification.weights import (
     load_file,
     load_weights,
     network_from_file,
-    pretrained_network,
+    pretrained_teacher,
     read_checkpoint,
 )
 from d2_mgd.distill import FeatureTaps, Tap
@@ -63,7 +63,8 @@ class Classifier:
         """
         found = []
         for image in images:
-            shares = self.network(_normalised(seen_pixels(image, self.image_size))).softmax(dim=1)[0]
+            pixels = seen_pixels(image, self.image_size)
+            shares = self.network(_normalised(pixels, self.network)).softmax(dim=1)[0]
             top = shares.topk(min(best, len(self.classes)))
             found.append(Prediction([self.classes[int(index)] for index in top.indices], top.values.numpy()))
         return found
@@ -119,11 +120,10 @@ def feature_maps(run: Run, image: Path) -> Maps:
         pairs = pair_features(settings["arch"], name, settings["features"])
         pairs = {feature: pair for feature, pair in pairs.items() if pair.distilled}
         teacher = _teacher(run, len(student.classes))
-        images = _normalised(pixels)
         return Maps(
             pixels,
-            _tapped(student.network, {feature: pair.student for feature, pair in pairs.items()}, images),
-            _tapped(teacher, {feature: pair.teacher for feature, pair in pairs.items()}, images),
+            _tapped(student.network, {feature: pair.student for feature, pair in pairs.items()}, pixels),
+            _tapped(teacher, {feature: pair.teacher for feature, pair in pairs.items()}, pixels),
             student.weights,
         )
 
@@ -131,7 +131,7 @@ def feature_maps(run: Run, image: Path) -> Maps:
 def _teacher(run: Run, num_classes: int) -> nn.Module:
     record = run.record["teacher"]
     if run.settings["teacher_resume"] is None:
-        return pretrained_network(record["arch"], num_classes, new_head=False)
+        return pretrained_teacher(record["arch"])[0]
     file = Path(record["file"])
     network, _ = network_from_file(record["arch"], file, num_classes, "its file", other_classes=True)
     if digest(file) != record["sha256"]:
@@ -139,9 +139,9 @@ def _teacher(run: Run, num_classes: int) -> nn.Module:
     return network
 
 
-def _tapped(network: nn.Module, taps: dict[str, Tap], images: torch.Tensor) -> dict[str, torch.Tensor]:
+def _tapped(network: nn.Module, taps: dict[str, Tap], pixels: np.ndarray) -> dict[str, torch.Tensor]:
     with FeatureTaps(network.eval(), taps) as found:
-        return found.run(images)
+        return found.run(_normalised(pixels, network))
 
 
 def seen_pixels(image: Path, size: int) -> np.ndarray:
@@ -158,6 +158,6 @@ def seen_pixels(image: Path, size: int) -> np.ndarray:
     return seen.numpy().transpose(1, 2, 0)
 
 
-def _normalised(pixels: np.ndarray) -> torch.Tensor:
-    """(1, 3, size, size)."""
-    return Normalize()(torch.from_numpy(pixels.transpose(2, 0, 1).copy()[None]))
+def _normalised(pixels: np.ndarray, network: nn.Module) -> torch.Tensor:
+    """(1, 3, size, size), as the network takes images."""
+    return Normalize(image_statistics(network))(torch.from_numpy(pixels.transpose(2, 0, 1).copy()[None]))

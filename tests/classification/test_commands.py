@@ -151,6 +151,27 @@ def test_evaluating_teacher_and_student_together(
     assert not (tmp_path / "no").exists()
 
 
+def test_evaluating_a_checkpoint(base: Run, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """By its path, or as that of the output folder; pretrained weights that the training began with do not matter."""
+    words, run = [data, "--arch", "mobilenet_v1"], tmp_path / "run"
+    assert base(*words, "--epochs", 2, "--lr", 0.01) == 0
+    expected = f"{lines(run)[-1]['err1']:.2f}"
+    before = sorted(run.rglob("*"))
+    path = run / "checkpoint.pth"
+    for named in (["--resume", path], ["--resume", "auto", "--output-dir", run, "--use-pretrained", 1]):
+        capsys.readouterr()
+        assert base(*words, "--evaluate", *named) == 0
+        assert capsys.readouterr().out.splitlines()[-1].split()[-2] == expected
+    assert sorted(run.rglob("*")) == before
+    for wrong, message in (
+        (["--resume", tmp_path / "none.pth"], "none.pth does not exist"),
+        (["--resume", "auto", "--output-dir", tmp_path / "none"], "none/checkpoint.pth does not exist"),
+        (["--resume", path, "--student-resume", path], "both name the student to evaluate: choose one."),
+    ):
+        assert base(*words, "--evaluate", *wrong) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_evaluation_splits_and_missing_classes(base: Run, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     root = make_folder(tmp_path / "d")
     (root / "valid").rename(root / "val")
@@ -182,6 +203,17 @@ def test_a_folder_with_a_run_is_not_written_over(
     assert len(lines(tmp_path / "run")) == 1
 
 
+@pytest.mark.parametrize("below", ["", "run"])
+def test_an_output_folder_that_is_a_file(
+    base: Run, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture, below: str
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    assert base(data, "--arch", "mobilenet_v1", "--output-dir", file / below) == 2
+    assert f"cannot be made, since {file} is a file: name a folder." in capsys.readouterr().err
+    assert file.read_text() == "mine"
+
+
 MISTAKES = [
     (["--arch", "mobilenet_v9"], "unknown architecture 'mobilenet_v9'; there are: mobilenet_v1, mobilenet_v2"),
     (["--teacher-arch", "vgg99"], "unknown architecture 'vgg99'"),
@@ -192,6 +224,11 @@ MISTAKES = [
     (["--mgd-reducer", "best"], "argument --mgd-reducer: invalid choice: 'best' (choose from "),
     (["--mgd-with-kd", "1", "--kd-options", "beta"], "--kd-options takes NAME=NUMBER, such as beta=8, not 'beta'"),
     (["--distiller", "kd", "--kd-options", "beta=8"], "logit loss 'kd' has no option beta; it has: temperature"),
+    (["--kd-temperature", "1.5"], "--kd-temperature is about the logits, which are not distilled: add --mgd-with-kd 1"),
+    (["--mgd-with-kd", "0", "--kd-options", "a=1"], "--kd-options is about the logits, which are not distilled"),
+    (["--loss-weight", "1"], "--loss-weight is not used by --loss partial_l2, which --loss-factor divides."),
+    (["--loss", "mse", "--loss-weight", "2"], "--loss-weight is not used by --loss mse"),
+    (["--loss", "pearson", "--loss-factor", "10"], "--loss-factor is not used by --loss pearson, which --loss-weight"),
     (["--mgd-spatial", "boxes"], "argument --mgd-spatial: invalid choice: 'boxes'"),
     (["--unknown"], "unrecognized arguments: --unknown"),
     (["--momentum", "0"], "--nesterov 1 needs a --momentum above 0"),
@@ -207,6 +244,8 @@ MISTAKES = [
     (["--resume", "none/checkpoint.pth", "--output-dir", "elsewhere"], "goes on in its own folder"),
     (["--world-size", "3", "--rank", "5", "--dist-url", "tcp://localhost:1"], "--rank must be 0 to 2"),
     (["--world-size", "2", "--rank", "1"], "several machines need --dist-url"),
+    (["--multiprocessing-distributed", "--nproc", "2", "--gpu", "0"], "--gpu 0 is one GPU for all of the 2 processes"),
+    (["--multiprocessing-distributed", "--nproc", "2", "--device", "cuda:1"], "--device cuda:1 is one GPU for all"),
     (["--batch-size", "1", "--multiprocessing-distributed", "--nproc", "2"], "smaller than the number of processes, 2"),
 ]
 

@@ -9,18 +9,23 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from classification.data import (
+    IMAGENET,
     Folder,
     ImageDataset,
     Key,
     Normalize,
     ShuffledBatches,
+    Statistics,
     StridedBatches,
     find_folders,
+    image_statistics,
     loader,
     rematch_indices,
+    renormalize,
 )
 from classification.errors import UserError
 from classification.evaluation import Intake
+from classification.models import build
 from tests.classification.conftest import CLASSES, make_folder
 
 CPU = torch.device("cpu")
@@ -170,6 +175,23 @@ def test_evaluation_images_and_normalisation_are_the_published_ones(tmp_path: Pa
     torch.testing.assert_close(
         found[0], published(Image.fromarray(pixels)).as_subclass(torch.Tensor), rtol=1e-5, atol=1e-5
     )
+
+
+def test_images_normalised_for_one_network_are_made_those_of_another() -> None:
+    images = torch.randint(0, 256, (2, 3, 5, 6), dtype=torch.uint8)
+    other = Statistics((0.5, 0.4, 0.0), (0.5, 0.25, 1.0))
+    expected = (images.double() / 255 - torch.tensor(other.mean).view(3, 1, 1)) / torch.tensor(other.std).view(3, 1, 1)
+    torch.testing.assert_close(Normalize(other)(images), expected.float())
+    torch.testing.assert_close(renormalize(IMAGENET, other)(Normalize()(images)), expected.float())
+    assert torch.equal(renormalize(other, other)(expected), expected)
+
+
+def test_networks_of_timm_have_their_own_statistics() -> None:
+    assert image_statistics(build("resnet18", 3)) == IMAGENET
+    pytest.importorskip("timm", reason="timm is not installed")
+    half = (0.5, 0.5, 0.5)
+    assert image_statistics(build("timm:mobilenetv3_small_050.lamb_in1k", 3)) == IMAGENET
+    assert image_statistics(build("timm:tf_efficientnet_es.in1k", 3)) == Statistics(half, half)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "P", "I;16", "1"])

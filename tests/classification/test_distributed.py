@@ -168,6 +168,25 @@ def test_what_ends_one_process_ends_the_others_without_a_traceback(
     assert "Traceback" not in said
 
 
+def test_broken_images_are_counted_over_processes_and_restarts(base: Run, tmp_path: Path) -> None:
+    """Each of two processes evaluates one of them; those that are mended meanwhile still count."""
+    root = make_folder(tmp_path / "data")
+    broken = [root / "valid" / "ant" / f"{number}.png" for number in (0, 1)]
+    whole = [path.read_bytes() for path in broken]
+    for path in broken:
+        path.write_bytes(b"\x89PNG")
+    words = [root, *SMALL, "--arch", "shufflenet_v2_x0_5", "--lr", 0.01, "--skip-broken-images"]
+    assert in_processes([*words, "--output-dir", tmp_path / "run"], 2, main_base.main) == [0, 0]
+    for path, content in zip(broken, whole):
+        path.write_bytes(content)
+    root.rename(tmp_path / "moved")
+    words[0] = tmp_path / "moved"
+    (tmp_path / "moved" / "valid" / "bee" / "0.png").write_bytes(b"")
+    assert base(*words, "--epochs", 2, "--resume", tmp_path / "run" / "checkpoint.pth", small=False) == 0
+    history = [json.loads(line) for line in (tmp_path / "run" / "metrics.json").read_text().splitlines()]
+    assert [line["broken_images"] for line in history] == [2, 3]
+
+
 def test_a_port_in_use(mgd: Run, data: Path, resnet18_file: Path, capsys: pytest.CaptureFixture) -> None:
     with socket.socket() as busy:
         busy.bind(("127.0.0.1", 0))
@@ -179,6 +198,12 @@ def test_a_port_in_use(mgd: Run, data: Path, resnet18_file: Path, capsys: pytest
             assert f"port {port} of --dist-url" in capsys.readouterr().err
     assert mgd(data, *METHOD, *teacher, "--multiprocessing-distributed", "--dist-url", "tcp://localhost") == 2
     assert "is not of the form tcp://ADDRESS:PORT" in capsys.readouterr().err
+
+
+def test_one_gpu_for_the_processes_of_torchrun(data: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    words = [data, *SMALL[:-2], "--arch", "shufflenet_v2_x0_5", "--gpu", 0, "--output-dir", tmp_path / "run"]
+    assert in_processes(words, 2, main_base.main) == [2, 2]
+    assert capfd.readouterr().err.count("--gpu 0 is one GPU for all of the 2 processes of this machine") == 1
 
 
 def test_synchronised_norms_keep_weights_and_names() -> None:

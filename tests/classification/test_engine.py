@@ -2,15 +2,18 @@
 
 import argparse
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from classification.assembly import TeacherNetwork, make_trainer
-from classification.data import find_folders
+from classification.data import IMAGENET, find_folders
 from classification.distillation import DistillationStep, Forward, Precision
 from classification.distributed import Process
 from classification.engine import Trainer, learning_rate_factor
@@ -57,7 +60,8 @@ def test_published_defaults() -> None:
     assert (base.nesterov, base.lr_drop_epochs, mgd.nesterov, mgd.lr_drop_epochs) == (0, [30, 60, 90], 1, [31, 61, 81])
     assert (mgd.mgd_reducer, mgd.mgd_update_freq, mgd.mgd_update_images, mgd.loss_factor) == ("amp", 2, 20000, 1e4)
     assert (mgd.kd_temperature, mgd.with_kd, mgd.loss, mgd.mgd_metric) == (1.5, False, "partial_l2", "cosine")
-    assert parse_mgd(["data", "--mgd-with-kd", "1", "--learning-rate", "0.2"]).method == "mgd-amp-kd"
+    given = parse_mgd(["data", "--mgd-with-kd", "1", "--learning-rate", "0.2", "--kd-weight", "0"])
+    assert (given.method, given.lr, given.kd_weight, given.kd_temperature) == ("mgd-amp-kd", 0.2, 0.0, 1.5)
 
 
 @pytest.mark.parametrize("classes", [3, 5, 12])
@@ -79,6 +83,27 @@ def test_sums_do_not_depend_on_how_images_are_batched() -> None:
     copy = Sums(CPU)
     copy.load_state_dict(sums.state_dict())
     assert copy.totals(["loss"]) == sums.totals(["loss"])
+
+
+def test_counting_sends_nothing_to_the_device() -> None:
+    """A number that travels there makes the process wait; ``meta`` stands for a GPU."""
+
+    class Sent(TorchDispatchMode):
+        found: ClassVar[list[str]] = []
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if any(isinstance(value, Tensor) and value.device.type == "cpu" for value in args):
+                self.found.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    meta = torch.device("meta")
+    sums = Sums(meta)
+    with Sent():
+        for _ in range(2):
+            wrong = errors(torch.empty(8, 7, device=meta), torch.empty(8, dtype=torch.int64, device=meta))
+            sums.add(8, wrong)
+    assert Sent.found == []
+    assert {value.device for value in sums.values.values()} == {meta}
 
 
 def test_table_is_aligned() -> None:
@@ -215,6 +240,49 @@ def test_bfloat16_is_used_inside_and_losses_are_float32(data: Path, tmp_path: Pa
     losses = trainer.step.train()(torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])).losses
     assert {loss.dtype for loss in losses.values()} == {torch.float32}
     assert Precision(None).on(CPU)._enabled is False
+
+
+def test_each_network_sees_images_as_it_takes_them(data: Path, tmp_path: Path) -> None:
+    """timm's networks say in ``pretrained_cfg`` by which mean and deviation; here a teacher does."""
+    half = (0.5, 0.5, 0.5)
+
+    def make(network: nn.Module) -> Trainer:
+        options = parse_mgd([str(data), *SMALL, "--arch", "resnet18", "--output-dir", str(tmp_path)])
+        teacher = TeacherNetwork("resnet18", network, len(CLASSES))
+        torch.manual_seed(0)
+        return make_trainer(Process(0, 1, 0, 1, CPU), options, build("resnet18", 3), teacher, find_folders(data))
+
+    network = settled(build("resnet18", len(CLASSES)))
+    network.pretrained_cfg = {"mean": half, "std": half}
+    trainer = make(network)
+    seen: dict[str, list[Tensor]] = {"teacher": [], "student": []}
+    network.conv1.register_forward_pre_hook(lambda _, inputs: seen["teacher"].append(inputs[0]))
+    trainer.student.network.conv1.register_forward_pre_hook(lambda _, inputs: seen["student"].append(inputs[0]))
+    trainer._observe_pass(0)
+    trainer.evaluate(network)
+    trainer.evaluate()
+    std, mean = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET.std, IMAGENET.mean))
+    assert len(seen["teacher"]) == len(seen["student"]) == 5  # three batches for training, two for evaluation
+    for of_teacher, of_student in zip(seen["teacher"], seen["student"]):
+        torch.testing.assert_close(of_teacher / 2 + 0.5, of_student * std + mean)
+
+
+def test_evaluation_has_the_precision_of_the_training_on_several_gpus(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DataParallel runs replicas in threads, which start without mixed precision."""
+
+    def in_a_thread(self: nn.DataParallel, images: Tensor) -> Tensor:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(self.module, images).result()
+
+    trainer = trainer_of(data, tmp_path, "--mixed-precision", "bf16")
+    trainer.step = nn.DataParallel(trainer.step)
+    monkeypatch.setattr(nn.DataParallel, "forward", in_a_thread)
+    seen = set()
+    trainer.student.network.fc.register_forward_hook(lambda module, images, logits: seen.add(logits.dtype))
+    assert trainer.evaluate().images == 15
+    assert seen == {torch.bfloat16}
 
 
 @pytest.mark.gpu

@@ -53,6 +53,19 @@ def test_ignored_features_count_in_the_published_factors() -> None:
     assert factors == {"stage2": 1e-4 / 4, "stage3": 1e-4 / 2, "stage4": 1e-4}
 
 
+@pytest.mark.parametrize("specs", [["stage2", "stage3"], ["stage3", "stage2"], ["stage3", "stage2", "stage1"]])
+def test_chosen_features_keep_their_published_factors(specs: list[str]) -> None:
+    factors = published_factors(pair_features("mobilenet_v2", "resnet50", specs), 1e4)
+    published = {"stage1": 1e-4 / 8, "stage2": 1e-4 / 4, "stage3": 1e-4 / 2}
+    assert factors == {name: published[name] for name in specs}
+
+
+def test_factors_of_named_modules_go_by_their_order() -> None:
+    specs = ["low=features.4.conv.1:layer1", "stage2", "stage3=features.12:layer3", "last=features.17:layer4"]
+    factors = published_factors(pair_features("mobilenet_v2", "resnet50", specs), 1.0)
+    assert factors == {"low": 1 / 8, "stage2": 1 / 4, "stage3": 1 / 2, "last": 1.0}
+
+
 @pytest.mark.parametrize(
     ("name", "after"), [("mobilenet_v1", "model.5"), ("resnet18", "layer2"), ("resnet50", "layer2")]
 )

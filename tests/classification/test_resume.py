@@ -95,6 +95,28 @@ def test_going_on_with_more_epochs(base: Run, data: Path, tmp_path: Path, caplog
     assert_same_run(tmp_path / "run", tmp_path / "parts")
 
 
+def test_going_on_with_other_settings_of_the_optimiser(base: Run, data: Path, tmp_path: Path) -> None:
+    arguments = ["--arch", "shufflenet_v2_x0_5", "--lr", 0.01]
+    assert base(data, *arguments) == 0
+    changed = ["--wd", 0.5, "--momentum", 0.1, "--nesterov", 1, "--epochs", 2]
+    assert base(data, *arguments, *changed, "--resume", tmp_path / "run" / "checkpoint.pth") == 0
+    optimizer = torch.load(tmp_path / "run" / "checkpoint.pth", weights_only=True)["optimizer"]
+    (group,) = optimizer["param_groups"]
+    assert {key: group[key] for key in ("weight_decay", "momentum", "nesterov", "lr")} == {
+        "weight_decay": 0.5,
+        "momentum": 0.1,
+        "nesterov": True,
+        "lr": 0.01,
+    }
+    assert optimizer["state"][0]["momentum_buffer"].any()
+
+
+def test_going_on_with_a_network_that_knows_the_version_of_its_weights(base: Run, data: Path, tmp_path: Path) -> None:
+    """torchvision's MNASNet refuses weights without one."""
+    assert base(data, "--arch", "mnasnet0_5") == 0
+    assert base(data, "--arch", "mnasnet0_5", "--epochs", 2, "--resume", tmp_path / "run" / "checkpoint.pth") == 0
+
+
 def test_resume_without_a_checkpoint_starts_anew(base: Run, data: Path, tmp_path: Path) -> None:
     assert base(data, "--arch", "mobilenet_v1", "--resume", "auto", "--output-dir", tmp_path / "run") == 0
     assert (tmp_path / "run" / "checkpoint.pth").exists()

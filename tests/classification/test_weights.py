@@ -1,6 +1,8 @@
 """Weights from files and from torchvision, heads of other classes, and files that are not what they should be."""
 
+import functools
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,15 @@ from classification import weights
 from classification.checkpoint import read_training_state, save_atomically
 from classification.errors import UserError
 from classification.models import build
-from classification.weights import load_file, load_weights, network_from_file, pretrained_network, read_checkpoint
+from classification.weights import (
+    load_file,
+    load_weights,
+    network_from_file,
+    pretrained_network,
+    pretrained_teacher,
+    published_weights,
+    read_checkpoint,
+)
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -116,8 +126,9 @@ def test_writing_leaves_the_old_file_where_the_disk_is_full(tmp_path: Path, monk
 def test_published_weights_are_taken_from_the_cache(pretrained: Path) -> None:
     file = next((pretrained / "hub" / "checkpoints").glob("mobilenet_v2*"))
     stored = torch.load(file, weights_only=True)
-    whole = pretrained_network("mobilenet_v2", 3, new_head=False)
+    whole, classes, source = pretrained_teacher("mobilenet_v2")
     assert same(whole.state_dict(), stored)
+    assert (classes, source) == (1000, "torchvision IMAGENET1K_V1")
     network = pretrained_network("mobilenet_v2", 3)
     assert network.classifier[1].out_features == 3
     assert torch.equal(network.features[4].conv[1][0].weight, stored["features.4.conv.1.0.weight"])
@@ -130,6 +141,75 @@ def test_missing_weights_say_where_the_file_goes(tmp_path: Path, monkeypatch: py
         pretrained_network("resnet34", 1000)
     with pytest.raises(UserError, match="torchvision publishes no weights of mobilenet_v1"):
         pretrained_network("mobilenet_v1", 1000)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("vit_h_14", "IMAGENET1K_SWAG_LINEAR_V1"),  # its default takes 518 px, and the network is built for 224
+        ("regnet_y_128gf", "IMAGENET1K_SWAG_E2E_V1"),
+        ("vit_b_16", "IMAGENET1K_V1"),
+        ("resnet50", "IMAGENET1K_V1"),
+    ],
+)
+def test_every_network_has_its_published_weights(name: str, key: str) -> None:
+    assert published_weights(name).name == key
+
+
+def test_published_files_with_keys_of_an_older_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DenseNet's have ``norm.1`` where the network has ``norm1``."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    published = torchvision.models.densenet121()
+    state = {key: value for key, value in published.state_dict().items() if "num_batches" not in key}
+    old = {re.sub(r"(layer\d+\.(?:norm|conv))(\d)", r"\1.\2", key): value for key, value in state.items()}
+    assert "features.denseblock1.denselayer1.norm.1.weight" in old
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    torch.save(old, tmp_path / "hub" / "checkpoints" / published_weights("densenet121").url.rpartition("/")[2])
+    torch.manual_seed(5)
+    expected = build("densenet121", 3).classifier.weight
+    torch.manual_seed(5)
+    network = pretrained_network("densenet121", 3)
+    assert torch.equal(
+        network.features.denseblock4.denselayer1.conv2.weight, published.features.denseblock4.denselayer1.conv2.weight
+    )
+    assert torch.equal(network.classifier.weight, expected)
+    torch.save(build("resnet18", 3).state_dict(), next((tmp_path / "hub" / "checkpoints").iterdir()))
+    with pytest.raises(UserError, match=r"densenet121-a639ec97\.pth is not torchvision's file of densenet121: remove"):
+        pretrained_network("densenet121", 3)
+
+
+def test_published_files_with_code_do_not_run_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Malicious:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "ran",))
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    torch.save(Malicious(), tmp_path / "hub" / "checkpoints" / published_weights("resnet18").url.rpartition("/")[2])
+    with pytest.raises(UserError, match=r"asks for python objects or is damaged, and is not torchvision's: remove it"):
+        pretrained_network("resnet18", 3)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_networks_that_know_the_version_of_their_weights(tmp_path: Path) -> None:
+    """torchvision's MNASNet refuses weights without one."""
+    state = build("mnasnet0_5", 3).state_dict()
+    torch.save({"state_dict": state}, tmp_path / "a.pth")
+    network, _ = network_from_file("mnasnet0_5", tmp_path / "a.pth", 3, "the file", other_classes=False)
+    assert same(network.state_dict(), state)
+
+
+def test_a_timm_teacher_has_its_own_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    name = "mobilenetv3_small_050.lamb_in1k"
+    published = timm.create_model(name, num_classes=7)
+    torch.save(published.state_dict(), tmp_path / "t.pth")
+    overlay = {"file": str(tmp_path / "t.pth"), "num_classes": 7}  # in place of a download
+    monkeypatch.setattr(timm, "create_model", functools.partial(timm.create_model, pretrained_cfg_overlay=overlay))
+    network, classes, source = pretrained_teacher(f"timm:{name}")
+    assert (classes, source) == (7, "timm")
+    assert same(network.state_dict(), published.state_dict())
+    assert pretrained_network(f"timm:{name}", 3).num_classes == 3
 
 
 def test_digest_is_sha256(tmp_path: Path) -> None:

@@ -31,7 +31,10 @@ def _images(root: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def classification_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the data ``insects`` and the runs ``alone`` and ``distilled``, of two epochs."""
+    """A folder with the data ``insects`` and the runs ``alone`` and ``distilled``, of two epochs.
+
+    The command lines name the data from this folder; whoever shows the runs stands in another.
+    """
     from classification import main_base, main_mgd
 
     folder = tmp_path_factory.mktemp("classification")
@@ -39,11 +42,13 @@ def classification_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(1)
     teacher = torchvision.models.resnet18(num_classes=len(SPECIES))
     torch.save({"state_dict": teacher.state_dict(), "arch": "resnet18"}, folder / "teacher.pth")
-    small = f"--image-size 32 --epochs 2 --batch-size 6 --lr 0.01 --workers 0 --device cpu {data}".split()
+    small = f"--image-size 32 --epochs 2 --batch-size 6 --lr 0.01 --workers 0 --device cpu {data.name}".split()
     base = [*small, "--arch", "shufflenet_v2_x0_5"]
     distil = ["--teacher-arch", "resnet18", "--teacher-resume", str(folder / "teacher.pth"), "--mgd-update-freq", "1"]
-    assert main_base.main([*base, "--output-dir", str(folder / "alone")]) == 0
-    assert main_mgd.main([*base, *distil, "--output-dir", str(folder / "distilled")]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main_base.main([*base, "--output-dir", str(folder / "alone")]) == 0
+        assert main_mgd.main([*base, *distil, "--output-dir", str(folder / "distilled")]) == 0
     return folder
 
 

@@ -12,6 +12,9 @@ from check_imagefolder import EXTENSIONS, check_folder, main, reason_unreadable
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from classification.data import find_folders
+from classification.errors import UserError
+
 CLASSES = ("auk", "bittern", "crane")
 
 
@@ -102,6 +105,24 @@ def test_folders_below_a_class_and_links_in_a_circle(root: Path) -> None:
     assert report.splits["train"].images["auk"] == 4
 
 
+def test_the_training_sees_the_images_that_the_check_counts(root: Path) -> None:
+    """Loops, two ways to one folder, links to other classes, hidden folders, and folders below a class."""
+    train = root / "train"
+    _image(train / ".ipynb_checkpoints" / "0.jpg")
+    _image(train / "auk" / ".trash" / "deep" / "0.jpg")
+    _image(train / "auk" / "more" / "deep" / "9.jpg")
+    (train / "auk" / "loop").symlink_to(".")
+    (train / "auk" / "also").symlink_to("more")
+    (train / "bittern" / "up").symlink_to("..")
+    (train / "dunlin").symlink_to("crane")
+    report = check_folder(root)
+    found, _ = find_folders(root)
+    counts = {name: int((found.targets == number).sum()) for number, name in enumerate(found.classes)}
+    assert report.splits["train"].images == counts == {"auk": 4, "bittern": 3 + 4 + 3, "crane": 3, "dunlin": 3}
+    assert report.splits["train"].ignored == ["train/.ipynb_checkpoints"]
+    assert all(found.path(index).is_file() for index in range(len(found)))
+
+
 def test_missing_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path / "absent")]) == 1
     assert "absent is not a folder" in capsys.readouterr().err
@@ -120,6 +141,8 @@ def test_folder_that_cannot_be_listed(root: Path) -> None:
     closed = root / "train" / "auk" / "closed"
     closed.mkdir(mode=0o000)
     assert check_folder(root).problems == ["train/auk/closed cannot be listed: Permission denied."]
+    with pytest.raises(UserError, match=r"train/auk/closed cannot be listed: Permission denied\.$"):
+        find_folders(root)
 
 
 def test_json(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
