@@ -11,6 +11,7 @@ import shlex
 import shutil
 import signal
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from classification.evaluation import Interrupted
 from classification.metrics import table
 from classification.models import architecture
 from classification.options import as_values
-from d2_mgd.reliability import StopRequest, remove_leftovers, restarted
+from d2_mgd.reliability import FolderInUse, StopRequest, claimed_folder, remove_leftovers, restarted
 from d2_mgd.untrusted import trust
 
 __all__ = ["main"]
@@ -107,9 +108,10 @@ def _work(process: Process, options: argparse.Namespace) -> None:
     if options.evaluate:
         _evaluate(trainer, teacher, len(classes))
         return
-    if process.is_main:
-        _open_folder(options, anew=state is None)
-    with stop:
+    with ExitStack() as claims, stop:
+        _claim(process, options.output_dir, claims)
+        if process.is_main:
+            _open_folder(options, anew=state is None)
         if state is None:
             _look_at(trainer, teacher, len(classes))
             torch.manual_seed(options.seed + 1 + process.rank)
@@ -183,10 +185,23 @@ def _find_resume(options: argparse.Namespace, restart: bool) -> Path | None:
     return None
 
 
+def _claim(process: Process, folder: Path, claims: ExitStack) -> None:
+    """Keep other runs out of the folder, by the first process for all (collective)."""
+    failure = None
+    if process.is_main:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            claims.enter_context(claimed_folder(folder))
+        except FolderInUse as error:
+            failure = str(error)
+        except OSError as error:
+            failure = f"--output-dir {folder} cannot be written to: {error.strerror}."
+    fail_together(failure)
+
+
 def _open_folder(options: argparse.Namespace, anew: bool) -> None:
     folder = options.output_dir
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         if anew:
             _clear(folder, options.keep_checkpoints)
         remove_leftovers(folder)

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -41,6 +41,7 @@ from detectron2.utils.logger import setup_logger
 from torch.multiprocessing.spawn import ProcessExitedException
 
 from d2_mgd.detection import Trainer, add_mgd_config
+from d2_mgd.detection.agreement import first_failure
 from d2_mgd.detection.checkpoint import TrainingCheckpointer, load_weights
 from d2_mgd.detection.config import student_config, validate_config
 from d2_mgd.detection.config_files import merge_file, merge_overrides
@@ -51,7 +52,7 @@ from d2_mgd.detection.nonfinite import NonFiniteError
 from d2_mgd.detection.preemption import forwarded_signals
 from d2_mgd.detection.teacher import build_teacher
 from d2_mgd.detection.weights import local_weights_file
-from d2_mgd.reliability import join_processes, restarted
+from d2_mgd.reliability import FolderInUse, claimed_folder, join_processes, restarted
 from d2_mgd.untrusted import trust
 
 logger = logging.getLogger("d2_mgd.train_net")
@@ -114,8 +115,13 @@ def build_config(args: argparse.Namespace) -> CfgNode:
     return cfg
 
 
-def set_up(args: argparse.Namespace) -> CfgNode:
-    """Data sets, config, loggers, and what OUTPUT_DIR holds of them. In every process."""
+def set_up(args: argparse.Namespace, claims: ExitStack) -> CfgNode:
+    """Data sets, config, loggers, and what OUTPUT_DIR holds of them. In every process.
+
+    Args:
+        args: the command line.
+        claims: where a training's claim of OUTPUT_DIR ends.
+    """
     for name, json_file, images in args.register_coco:
         register_coco(name, json_file, images)
     for file in args.trust_weights:
@@ -124,6 +130,8 @@ def set_up(args: argparse.Namespace) -> CfgNode:
     trains = not (args.eval_only or args.eval_teacher)
     check_datasets_once(cfg, train=trains)
     _check_output(cfg.OUTPUT_DIR)
+    if trains:
+        _claim(cfg.OUTPUT_DIR, claims)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2_mgd")
     default_setup(cfg, args)
     if cfg.MODEL.DEVICE == "cpu":
@@ -137,8 +145,13 @@ def set_up(args: argparse.Namespace) -> CfgNode:
 
 def run(args: argparse.Namespace) -> Any:
     """Train or evaluate, in every process."""
+    with ExitStack() as claims:
+        return _run(args, claims)
+
+
+def _run(args: argparse.Namespace, claims: ExitStack) -> Any:
     try:
-        cfg = set_up(args)
+        cfg = set_up(args, claims)
         if args.eval_teacher:
             return evaluate_teacher(cfg)
         if args.eval_only:
@@ -187,6 +200,19 @@ def _check_output(folder: str) -> None:
             pass
     except OSError as error:
         raise ValueError(f"OUTPUT_DIR '{folder}' cannot be written: {error.strerror}.") from error
+
+
+def _claim(folder: str, claims: ExitStack) -> None:
+    """Keep other trainings out, by the first process for all. A collective."""
+    failure = ""
+    if comm.is_main_process():
+        try:
+            claims.enter_context(claimed_folder(folder))
+        except FolderInUse as error:
+            failure = str(error)
+    failure = first_failure(failure)
+    if failure:
+        raise FolderInUse(failure)
 
 
 def _write_student_config(cfg: CfgNode) -> None:

@@ -3,6 +3,7 @@
 Knows no network, no Detectron2.
 """
 
+from d2_mgd.reliability.claims import FolderInUse, claimed_folder
 from d2_mgd.reliability.files import file_digest, remove_leftovers, system_reason, write_atomically
 from d2_mgd.reliability.manifest import CheckpointManifest
 from d2_mgd.reliability.restarts import join_processes, restarted
@@ -10,7 +11,9 @@ from d2_mgd.reliability.signals import StopRequest, forwarded_signals, loader_pr
 
 __all__ = [
     "CheckpointManifest",
+    "FolderInUse",
     "StopRequest",
+    "claimed_folder",
     "file_digest",
     "forwarded_signals",
     "join_processes",

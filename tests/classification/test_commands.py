@@ -6,7 +6,10 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -303,3 +306,17 @@ def test_every_option_is_documented(monkeypatch: pytest.MonkeyPatch) -> None:
         options = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", shown.getvalue())) - {"--help"}
         assert len(options) > 30
         assert [option for option in sorted(options) if f"`{option}`" not in text] == []
+
+
+def test_a_folder_that_another_training_writes_to(base: Run, data: Path, tmp_path: Path, capfd: Any) -> None:
+    (tmp_path / "run").mkdir()
+    claim = "import sys; from d2_mgd.reliability import claimed_folder as c"
+    code = f"{claim}\nwith c(sys.argv[1]): print(flush=True); input()"
+    words = [sys.executable, "-c", code]
+    with subprocess.Popen([*words, str(tmp_path / "run")], stdin=-1, stdout=-1, text=True) as other:
+        assert other.stdin is not None and other.stdout is not None and other.stdout.readline()
+        assert base(data, "--arch", "resnet18", "--output-dir", tmp_path / "run") == 2
+        assert f"run is in use by process {other.pid} on" in capfd.readouterr().err
+        assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".in_use"]
+        other.stdin.write("\n")
+    assert base(data, "--arch", "resnet18", "--output-dir", tmp_path / "run") == 0
