@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from benchmarks.accuracy.data import Images, Split, StudyError, batches, normalised
 from benchmarks.accuracy.networks import Staged, build_network
 from benchmarks.accuracy.study import Method, Recipe, Run, new_distiller
-from d2_mgd.distill import batch_norm_margin
-from d2_mgd.matching import ChannelCost, projection_agreement, solve_matching
+from d2_mgd.distill import MatchingGuidedDistiller, batch_norm_margin
+from d2_mgd.matching import projection_agreement
 
-__all__ = ["Engine", "Outcome", "WeightStore", "accuracy", "train"]
+__all__ = ["Engine", "Outcome", "WeightStore", "accuracy", "error_line", "train"]
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +62,7 @@ class Outcome:
         rematches: for each feature of each rematch, see :meth:`_Distillation.measure_and_rematch`.
         projections: for each feature of a learned projection, see :meth:`_Distillation.measure_projections`.
         metrics: whatever else a command line reported at its end, by name.
+        trouble: what could not be measured beside the accuracy, and why.
     """
 
     accuracy: list[float] = field(default_factory=list)
@@ -69,6 +70,7 @@ class Outcome:
     rematches: list[dict[str, Any]] = field(default_factory=list)
     projections: list[dict[str, Any]] = field(default_factory=list)
     metrics: dict[str, Any] = field(default_factory=dict)
+    trouble: str = ""
 
 
 class WeightStore:
@@ -115,10 +117,24 @@ def train(run: Run, split: Split, engine: Engine, weights: WeightStore) -> Outco
     if engine.device.type == "cuda":
         torch.cuda.synchronize(engine.device)
     outcome.seconds = time.perf_counter() - start
-    if distillation is not None:
-        outcome.projections = distillation.measure_projections(lambda: training.batches(training.matching))
     weights.save(run, network)
+    if distillation is not None:
+        _look_at_projections(distillation, training)
     return outcome
+
+
+def _look_at_projections(distillation: _Distillation, training: _Training) -> None:
+    try:
+        training.outcome.projections = distillation.measure_projections(lambda: training.batches(training.matching))
+    except Exception as error:  # whatever it is, the run is done and its accuracy stands
+        logger.exception("the learned projections were not measured")
+        training.outcome.trouble = f"the learned projections were not measured: {error_line(error)}"
+
+
+def error_line(error: Exception) -> str:
+    """One line that says what happened: the message of an error of this package, else its kind too."""
+    said = (str(error).strip() or "no message").splitlines()[0]
+    return said if isinstance(error, StudyError) else f"{type(error).__name__}: {said}"
 
 
 def _start_from(network: Staged, state: dict[str, Tensor], same_classes: bool) -> None:
@@ -313,19 +329,19 @@ class _Distillation:
         if self.distiller is None or not self.distiller.projections:
             return []
         widths = self.distiller.channels
-        costs = {name: ChannelCost(*channels, metric=self.method.metric) for name, channels in widths.items()}
+        matched = MatchingGuidedDistiller(widths, metric=self.method.metric, mode=self.method.mode)
         power = {name: torch.zeros(student, device=self.engine.device) for name, (student, _) in widths.items()}
 
         def observe(student: Maps, teacher: Maps) -> None:
-            for name, cost in costs.items():
-                cost.update(student[name], teacher[name])
-                power[name] += student[name].float().var(dim=(0, 2, 3))
+            matched.observe(student, teacher)
+            for name, found in student.items():
+                power[name] += found.float().var(dim=(0, 2, 3))
 
         self._pass(batches, observe)
+        reports = matched.rematch()
         found = []
         for name, weight in self.distiller.projections.items():
-            matching = solve_matching(costs[name].mean(), self.method.mode or "balanced")
-            agreement = projection_agreement(weight * power[name].sqrt(), matching)
+            agreement = projection_agreement(weight * power[name].sqrt(), reports[name].matching)
             found.append({"feature": name, **{k: round(v, 6) for k, v in dataclasses.asdict(agreement).items()}})
         return found
 

@@ -368,6 +368,34 @@ def test_rematches_change_neither_the_students_statistics_nor_the_batches_it_see
     assert found[0].all()
 
 
+def taught(
+    student: str, teacher: str, method: Method, data: Path, weights: WeightStore, engine: Engine | None = None
+) -> tuple[Run, Outcome]:
+    """A run of one epoch behind a teacher that is trained for it, and what came of it."""
+    choice, recipe = Choice(pixels=16, train_per_class=8), Recipe(epochs=1, batch=12, lr=0.01, drops=())
+    split = load_split(data, choice, CPU)
+    teaching = Run("teacher", teacher, choice, recipe, 0)
+    if not weights.path(teaching).exists():
+        train(teaching, split, Engine(CPU), weights)
+    found = Run("taught", student, choice, recipe, 0, teacher=teaching, distil=method)
+    return found, train(found, split, engine or Engine(CPU), weights)
+
+
+def test_projections_between_maps_of_different_sizes(data: Path, tmp_path: Path) -> None:
+    method = Method(align="conv1x1", rematch={"images": 12})
+    _, outcome = taught("mobilenet_v2_half", "resnet8", method, data, WeightStore(tmp_path))
+    assert [entry["feature"] for entry in outcome.projections] == ["stage1", "stage2", "stage3"]
+    assert all(0 < entry["share"] <= entry["best"] <= 1 for entry in outcome.projections)
+
+
+def test_what_cannot_be_measured_afterwards_costs_no_result(data: Path, tmp_path: Path) -> None:
+    impossible = Method(align="conv1x1", mode="one_to_one", rematch={"images": 12})  # with T < S
+    weights = WeightStore(tmp_path)
+    found, outcome = taught("resnet8x2", "resnet8", impossible, data, weights)
+    assert len(outcome.accuracy) == 1 and weights.path(found).exists()
+    assert not outcome.projections and "projections were not measured: ValueError: feature stage1" in outcome.trouble
+
+
 SMALL = Method(logits={"name": "dist"}, rematch={"images": 12})
 
 
