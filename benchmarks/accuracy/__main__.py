@@ -94,10 +94,10 @@ def _run(options: argparse.Namespace) -> int:
         raise StudyError(f"--jobs must be 1 or more, got {options.jobs}.")
     engine = Engine(_device(options.device), options.mixed_precision, options.compile)
     studies = [_study(name) for name in options.study]
-    failed = 0
+    failures = []
     for study in studies:
         results = _results(study, options.results)
-        failed += run_study(
+        failures += run_study(
             study,
             results,
             data=options.data,
@@ -108,7 +108,9 @@ def _run(options: argparse.Namespace) -> int:
             jobs=options.jobs,
         )
         print(f"{study.title}\n\n{table(study, results)}")
-    return 1 if failed else 0
+    for failure in failures:
+        print(f"failed: {failure}", file=sys.stderr)
+    return 1 if failures else 0
 
 
 def _device(name: str) -> torch.device:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -368,6 +372,56 @@ def test_rematches_change_neither_the_students_statistics_nor_the_batches_it_see
     assert found[0].all()
 
 
+def test_whatever_ends_a_run_the_others_go_on_and_it_is_named_at_the_end(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = written(tmp_path, seeds=[0])
+    assert run(study, tmp_path, data, "--methods", "teacher") == 0
+    teacher, student, *taught_ = load_study(study).runs()
+    WeightStore(tmp_path / "weights").path(teacher).write_bytes(b"no weights")  # no error that the runner knows of
+    capsys.readouterr()
+    assert run(study, tmp_path, data) == 1
+    results = Results(tmp_path / "results" / "tiny.jsonl")
+    assert results.of(student) and not any(map(results.of, taught_))
+    named = [line for line in capsys.readouterr().err.splitlines() if line.startswith("failed: ")]
+    assert [line.split(", ")[0] for line in named] == [f"failed: {lost.method}" for lost in taught_]
+    assert all("seed 0: UnpicklingError: " in line for line in named)
+
+
+@contextmanager
+def killed_processes(count: int) -> Iterator[None]:
+    """The first ``count`` processes that this one starts meanwhile are killed as soon as they are there."""
+    over = threading.Event()
+
+    def kill() -> None:
+        seen: set[int | None] = set()
+        while not over.wait(0.02):
+            for process in multiprocessing.active_children():
+                if process.pid not in seen and len(seen) < count:
+                    seen.add(process.pid)
+                    process.kill()
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def test_a_process_that_ends_without_a_word(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = written(tmp_path, seeds=[0, 1])
+    with killed_processes(100):
+        assert run(study, tmp_path, data, "--methods", "student", "--jobs", "2") == 1
+    said = capsys.readouterr().err
+    for seed in (0, 1):
+        assert f"failed: student, seed {seed}: its process ended without a word (out of memory?)." in said
+    with killed_processes(1):  # what was at work is started again
+        assert run(study, tmp_path, data, "--methods", "student", "--seeds", "1", "--jobs", "2") == 0
+    assert len(Results(tmp_path / "results" / "tiny.jsonl").by_digest) == 1
+
+
 def taught(
     student: str, teacher: str, method: Method, data: Path, weights: WeightStore, engine: Engine | None = None
 ) -> tuple[Run, Outcome]:
@@ -394,6 +448,19 @@ def test_what_cannot_be_measured_afterwards_costs_no_result(data: Path, tmp_path
     found, outcome = taught("resnet8x2", "resnet8", impossible, data, weights)
     assert len(outcome.accuracy) == 1 and weights.path(found).exists()
     assert not outcome.projections and "projections were not measured: ValueError: feature stage1" in outcome.trouble
+
+
+def test_what_could_not_be_measured_is_named_beside_its_result(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    impossible = {"align": "conv1x1", "mode": "one_to_one", "rematch": {"images": 12}}
+    study = written(tmp_path, teacher="resnet8", student="resnet8x2", seeds=[0], methods={"conv1x1": impossible})
+    only = ("--methods", "conv1x1")
+    assert run(study, tmp_path, data, *only) == 1
+    shown = capsys.readouterr()
+    assert "| conv1x1 | not run" not in shown.out
+    assert "failed: conv1x1, seed 0: the learned projections were not measured: ValueError" in shown.err
+    assert run(study, tmp_path, data, *only) == 0
 
 
 SMALL = Method(logits={"name": "dist"}, rematch={"images": 12})
