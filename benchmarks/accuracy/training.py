@@ -100,6 +100,8 @@ def train(run: Run, split: Split, engine: Engine, weights: WeightStore) -> Outco
     Raises:
         StudyError: the loss is no longer finite, or the pair does not fit the method.
     """
+    if engine.compiled is not None:
+        torch._dynamo.reset()  # else the graphs of earlier runs count against the limit, and later runs do not compile
     torch.manual_seed(run.seed)
     network = build_network(run.network, split.classes)
     if run.start is not None:

@@ -481,6 +481,23 @@ def test_engines_compute_the_same_or_nearly(options: dict[str, Any], data: Path,
     torch.testing.assert_close(*heads, atol=0.02 if "mixed_precision" in options else 1e-4, rtol=0)
 
 
+def test_every_run_of_a_process_is_compiled(data: Path, tmp_path: Path) -> None:
+    graphs = []
+
+    def counting(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    engine, weights = Engine(CPU, compiled=counting), WeightStore(tmp_path)  # type: ignore[arg-type]
+    compiled = []
+    with torch._dynamo.config.patch(recompile_limit=1):  # 8 by default: for a ninth run what is here for a second
+        for beta in (1.0, 2.0, 3.0):
+            method = Method(features=(), logits={"name": "dkd", "beta": beta})
+            taught("resnet8", "resnet8", method, data, weights, engine)
+            compiled.append(len(graphs))
+    assert compiled == [1, 2, 3]
+
+
 # ---- tables, the page, the command line
 
 
