@@ -179,6 +179,7 @@ class _Training:
         self.optimizer = torch.optim.SGD(
             parameters, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
         )
+        self.factor = torch.ones((), device=engine.device)  # filled where it is: a new one would have to be sent there
         self.loss = self._alone if distillation is None else distillation.loss
         if engine.compiled is not None:
             self.loss = torch.compile(self.loss, backend=engine.compiled)
@@ -213,7 +214,7 @@ class _Training:
         total = torch.zeros((), device=self.engine.device)
         for step, (images, labels) in enumerate(self.batches(self.training)):
             factor = 1.0 if self.distillation is None else self.distillation.schedule.factor(epoch + step / steps)
-            loss, student_maps, teacher_maps = self.loss(images, labels, torch.tensor(factor).to(images.device))
+            loss, student_maps, teacher_maps = self.loss(images, labels, self.factor.fill_(factor))
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             self.optimizer.step()

@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.accuracy.__main__ import REPORT, RESULTS, STUDIES, main
 from benchmarks.accuracy.data import Choice, Images, StudyError, batches, load_split, normalised
@@ -23,7 +24,7 @@ from benchmarks.accuracy.networks import build_network
 from benchmarks.accuracy.report import report
 from benchmarks.accuracy.results import Results, mean_and_deviation, table
 from benchmarks.accuracy.study import Method, Recipe, Run, load_study
-from benchmarks.accuracy.training import Engine, Outcome, WeightStore, rate, train
+from benchmarks.accuracy.training import Engine, Outcome, WeightStore, _Distillation, _Training, rate, train
 
 CPU = torch.device("cpu")
 
@@ -461,6 +462,42 @@ def test_what_could_not_be_measured_is_named_beside_its_result(
     assert "| conv1x1 | not run" not in shown.out
     assert "failed: conv1x1, seed 0: the learned projections were not measured: ValueError" in shown.err
     assert run(study, tmp_path, data, *only) == 0
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes a processor wait for a GPU: numbers that it sends there or reads, choices by a mask."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        waits = ("lift_fresh", "_local_scalar_dense", "nonzero", "masked_select")
+        masks = [index.dtype for index in args[1] if index is not None] if "aten.index." in str(function) else []
+        self.count += any(name in str(function) for name in waits) or torch.bool in masks
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"features": (), "logits": {"name": "dkd"}, "schedule": {"warmup": 3}},
+        {"loss": "pearson", "reducer": "rd", "rematch": {"every": 1, "images": 96, "source": "online"}},
+        {"loss": "mse", "norm": "none", "align": "conv1x1"},
+    ],
+    ids=["logits", "features, online", "conv1x1"],
+)
+def test_no_step_waits_for_the_device(options: dict[str, Any], data: Path) -> None:
+    split, counts = load_split(data, Choice(pixels=8), CPU), []
+    for batch in (48, 24, 6):  # 1, 2 and 8 steps
+        recipe = Recipe(epochs=1, batch=batch, lr=0.01, drops=())
+        found = Run("a", "resnet8", Choice(pixels=8), recipe, 0, distil=Method(**options))
+        student, teacher = build_network("resnet8", 3), build_network("resnet8x2", 3)
+        distillation = _Distillation(Method(**options), student, teacher, Engine(CPU))
+        training = _Training(found, student, split, Engine(CPU), distillation, Outcome())
+        training.rematch(0)
+        with Waits() as waits:
+            training._epoch(0)
+        counts.append(waits.count)
+    assert counts[0] >= counts[1] == counts[2] > 0  # the first also makes what is kept
 
 
 SMALL = Method(logits={"name": "dist"}, rematch={"images": 12})
