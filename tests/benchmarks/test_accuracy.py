@@ -182,7 +182,7 @@ def test_the_studies_of_the_project_are_sound(path: Path) -> None:
     study = load_study(path)
     assert study.name == path.stem
     assert {"teacher", "student", "conv1x1"} <= set(study.rows)  # the baselines are always in
-    assert "kd" in study.rows or path.stem.startswith("aquarium")  # detectors have none yet
+    assert ("kd" in study.rows) == (path.stem != "aquarium_faster_rcnn_r50_r18")  # which has no dense logits
     digests = [found.digest for found in study.runs()]
     assert len(set(digests)) == len(digests)  # no row twice under two names
 
@@ -560,6 +560,13 @@ def test_the_share_of_the_gap(tmp_path: Path) -> None:
     assert "| teacher | 80.00 | 80.00 | 1/1 |  | 80.00 |" in text
 
 
+def test_why_a_study_is_without_kd_stands_on_the_page(tmp_path: Path) -> None:
+    rows = {name: text for name, text in COMMANDS["rows"].items() if name != "kd"}  # type: ignore[attr-defined]
+    (tmp_path / "lines.yaml").write_text(yaml.safe_dump({**COMMANDS, "rows": rows, "without_kd": "no logits."}))
+    assert "kd" not in load_study(tmp_path / "lines.yaml").rows
+    assert "Without `kd`: no logits.\n" in report(tmp_path, tmp_path)
+
+
 def test_a_broken_line_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"digest": "1"}\nnonsense\n')
     with pytest.raises(StudyError, match=r"a\.jsonl, line 2, is no result"):
@@ -602,6 +609,7 @@ COMMANDS = {
     "rows": {
         "teacher": "--gain 9",
         "student": "",
+        "kd": "{taught}",
         "conv1x1": "{taught} --gain 1",
         "mgd": '{taught} --gain 2 --name "a b"',
     },
@@ -640,14 +648,19 @@ def test_a_study_of_commands(
     shown = capsys.readouterr().out
     assert "| teacher | 19.00 | 19.00 | 1/1 |" in shown and "| mgd | 12.00 ± 0.00 | 12.00 ± 0.00 | 2/2 | 22% |" in shown
     lines = [json.loads(line) for line in (tmp_path / "results" / "lines.jsonl").read_text().splitlines()]
-    assert len(lines) == 7
+    assert len(lines) == 9
     assert all(line["metrics"] == {"bbox/AP": line["last"], "bbox/AP50": 20.0} for line in lines)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rows": {"teacher": "", "student": ""}}, "rows lacks conv1x1: the baselines are always in"),
+        ({"rows": {"teacher": "", "student": "", "kd": ""}}, "rows lacks conv1x1: the baselines are always in"),
+        (
+            {"rows": {"teacher": "", "student": "", "conv1x1": "-a"}},
+            "rows lacks kd: the baselines are always in; where kd cannot be, without_kd says why",
+        ),
+        ({"without_kd": "no logits."}, "without_kd says why there is no kd, but rows has one"),
         ({"command": "python x.py {row}"}, "command needs the places {row} and {output}"),
         ({"command": "python x.py {row} {output} {weights}"}, "'weights' is no place that can be filled"),
         ({"metric": {"name": "AP"}}, "metric needs name, file and key"),
