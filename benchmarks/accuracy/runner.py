@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import logging
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -227,8 +229,17 @@ _splits: dict[tuple[Path, Choice, str], Split] = {}
 
 
 def _begin() -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     logging.basicConfig(level=logging.WARNING)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+def _end_with_parent() -> None:
+    """Nobody would take the results, and a study that is started again needs the device."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _work(run: AnyRun, place: _Place) -> Outcome | str:
@@ -240,6 +251,19 @@ def _work(run: AnyRun, place: _Place) -> Outcome | str:
     except Exception as error:  # any: the others go on
         logger.exception("%s, seed %d", run.method, run.seed)
         return error_line(error)
+    finally:
+        _give_memory_back(run, place.engine)
+
+
+def _give_memory_back(run: AnyRun, engine: Engine) -> None:
+    """Networks and graphs of a finished run, to the processes beside this one."""
+    if not isinstance(run, Run):
+        return
+    if engine.compiled is not None:
+        torch._dynamo.reset()
+    gc.collect()  # a run's objects know each other
+    if engine.device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _outcome(run: AnyRun, place: _Place) -> Outcome:

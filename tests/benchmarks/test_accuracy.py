@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import multiprocessing
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,13 +24,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.accuracy.__main__ import REPORT, RESULTS, STUDIES, main
 from benchmarks.accuracy.data import Choice, Images, StudyError, batches, load_split, normalised
-from benchmarks.accuracy.networks import build_network
+from benchmarks.accuracy.networks import Staged, build_network
 from benchmarks.accuracy.report import report
 from benchmarks.accuracy.results import Results, mean_and_deviation, table
+from benchmarks.accuracy.runner import _Place, _work
 from benchmarks.accuracy.study import Method, Recipe, Run, load_study
 from benchmarks.accuracy.training import Engine, Outcome, WeightStore, _Distillation, _Training, rate, train
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[2]
 
 STUDY = {
     "name": "tiny",
@@ -423,6 +429,73 @@ def test_a_process_that_ends_without_a_word(tmp_path: Path, data: Path, capsys: 
     assert len(Results(tmp_path / "results" / "tiny.jsonl").by_digest) == 1
 
 
+def test_processes_end_with_the_one_that_started_them(tmp_path: Path, data: Path) -> None:
+    recipe = {"epochs": 100000, "batch": 16, "lr": 0.001, "drops": []}
+    study, log = written(tmp_path, seeds=[0], recipe=recipe), tmp_path / "log"
+    places = ["--data", data, "--weights", tmp_path / "weights", "--results", tmp_path]
+    line = [sys.executable, "-m", "benchmarks.accuracy", "run", study, *places, "--device", "cpu", "--jobs", "2"]
+    with open(log, "w") as file, subprocess.Popen(list(map(str, line)), cwd=ROOT, stderr=file) as process:
+        try:
+            wait_for(lambda: len(children(process.pid)) >= 2)
+            time.sleep(0.5)
+            started = children(process.pid)
+        finally:
+            process.kill()
+    wait_for(lambda: not any(map(alive, started)))
+
+
+def wait_for(what: Callable[[], bool], seconds: float = 120.0) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def children(pid: int) -> list[int]:
+    found = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(child) for child in found.read_text().split()] if found.exists() else []
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_finished_run_leaves_its_memory_to_others(tmp_path: Path, data: Path) -> None:
+    def networks() -> int:
+        return sum(issubclass(type(found), Staged) for found in gc.get_objects())
+
+    place = _Place(data, tmp_path, Engine(CPU))
+    found = Run("student", "resnet8", Choice(pixels=8), Recipe(epochs=1, batch=16, drops=()), 0)
+    gc.collect()
+    before = networks()
+    gc.disable()
+    try:
+        assert isinstance(_work(found, place), Outcome)
+        assert networks() == before
+    finally:
+        gc.enable()
+
+
+def test_accuracies_are_those_of_float32_whatever_the_training(data: Path, tmp_path: Path) -> None:
+    dtypes: dict[bool, set[torch.dtype]] = {True: set(), False: set()}
+
+    def note(module: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(module, nn.Linear):
+            dtypes[module.training].add(output.dtype)
+
+    recipe = Recipe(epochs=1, batch=16, drops=())
+    found = Run("student", "resnet8", Choice(pixels=8), recipe, 0)
+    hook = nn.modules.module.register_module_forward_hook(note)
+    try:
+        train(found, load_split(data, found.data, CPU), Engine(CPU, mixed_precision=True), WeightStore(tmp_path))
+    finally:
+        hook.remove()
+    assert dtypes == {True: {torch.bfloat16}, False: {torch.float32}}
+
+
 def taught(
     student: str, teacher: str, method: Method, data: Path, weights: WeightStore, engine: Engine | None = None
 ) -> tuple[Run, Outcome]:
@@ -585,6 +658,7 @@ def test_the_page_of_results_is_what_the_results_say() -> None:
         (["--jobs", "0"], "--jobs must be 1 or more"),
         (["--data", "no.npz"], "there is no data at no.npz"),
         (["--device", "tpu9"], "--device tpu9 is no device"),
+        (["--compile", "fast"], "--compile fast is no backend of torch.compile; there are: "),
     ],
 )
 def test_bad_command_lines(
