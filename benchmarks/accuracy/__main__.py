@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--seeds", nargs="+", type=int, default=(), help="only these seeds")
     run.add_argument("--jobs", type=int, default=1, help="runs at a time, each in a process of its own")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    run.add_argument("--mixed-precision", action="store_true", help="forward passes in bfloat16")
+    run.add_argument("--mixed-precision", action="store_true", help="forward passes of training in bfloat16")
     run.add_argument("--compile", nargs="?", const="inductor", metavar="BACKEND", help="torch.compile a step's forward")
     for name, what in (("table", "markdown to the screen"), ("plot", "accuracy by epoch as an image")):
         other = commands.add_parser(name, help=what)
@@ -92,12 +92,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     if options.jobs < 1:
         raise StudyError(f"--jobs must be 1 or more, got {options.jobs}.")
+    if options.compile is not None and options.compile not in torch._dynamo.list_backends(exclude_tags=()):
+        known = ", ".join(torch._dynamo.list_backends(exclude_tags=()))
+        raise StudyError(f"--compile {options.compile} is no backend of torch.compile; there are: {known}.")
     engine = Engine(_device(options.device), options.mixed_precision, options.compile)
     studies = [_study(name) for name in options.study]
-    failed = 0
+    failures = []
     for study in studies:
         results = _results(study, options.results)
-        failed += run_study(
+        failures += run_study(
             study,
             results,
             data=options.data,
@@ -108,7 +111,9 @@ def _run(options: argparse.Namespace) -> int:
             jobs=options.jobs,
         )
         print(f"{study.title}\n\n{table(study, results)}")
-    return 1 if failed else 0
+    for failure in failures:
+        print(f"failed: {failure}", file=sys.stderr)
+    return 1 if failures else 0
 
 
 def _device(name: str) -> torch.device:

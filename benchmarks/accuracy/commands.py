@@ -20,6 +20,9 @@ A row's text stands where ``{row}`` is in the command, and a part's where its na
 ``{device}``, ``{output}``, ``{seed}`` and ``{teacher}``, the output folder of the teacher's run, are filled in
 everywhere. A command must go on in its output folder where it was stopped. Its metric is read from json lines in that
 folder; lines without the key count for nothing.
+
+The baselines ``teacher``, ``student``, ``kd`` and ``conv1x1`` are always rows. Only ``kd`` may be missing, where there
+are no logits that it could compare; then ``without_kd`` says so in a sentence, which the page of results shows.
 """
 
 from __future__ import annotations
@@ -96,11 +99,16 @@ class CommandStudy:
     published: Mapping[str, float] = field(default_factory=dict)
     aims: tuple[str, ...] = ()
     note: str = ""
+    without_kd: str = ""
 
     def __post_init__(self) -> None:
-        missing = [name for name in ("teacher", "student", "conv1x1") if name not in self.commands]
+        baselines = ("teacher", "student", *(() if self.without_kd else ("kd",)), "conv1x1")
+        missing = [name for name in baselines if name not in self.commands]
         if missing:
-            raise StudyError(f"rows lacks {', '.join(missing)}: the baselines are always in.")
+            hint = "; where kd cannot be, without_kd says why" if "kd" in missing else ""
+            raise StudyError(f"rows lacks {', '.join(missing)}: the baselines are always in{hint}.")
+        if self.without_kd and "kd" in self.commands:
+            raise StudyError("without_kd says why there is no kd, but rows has one.")
         if "{row}" not in self.command or "{output}" not in self.command:
             raise StudyError("command needs the places {row} and {output}.")
         for run in self.runs():

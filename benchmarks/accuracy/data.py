@@ -5,6 +5,7 @@ Shape shorthand: N images, P pixels of a side.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,8 +120,14 @@ def _first_of(labels: np.ndarray, number: int, count: int | None, part: str) -> 
 
 def normalised(images: Tensor) -> Tensor:
     """(N, 3, P, P) uint8 -> float32 of about mean 0 and deviation 1."""
-    mean, std = (torch.tensor(values, device=images.device).view(1, 3, 1, 1) for values in (_MEAN, _STD))
+    mean, std = _statistics(images.device)
     return (images.float() / 255.0 - mean) / std
+
+
+@functools.cache
+def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and deviation (1, 3, 1, 1), moved to a device once: the processor waits for each such move."""
+    return tuple(torch.tensor(values).view(1, 3, 1, 1).to(device) for values in (_MEAN, _STD))  # type: ignore[return-value]
 
 
 def batches(

@@ -52,6 +52,8 @@ def _section(study: AnyStudy, results: Results) -> str:
         text.append(f"{study.note.strip()}\n")
     if not isinstance(study, Study):
         text.append(f"Numbers are {study.metric.name} of the pipeline itself.\n")
+        if study.without_kd:
+            text.append(f"Without `kd`: {study.without_kd}\n")
     if study.aims:
         text.append("To reach: " + "; ".join(study.aims) + ".\n")
     text.append(table(study, results))

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import logging
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import torch
 
-from benchmarks.accuracy.commands import FINISHED, run_command
+from benchmarks.accuracy.commands import FINISHED, CommandRun, run_command
 from benchmarks.accuracy.data import Choice, Split, StudyError, load_split
 from benchmarks.accuracy.results import Results, as_line
 from benchmarks.accuracy.study import AnyRun, AnyStudy, Run, Study
-from benchmarks.accuracy.training import Engine, Outcome, WeightStore, train
+from benchmarks.accuracy.training import Engine, Outcome, WeightStore, error_line, train
 
-__all__ = ["run_study"]
+__all__ = ["Failure", "run_study"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,18 @@ class _Place:
     engine: Engine
 
 
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """A run that left no result (``lost``), or not all that belongs to it; and why, in one line."""
+
+    run: AnyRun
+    why: str
+    lost: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.run.method}, seed {self.run.seed}: {self.why}"
+
+
 def run_study(
     study: AnyStudy,
     results: Results,
@@ -43,7 +57,7 @@ def run_study(
     methods: Sequence[str] = (),
     seeds: Sequence[int] = (),
     jobs: int = 1,
-) -> int:
+) -> list[Failure]:
     """Run what has no result yet; each result is written as its run ends.
 
     Args:
@@ -56,7 +70,9 @@ def run_study(
             are faster there; each process does many runs, and reads the data once.
 
     Returns:
-        int: how many runs failed; their errors are logged, and the others go on.
+        list: the runs that failed, whatever the error was (out of memory too). They are logged, and the others go on,
+        save those that need a failed one's weights. A process that ends without a word takes no other run with it:
+        what was at work beside it is started again.
 
     Raises:
         StudyError: an unknown row or seed, or data that does not fit.
@@ -75,8 +91,12 @@ def run_study(
         if run.digest in table and results.of(run) is None:
             results.add(as_line(study, run, outcome, engine))
 
-    place = _Place(data, weights, engine)
-    return _in_turn(pending, place, done) if jobs == 1 else _in_processes(pending, place, done, jobs)
+    ledger = _Ledger(done)
+    if jobs == 1:
+        _in_turn(pending, _Place(data, weights, engine), ledger)
+    else:
+        _in_processes(pending, _Place(data, weights, engine), ledger, jobs)
+    return ledger.failures
 
 
 def _left(wanted: Sequence[AnyRun], results: Results) -> int:
@@ -118,56 +138,89 @@ def _is_stored(run: AnyRun, weights: WeightStore) -> bool:
     return (weights.folder / run.digest / FINISHED).exists()
 
 
-def _in_turn(pending: Sequence[AnyRun], place: _Place, done: Callable[[AnyRun, Outcome], None]) -> int:
-    failed: list[AnyRun] = []
+class _Ledger:
+    """What became of each run: ``done`` is called with those that have a result."""
+
+    def __init__(self, done: Callable[[AnyRun, Outcome], None]) -> None:
+        self.done = done
+        self.failures: list[Failure] = []
+
+    def take(self, run: AnyRun, outcome: Outcome | str) -> None:
+        """A run's outcome, or why it has none."""
+        if isinstance(outcome, str):
+            self._note(Failure(run, outcome))
+            return
+        self.done(run, outcome)
+        if outcome.trouble:
+            self._note(Failure(run, f"{outcome.trouble}; its result is kept.", lost=False))
+
+    def cannot_start(self, run: AnyRun) -> bool:
+        """Whether a run needs one that failed; then it fails, too."""
+        lost = {failure.run.digest for failure in self.failures if failure.lost}
+        missing = next((needed for needed in run.needs if needed.digest in lost), None)
+        if missing is not None:
+            self.take(run, f"it needs {missing.method}, which failed.")
+        return missing is not None
+
+    def _note(self, failure: Failure) -> None:
+        logger.error("failed: %s", failure)
+        self.failures.append(failure)
+
+
+def _in_turn(pending: Sequence[AnyRun], place: _Place, ledger: _Ledger) -> None:
     for run in pending:
-        if _cannot(run, failed):
-            continue
-        try:
-            done(run, _work(run, place))
-        except StudyError as error:
-            _fail(run, error, failed)
-    return len(failed)
+        if not ledger.cannot_start(run):
+            ledger.take(run, _work(run, place))
 
 
-def _in_processes(pending: Sequence[AnyRun], place: _Place, done: Callable[[AnyRun, Outcome], None], jobs: int) -> int:
-    failed: list[AnyRun] = []
+def _in_processes(pending: Sequence[AnyRun], place: _Place, ledger: _Ledger, jobs: int) -> None:
     waiting = list(pending)
-    working: dict[Future[Outcome], AnyRun] = {}
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), initializer=_begin) as pool:
-        while waiting or working:
-            missing = {run.digest for run in (*waiting, *working.values())}
-            for run in list(waiting):
-                if _cannot(run, failed):
-                    waiting.remove(run)
-                elif len(working) < jobs and not any(needed.digest in missing for needed in run.needs):
-                    waiting.remove(run)
-                    working[pool.submit(_work, run, place)] = run
+    while waiting:
+        for run in _until_a_process_ends(waiting, place, ledger, jobs):
+            # which of those at work was to blame shows when each has a process, and the memory, for itself
+            if _until_a_process_ends([run], place, ledger, 1):
+                ledger.take(run, "its process ended without a word (out of memory?).")
+
+
+def _until_a_process_ends(waiting: list[AnyRun], place: _Place, ledger: _Ledger, jobs: int) -> list[AnyRun]:
+    """Take runs from ``waiting`` until none is left, or until a process ends: then those that were at work."""
+    working: dict[Future[Outcome | str], AnyRun] = {}
+    with _pool(waiting, jobs) as pool:
+        whole = True
+        while whole and (waiting or working):
+            try:
+                _start(waiting, working, lambda run: pool.submit(_work, run, place), ledger, jobs)
+            except BrokenProcessPool:
+                whole = False
             for future in wait(working, return_when=FIRST_COMPLETED).done:
-                run = working.pop(future)
-                try:
-                    done(run, future.result())
-                except (StudyError, BrokenProcessPool) as error:
-                    _fail(run, error, failed)
-                    if isinstance(error, BrokenProcessPool):
-                        raise StudyError(
-                            "a process ended without a word (out of memory?); start again to go on."
-                        ) from error
-    return len(failed)
+                if isinstance(future.exception(), BrokenProcessPool):
+                    whole = False
+                else:
+                    ledger.take(working.pop(future), future.result())
+    return list(working.values())
 
 
-def _fail(run: AnyRun, error: Exception, failed: list[AnyRun]) -> None:
-    logger.error("%s, seed %d, failed: %s", run.method, run.seed, error)
-    failed.append(run)
+def _pool(runs: Sequence[AnyRun], jobs: int) -> Executor:
+    if all(isinstance(run, CommandRun) for run in runs):
+        return ThreadPoolExecutor(jobs)  # a command has a process of its own
+    return ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"), initializer=_begin)
 
 
-def _cannot(run: AnyRun, failed: list[AnyRun]) -> bool:
-    lost = {other.digest for other in failed}
-    for needed in run.needs:
-        if needed.digest in lost:
-            _fail(run, StudyError(f"it needs {needed.method}, which failed."), failed)
-            return True
-    return False
+def _start(
+    waiting: list[AnyRun],
+    working: dict[Future[Outcome | str], AnyRun],
+    submit: Callable[[AnyRun], Future[Outcome | str]],
+    ledger: _Ledger,
+    jobs: int,
+) -> None:
+    """Put to work what may start now, up to ``jobs`` at a time."""
+    missing = {run.digest for run in (*waiting, *working.values())}
+    for run in list(waiting):
+        if ledger.cannot_start(run):
+            waiting.remove(run)
+        elif len(working) < jobs and not any(needed.digest in missing for needed in run.needs):
+            working[submit(run)] = run
+            waiting.remove(run)
 
 
 # ---- in a worker, which keeps the data from run to run
@@ -176,11 +229,44 @@ _splits: dict[tuple[Path, Choice, str], Split] = {}
 
 
 def _begin() -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     logging.basicConfig(level=logging.WARNING)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
-def _work(run: AnyRun, place: _Place) -> Outcome:
+def _end_with_parent() -> None:
+    """Nobody would take the results, and a study that is started again needs the device."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _work(run: AnyRun, place: _Place) -> Outcome | str:
+    """A run's outcome, or in one line why it has none: what crosses processes is a text, since not every error can."""
+    try:
+        return _outcome(run, place)
+    except StudyError as error:
+        return error_line(error)
+    except Exception as error:  # any: the others go on
+        logger.exception("%s, seed %d", run.method, run.seed)
+        return error_line(error)
+    finally:
+        _give_memory_back(run, place.engine)
+
+
+def _give_memory_back(run: AnyRun, engine: Engine) -> None:
+    """Networks and graphs of a finished run, to the processes beside this one."""
+    if not isinstance(run, Run):
+        return
+    if engine.compiled is not None:
+        torch._dynamo.reset()
+    gc.collect()  # a run's objects know each other
+    if engine.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _outcome(run: AnyRun, place: _Place) -> Outcome:
     if not isinstance(run, Run):
         values, metrics, seconds = run_command(run, place.weights, place.data, str(place.engine.device))
         return Outcome(values, seconds, metrics=metrics)

@@ -279,7 +279,8 @@ def _study(content: Any) -> Study:
     return study
 
 
-_COMMAND_KEYS = ("kind", "name", "title", "seeds", "metric", "command", "parts", "rows", "published", "aims", "note")
+_COMMAND_KEYS = ("kind", "name", "title", "seeds", "metric", "command", "parts", "rows", "published", "aims", "note",
+                 "without_kd")  # fmt: skip
 
 
 def _command_study(content: Any) -> CommandStudy:
@@ -300,6 +301,7 @@ def _command_study(content: Any) -> CommandStudy:
             str(name): _with_parts(str(text or ""), _mapping(content.get("parts"), "parts"))
             for name, text in _mapping(content["rows"], "rows").items()
         },
+        without_kd=str(content.get("without_kd") or "").strip(),
         **_common(content),
     )
 

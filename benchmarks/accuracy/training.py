@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from benchmarks.accuracy.data import Images, Split, StudyError, batches, normalised
 from benchmarks.accuracy.networks import Staged, build_network
 from benchmarks.accuracy.study import Method, Recipe, Run, new_distiller
-from d2_mgd.distill import batch_norm_margin
-from d2_mgd.matching import ChannelCost, projection_agreement, solve_matching
+from d2_mgd.distill import MatchingGuidedDistiller, batch_norm_margin
+from d2_mgd.matching import projection_agreement
 
-__all__ = ["Engine", "Outcome", "WeightStore", "accuracy", "train"]
+__all__ = ["Engine", "Outcome", "WeightStore", "accuracy", "error_line", "train"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class Engine:
 
     Args:
         device: where networks and data are.
-        mixed_precision: forward passes under bfloat16 autocast.
+        mixed_precision: forward passes of training under bfloat16 autocast.
         compiled: backend of ``torch.compile`` for a step's forward, or None.
     """
 
@@ -62,6 +62,7 @@ class Outcome:
         rematches: for each feature of each rematch, see :meth:`_Distillation.measure_and_rematch`.
         projections: for each feature of a learned projection, see :meth:`_Distillation.measure_projections`.
         metrics: whatever else a command line reported at its end, by name.
+        trouble: what could not be measured beside the accuracy, and why.
     """
 
     accuracy: list[float] = field(default_factory=list)
@@ -69,6 +70,7 @@ class Outcome:
     rematches: list[dict[str, Any]] = field(default_factory=list)
     projections: list[dict[str, Any]] = field(default_factory=list)
     metrics: dict[str, Any] = field(default_factory=dict)
+    trouble: str = ""
 
 
 class WeightStore:
@@ -98,6 +100,8 @@ def train(run: Run, split: Split, engine: Engine, weights: WeightStore) -> Outco
     Raises:
         StudyError: the loss is no longer finite, or the pair does not fit the method.
     """
+    if engine.compiled is not None:
+        torch._dynamo.reset()  # else the graphs of earlier runs count against the limit, and later runs do not compile
     torch.manual_seed(run.seed)
     network = build_network(run.network, split.classes)
     if run.start is not None:
@@ -115,10 +119,24 @@ def train(run: Run, split: Split, engine: Engine, weights: WeightStore) -> Outco
     if engine.device.type == "cuda":
         torch.cuda.synchronize(engine.device)
     outcome.seconds = time.perf_counter() - start
-    if distillation is not None:
-        outcome.projections = distillation.measure_projections(lambda: training.batches(training.matching))
     weights.save(run, network)
+    if distillation is not None:
+        _look_at_projections(distillation, training)
     return outcome
+
+
+def _look_at_projections(distillation: _Distillation, training: _Training) -> None:
+    try:
+        training.outcome.projections = distillation.measure_projections(lambda: training.batches(training.matching))
+    except Exception as error:  # whatever it is, the run is done and its accuracy stands
+        logger.exception("the learned projections were not measured")
+        training.outcome.trouble = f"the learned projections were not measured: {error_line(error)}"
+
+
+def error_line(error: Exception) -> str:
+    """One line that says what happened: the message of an error of this package, else its kind too."""
+    said = (str(error).strip() or "no message").splitlines()[0]
+    return said if isinstance(error, StudyError) else f"{type(error).__name__}: {said}"
 
 
 def _start_from(network: Staged, state: dict[str, Tensor], same_classes: bool) -> None:
@@ -128,13 +146,12 @@ def _start_from(network: Staged, state: dict[str, Tensor], same_classes: bool) -
 
 
 @torch.no_grad()
-def accuracy(network: Staged, images: Images, engine: Engine, batch: int = 1000) -> float:
-    """Top-1 in percent."""
+def accuracy(network: Staged, images: Images, batch: int = 1000) -> float:
+    """Top-1 in percent, in float32 whatever the training's precision was: in bfloat16 close classes are often equal."""
     network.eval()
-    correct = torch.zeros((), dtype=torch.int64, device=engine.device)
+    correct = torch.zeros((), dtype=torch.int64, device=images.labels.device)
     for start in range(0, len(images), batch):
-        with engine.autocast():
-            logits = network(normalised(images.images[start : start + batch]))
+        logits = network(normalised(images.images[start : start + batch]))
         correct += (logits.argmax(dim=1) == images.labels[start : start + batch]).sum()
     return 100.0 * int(correct) / len(images)
 
@@ -161,6 +178,7 @@ class _Training:
         self.optimizer = torch.optim.SGD(
             parameters, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
         )
+        self.factor = torch.ones((), device=engine.device)  # filled where it is: a new one would have to be sent there
         self.loss = self._alone if distillation is None else distillation.loss
         if engine.compiled is not None:
             self.loss = torch.compile(self.loss, backend=engine.compiled)
@@ -186,7 +204,7 @@ class _Training:
             self._epoch(epoch)
             if epoch + 1 < recipe.epochs:
                 self.rematch(epoch + 1)
-            self.outcome.accuracy.append(round(accuracy(self.network, self.split.test, self.engine), 4))
+            self.outcome.accuracy.append(round(accuracy(self.network, self.split.test), 4))
             logger.info("epoch %d: %.2f", epoch + 1, self.outcome.accuracy[-1])
 
     def _epoch(self, epoch: int) -> None:
@@ -195,7 +213,7 @@ class _Training:
         total = torch.zeros((), device=self.engine.device)
         for step, (images, labels) in enumerate(self.batches(self.training)):
             factor = 1.0 if self.distillation is None else self.distillation.schedule.factor(epoch + step / steps)
-            loss, student_maps, teacher_maps = self.loss(images, labels, torch.tensor(factor).to(images.device))
+            loss, student_maps, teacher_maps = self.loss(images, labels, self.factor.fill_(factor))
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             self.optimizer.step()
@@ -313,19 +331,19 @@ class _Distillation:
         if self.distiller is None or not self.distiller.projections:
             return []
         widths = self.distiller.channels
-        costs = {name: ChannelCost(*channels, metric=self.method.metric) for name, channels in widths.items()}
+        matched = MatchingGuidedDistiller(widths, metric=self.method.metric, mode=self.method.mode)
         power = {name: torch.zeros(student, device=self.engine.device) for name, (student, _) in widths.items()}
 
         def observe(student: Maps, teacher: Maps) -> None:
-            for name, cost in costs.items():
-                cost.update(student[name], teacher[name])
-                power[name] += student[name].float().var(dim=(0, 2, 3))
+            matched.observe(student, teacher)
+            for name, found in student.items():
+                power[name] += found.float().var(dim=(0, 2, 3))
 
         self._pass(batches, observe)
+        reports = matched.rematch()
         found = []
         for name, weight in self.distiller.projections.items():
-            matching = solve_matching(costs[name].mean(), self.method.mode or "balanced")
-            agreement = projection_agreement(weight * power[name].sqrt(), matching)
+            agreement = projection_agreement(weight * power[name].sqrt(), reports[name].matching)
             found.append({"feature": name, **{k: round(v, 6) for k, v in dataclasses.asdict(agreement).items()}})
         return found
 

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
+import multiprocessing
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +20,19 @@ import pytest
 import torch
 import yaml
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.accuracy.__main__ import REPORT, RESULTS, STUDIES, main
 from benchmarks.accuracy.data import Choice, Images, StudyError, batches, load_split, normalised
-from benchmarks.accuracy.networks import build_network
+from benchmarks.accuracy.networks import Staged, build_network
 from benchmarks.accuracy.report import report
 from benchmarks.accuracy.results import Results, mean_and_deviation, table
+from benchmarks.accuracy.runner import _Place, _work
 from benchmarks.accuracy.study import Method, Recipe, Run, load_study
-from benchmarks.accuracy.training import Engine, Outcome, WeightStore, rate, train
+from benchmarks.accuracy.training import Engine, Outcome, WeightStore, _Distillation, _Training, rate, train
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[2]
 
 STUDY = {
     "name": "tiny",
@@ -177,7 +188,7 @@ def test_the_studies_of_the_project_are_sound(path: Path) -> None:
     study = load_study(path)
     assert study.name == path.stem
     assert {"teacher", "student", "conv1x1"} <= set(study.rows)  # the baselines are always in
-    assert "kd" in study.rows or path.stem.startswith("aquarium")  # detectors have none yet
+    assert ("kd" in study.rows) == (path.stem != "aquarium_faster_rcnn_r50_r18")  # which has no dense logits
     digests = [found.digest for found in study.runs()]
     assert len(set(digests)) == len(digests)  # no row twice under two names
 
@@ -368,6 +379,200 @@ def test_rematches_change_neither_the_students_statistics_nor_the_batches_it_see
     assert found[0].all()
 
 
+def test_whatever_ends_a_run_the_others_go_on_and_it_is_named_at_the_end(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = written(tmp_path, seeds=[0])
+    assert run(study, tmp_path, data, "--methods", "teacher") == 0
+    teacher, student, *taught_ = load_study(study).runs()
+    WeightStore(tmp_path / "weights").path(teacher).write_bytes(b"no weights")  # no error that the runner knows of
+    capsys.readouterr()
+    assert run(study, tmp_path, data) == 1
+    results = Results(tmp_path / "results" / "tiny.jsonl")
+    assert results.of(student) and not any(map(results.of, taught_))
+    named = [line for line in capsys.readouterr().err.splitlines() if line.startswith("failed: ")]
+    assert [line.split(", ")[0] for line in named] == [f"failed: {lost.method}" for lost in taught_]
+    assert all("seed 0: UnpicklingError: " in line for line in named)
+
+
+@contextmanager
+def killed_processes(count: int) -> Iterator[None]:
+    """The first ``count`` processes that this one starts meanwhile are killed as soon as they are there."""
+    over = threading.Event()
+
+    def kill() -> None:
+        seen: set[int | None] = set()
+        while not over.wait(0.02):
+            for process in multiprocessing.active_children():
+                if process.pid not in seen and len(seen) < count:
+                    seen.add(process.pid)
+                    process.kill()
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def test_a_process_that_ends_without_a_word(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = written(tmp_path, seeds=[0, 1])
+    with killed_processes(100):
+        assert run(study, tmp_path, data, "--methods", "student", "--jobs", "2") == 1
+    said = capsys.readouterr().err
+    for seed in (0, 1):
+        assert f"failed: student, seed {seed}: its process ended without a word (out of memory?)." in said
+    with killed_processes(1):  # what was at work is started again
+        assert run(study, tmp_path, data, "--methods", "student", "--seeds", "1", "--jobs", "2") == 0
+    assert len(Results(tmp_path / "results" / "tiny.jsonl").by_digest) == 1
+
+
+def test_processes_end_with_the_one_that_started_them(tmp_path: Path, data: Path) -> None:
+    recipe = {"epochs": 100000, "batch": 16, "lr": 0.001, "drops": []}
+    study, log = written(tmp_path, seeds=[0], recipe=recipe), tmp_path / "log"
+    places = ["--data", data, "--weights", tmp_path / "weights", "--results", tmp_path]
+    line = [sys.executable, "-m", "benchmarks.accuracy", "run", study, *places, "--device", "cpu", "--jobs", "2"]
+    with open(log, "w") as file, subprocess.Popen(list(map(str, line)), cwd=ROOT, stderr=file) as process:
+        try:
+            wait_for(lambda: len(children(process.pid)) >= 2)
+            time.sleep(0.5)
+            started = children(process.pid)
+        finally:
+            process.kill()
+    wait_for(lambda: not any(map(alive, started)))
+
+
+def wait_for(what: Callable[[], bool], seconds: float = 120.0) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def children(pid: int) -> list[int]:
+    found = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(child) for child in found.read_text().split()] if found.exists() else []
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_finished_run_leaves_its_memory_to_others(tmp_path: Path, data: Path) -> None:
+    def networks() -> int:
+        return sum(issubclass(type(found), Staged) for found in gc.get_objects())
+
+    place = _Place(data, tmp_path, Engine(CPU))
+    found = Run("student", "resnet8", Choice(pixels=8), Recipe(epochs=1, batch=16, drops=()), 0)
+    gc.collect()
+    before = networks()
+    gc.disable()
+    try:
+        assert isinstance(_work(found, place), Outcome)
+        assert networks() == before
+    finally:
+        gc.enable()
+
+
+def test_accuracies_are_those_of_float32_whatever_the_training(data: Path, tmp_path: Path) -> None:
+    dtypes: dict[bool, set[torch.dtype]] = {True: set(), False: set()}
+
+    def note(module: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(module, nn.Linear):
+            dtypes[module.training].add(output.dtype)
+
+    recipe = Recipe(epochs=1, batch=16, drops=())
+    found = Run("student", "resnet8", Choice(pixels=8), recipe, 0)
+    hook = nn.modules.module.register_module_forward_hook(note)
+    try:
+        train(found, load_split(data, found.data, CPU), Engine(CPU, mixed_precision=True), WeightStore(tmp_path))
+    finally:
+        hook.remove()
+    assert dtypes == {True: {torch.bfloat16}, False: {torch.float32}}
+
+
+def taught(
+    student: str, teacher: str, method: Method, data: Path, weights: WeightStore, engine: Engine | None = None
+) -> tuple[Run, Outcome]:
+    """A run of one epoch behind a teacher that is trained for it, and what came of it."""
+    choice, recipe = Choice(pixels=16, train_per_class=8), Recipe(epochs=1, batch=12, lr=0.01, drops=())
+    split = load_split(data, choice, CPU)
+    teaching = Run("teacher", teacher, choice, recipe, 0)
+    if not weights.path(teaching).exists():
+        train(teaching, split, Engine(CPU), weights)
+    found = Run("taught", student, choice, recipe, 0, teacher=teaching, distil=method)
+    return found, train(found, split, engine or Engine(CPU), weights)
+
+
+def test_projections_between_maps_of_different_sizes(data: Path, tmp_path: Path) -> None:
+    method = Method(align="conv1x1", rematch={"images": 12})
+    _, outcome = taught("mobilenet_v2_half", "resnet8", method, data, WeightStore(tmp_path))
+    assert [entry["feature"] for entry in outcome.projections] == ["stage1", "stage2", "stage3"]
+    assert all(0 < entry["share"] <= entry["best"] <= 1 for entry in outcome.projections)
+
+
+def test_what_cannot_be_measured_afterwards_costs_no_result(data: Path, tmp_path: Path) -> None:
+    impossible = Method(align="conv1x1", mode="one_to_one", rematch={"images": 12})  # with T < S
+    weights = WeightStore(tmp_path)
+    found, outcome = taught("resnet8x2", "resnet8", impossible, data, weights)
+    assert len(outcome.accuracy) == 1 and weights.path(found).exists()
+    assert not outcome.projections and "projections were not measured: ValueError: feature stage1" in outcome.trouble
+
+
+def test_what_could_not_be_measured_is_named_beside_its_result(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    impossible = {"align": "conv1x1", "mode": "one_to_one", "rematch": {"images": 12}}
+    study = written(tmp_path, teacher="resnet8", student="resnet8x2", seeds=[0], methods={"conv1x1": impossible})
+    only = ("--methods", "conv1x1")
+    assert run(study, tmp_path, data, *only) == 1
+    shown = capsys.readouterr()
+    assert "| conv1x1 | not run" not in shown.out
+    assert "failed: conv1x1, seed 0: the learned projections were not measured: ValueError" in shown.err
+    assert run(study, tmp_path, data, *only) == 0
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes a processor wait for a GPU: numbers that it sends there or reads, choices by a mask."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        waits = ("lift_fresh", "_local_scalar_dense", "nonzero", "masked_select")
+        masks = [index.dtype for index in args[1] if index is not None] if "aten.index." in str(function) else []
+        self.count += any(name in str(function) for name in waits) or torch.bool in masks
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"features": (), "logits": {"name": "dkd"}, "schedule": {"warmup": 3}},
+        {"loss": "pearson", "reducer": "rd", "rematch": {"every": 1, "images": 96, "source": "online"}},
+        {"loss": "mse", "norm": "none", "align": "conv1x1"},
+    ],
+    ids=["logits", "features, online", "conv1x1"],
+)
+def test_no_step_waits_for_the_device(options: dict[str, Any], data: Path) -> None:
+    split, counts = load_split(data, Choice(pixels=8), CPU), []
+    for batch in (48, 24, 6):  # 1, 2 and 8 steps
+        recipe = Recipe(epochs=1, batch=batch, lr=0.01, drops=())
+        found = Run("a", "resnet8", Choice(pixels=8), recipe, 0, distil=Method(**options))
+        student, teacher = build_network("resnet8", 3), build_network("resnet8x2", 3)
+        distillation = _Distillation(Method(**options), student, teacher, Engine(CPU))
+        training = _Training(found, student, split, Engine(CPU), distillation, Outcome())
+        training.rematch(0)
+        with Waits() as waits:
+            training._epoch(0)
+        counts.append(waits.count)
+    assert counts[0] >= counts[1] == counts[2] > 0  # the first also makes what is kept
+
+
 SMALL = Method(logits={"name": "dist"}, rematch={"images": 12})
 
 
@@ -384,6 +589,23 @@ def test_engines_compute_the_same_or_nearly(options: dict[str, Any], data: Path,
         assert isinstance(train(run_, split, engine, weights), Outcome)
         heads.append(weights.load(run_)["head.weight"])
     torch.testing.assert_close(*heads, atol=0.02 if "mixed_precision" in options else 1e-4, rtol=0)
+
+
+def test_every_run_of_a_process_is_compiled(data: Path, tmp_path: Path) -> None:
+    graphs = []
+
+    def counting(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    engine, weights = Engine(CPU, compiled=counting), WeightStore(tmp_path)  # type: ignore[arg-type]
+    compiled = []
+    with torch._dynamo.config.patch(recompile_limit=1):  # 8 by default: for a ninth run what is here for a second
+        for beta in (1.0, 2.0, 3.0):
+            method = Method(features=(), logits={"name": "dkd", "beta": beta})
+            taught("resnet8", "resnet8", method, data, weights, engine)
+            compiled.append(len(graphs))
+    assert compiled == [1, 2, 3]
 
 
 # ---- tables, the page, the command line
@@ -411,6 +633,13 @@ def test_the_share_of_the_gap(tmp_path: Path) -> None:
     assert "| teacher | 80.00 | 80.00 | 1/1 |  | 80.00 |" in text
 
 
+def test_why_a_study_is_without_kd_stands_on_the_page(tmp_path: Path) -> None:
+    rows = {name: text for name, text in COMMANDS["rows"].items() if name != "kd"}  # type: ignore[attr-defined]
+    (tmp_path / "lines.yaml").write_text(yaml.safe_dump({**COMMANDS, "rows": rows, "without_kd": "no logits."}))
+    assert "kd" not in load_study(tmp_path / "lines.yaml").rows
+    assert "Without `kd`: no logits.\n" in report(tmp_path, tmp_path)
+
+
 def test_a_broken_line_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"digest": "1"}\nnonsense\n')
     with pytest.raises(StudyError, match=r"a\.jsonl, line 2, is no result"):
@@ -429,6 +658,7 @@ def test_the_page_of_results_is_what_the_results_say() -> None:
         (["--jobs", "0"], "--jobs must be 1 or more"),
         (["--data", "no.npz"], "there is no data at no.npz"),
         (["--device", "tpu9"], "--device tpu9 is no device"),
+        (["--compile", "fast"], "--compile fast is no backend of torch.compile; there are: "),
     ],
 )
 def test_bad_command_lines(
@@ -453,6 +683,7 @@ COMMANDS = {
     "rows": {
         "teacher": "--gain 9",
         "student": "",
+        "kd": "{taught}",
         "conv1x1": "{taught} --gain 1",
         "mgd": '{taught} --gain 2 --name "a b"',
     },
@@ -491,14 +722,19 @@ def test_a_study_of_commands(
     shown = capsys.readouterr().out
     assert "| teacher | 19.00 | 19.00 | 1/1 |" in shown and "| mgd | 12.00 ± 0.00 | 12.00 ± 0.00 | 2/2 | 22% |" in shown
     lines = [json.loads(line) for line in (tmp_path / "results" / "lines.jsonl").read_text().splitlines()]
-    assert len(lines) == 7
+    assert len(lines) == 9
     assert all(line["metrics"] == {"bbox/AP": line["last"], "bbox/AP50": 20.0} for line in lines)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rows": {"teacher": "", "student": ""}}, "rows lacks conv1x1: the baselines are always in"),
+        ({"rows": {"teacher": "", "student": "", "kd": ""}}, "rows lacks conv1x1: the baselines are always in"),
+        (
+            {"rows": {"teacher": "", "student": "", "conv1x1": "-a"}},
+            "rows lacks kd: the baselines are always in; where kd cannot be, without_kd says why",
+        ),
+        ({"without_kd": "no logits."}, "without_kd says why there is no kd, but rows has one"),
         ({"command": "python x.py {row}"}, "command needs the places {row} and {output}"),
         ({"command": "python x.py {row} {output} {weights}"}, "'weights' is no place that can be filled"),
         ({"metric": {"name": "AP"}}, "metric needs name, file and key"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from benchmarks.run import main
-from benchmarks.speed.classification import Pair
+from benchmarks.speed.classification import Pair, _in_a_process
 from benchmarks.speed.kernels import copied_rows, loss_row
 from benchmarks.speed.measure import CLOCKS, NOT_ON_A_GPU, in_turn, peak_tensor_bytes, ratio_row
 from benchmarks.speed.profiling import profile_step
@@ -75,6 +76,16 @@ def test_peak_counts_what_is_held_at_once() -> None:
 
     assert peak_tensor_bytes(one_after_the_other) == 1000 * 256 * 4
     assert peak_tensor_bytes(together) == 3 * 1000 * 256 * 4
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_a_process_whose_freed_blocks_are_returned_holds_less() -> None:
+    before = dict(os.environ)
+    pair = Pair(4, 64)
+    pair.floor()
+    returned = _in_a_process("floor", 4, 64, returned=True)
+    assert dict(os.environ) == before
+    assert 0 < returned < 4 * peak_tensor_bytes(pair.floor)
 
 
 def test_the_processors_clock_does_not_count_waiting() -> None:
