@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +150,16 @@ def test_a_folder_that_cannot_be_written(workplace: Any, tmp_path: Path, capsys:
     (tmp_path / "file").touch()
     output = tmp_path.joinpath(*parts)
     assert f"OUTPUT_DIR '{output}' cannot be written: " in refused(capsys, workplace.arguments(output), output)
+
+
+def test_a_folder_that_another_training_writes_to(workplace: Any, tmp_path: Path, capsys: Any) -> None:
+    claim = "import sys; from d2_mgd.reliability import claimed_folder as c"
+    words = [sys.executable, "-c", f"{claim}\nwith c(sys.argv[1]): print(flush=True); input()", str(tmp_path)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdin is not None and other.stdout is not None and other.stdout.readline()
+        assert f"is in use by process {other.pid} on " in refused(capsys, workplace.arguments(tmp_path), tmp_path)
+        other.stdin.write("\n")
+    assert not (tmp_path / "config.yaml").exists()
 
 
 @pytest.mark.parametrize(
