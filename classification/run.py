@@ -34,7 +34,7 @@ from classification.errors import UserError
 from classification.evaluation import Interrupted
 from classification.metrics import table
 from classification.models import architecture
-from classification.options import as_values
+from classification.options import as_values, gives_student
 from d2_mgd.reliability import StopRequest, remove_leftovers, restarted
 from d2_mgd.untrusted import trust
 
@@ -234,8 +234,11 @@ def _evaluate(trainer: Trainer, teacher: TeacherNetwork | None, num_classes: int
         logger.info(
             "the teacher's %d classes are not the data's %d, so it has no error here.", teacher.num_classes, num_classes
         )
-    found = trainer.evaluate()
-    rows.append([f"{trainer.options.arch} (student)", found.err1, found.err5])
+    if gives_student(trainer.options):
+        found = trainer.evaluate()
+        rows.append([f"{trainer.options.arch} (student)", found.err1, found.err5])
+    if not rows:
+        raise UserError("there is nothing to evaluate: give the student's weights, or a teacher of the data's classes.")
     if trainer.process.is_main:
         print(table(rows, _TABLE[:3]))
 
