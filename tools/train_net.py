@@ -38,6 +38,7 @@ from detectron2.evaluation import verify_results
 from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
+from torch import nn
 from torch.multiprocessing.spawn import ProcessExitedException
 
 from d2_mgd.detection import Trainer, add_mgd_config
@@ -58,6 +59,7 @@ logger = logging.getLogger("d2_mgd.train_net")
 
 BAD_INPUT = 2  # exit status, as argparse has it
 _PATIENCE = 5.0  # seconds
+_NAMED = 3  # weights in an error
 
 
 def parser() -> argparse.ArgumentParser:
@@ -164,13 +166,24 @@ def evaluate_student(cfg: CfgNode, resume: bool) -> Any:
     if resume and checkpointer.has_checkpoint():
         checkpointer.resume()
     elif cfg.MODEL.WEIGHTS:
-        load_weights(model, cfg.MODEL.WEIGHTS)
+        _check_whole(model, load_weights(model, cfg.MODEL.WEIGHTS), cfg.MODEL.WEIGHTS)
     else:
         raise ValueError("there is nothing to evaluate: give MODEL.WEIGHTS, or --resume and a training's OUTPUT_DIR.")
     results = Trainer.test(cfg, model)
     if comm.is_main_process():
         verify_results(cfg, results)
     return results
+
+
+def _check_whole(model: nn.Module, left: Any, file: str) -> None:
+    """Whether loading left no parameter of a model as it was initialised."""
+    not_taken = {*left.missing_keys, *(name for name, *_ in left.incorrect_shapes)}
+    fresh = [name for name, _ in model.named_parameters() if name in not_taken]
+    if fresh:
+        raise ValueError(
+            f"MODEL.WEIGHTS {file} is not of the student that is to be evaluated: {len(fresh)} of its weights are "
+            f"missing there or have another shape, first {', '.join(fresh[:_NAMED])}."
+        )
 
 
 def evaluate_teacher(cfg: CfgNode) -> Any:

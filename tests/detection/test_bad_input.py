@@ -133,6 +133,14 @@ def test_student_weights_of_something_else(workplace: Any, tmp_path: Path, capsy
     assert f"no weight in {weights} fits the model" in refused(capsys, arguments, tmp_path / "out")
 
 
+def test_weights_of_another_network_are_not_evaluated(workplace: Any, tmp_path: Path, capsys: Any) -> None:
+    teacher = workplace.teacher_weights
+    arguments = workplace.arguments(tmp_path / "out", "MODEL.WEIGHTS", teacher, flags=("--eval-only",))
+    sentence = refused(capsys, arguments, tmp_path / "out")
+    assert f"MODEL.WEIGHTS {teacher} is not of the student that is to be evaluated: " in sentence
+    assert re.search(r": \d+ of its weights are missing there or have another shape, first backbone\.\S+,", sentence)
+
+
 def test_nothing_to_evaluate(workplace: Any, tmp_path: Path, capsys: Any) -> None:
     arguments = workplace.arguments(tmp_path / "out", flags=("--eval-only",))
     assert "give MODEL.WEIGHTS, or --resume" in refused(capsys, arguments, tmp_path / "out")
