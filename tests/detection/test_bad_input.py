@@ -141,6 +141,18 @@ def test_weights_of_another_network_are_not_evaluated(workplace: Any, tmp_path: 
     assert re.search(r": \d+ of its weights are missing there or have another shape, first backbone\.\S+,", sentence)
 
 
+@pytest.mark.parametrize("key", ["MGD.TEACHER.WEIGHTS", "MODEL.WEIGHTS"])
+def test_weights_that_are_not_finite(workplace: Any, tmp_path: Path, capsys: Any, key: str) -> None:
+    weights, broken = tmp_path / "broken.pth", "head.cls_score.bias"
+    content = torch.load(workplace.teacher_weights, weights_only=True)
+    content["model"][broken][0] = float("nan")
+    torch.save(content, weights)
+    arguments = workplace.arguments(tmp_path / "out", key, weights)
+    assert f"{weights} holds weights that are not finite, first {broken}." in refused(
+        capsys, arguments, tmp_path / "out"
+    )
+
+
 def test_nothing_to_evaluate(workplace: Any, tmp_path: Path, capsys: Any) -> None:
     arguments = workplace.arguments(tmp_path / "out", flags=("--eval-only",))
     assert "give MODEL.WEIGHTS, or --resume" in refused(capsys, arguments, tmp_path / "out")
