@@ -43,7 +43,7 @@ from torch.multiprocessing.spawn import ProcessExitedException
 
 from d2_mgd.detection import Trainer, add_mgd_config
 from d2_mgd.detection.checkpoint import TrainingCheckpointer, load_weights
-from d2_mgd.detection.config import student_config, validate_config
+from d2_mgd.detection.config import student_config, validate_config, validate_running
 from d2_mgd.detection.config_files import merge_file, merge_overrides
 from d2_mgd.detection.datasets import DatasetError, check_classes, check_datasets_once, register_coco
 from d2_mgd.detection.hooks import RematchError
@@ -110,7 +110,9 @@ def build_config(args: argparse.Namespace) -> CfgNode:
         merge_overrides(cfg, args.opts)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
-    if not (args.eval_only or args.eval_teacher):  # a student is evaluated where its teacher is not at hand
+    if args.eval_only or args.eval_teacher:  # a student is evaluated where its teacher is not at hand
+        validate_running(cfg)
+    else:
         validate_config(cfg)
     cfg.freeze()
     return cfg
