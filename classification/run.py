@@ -30,7 +30,7 @@ from classification.checkpoint import (
 from classification.data import find_classes, find_folders
 from classification.distributed import Process, fail_together, from_main, largest, launch, say
 from classification.engine import Progress, Trainer
-from classification.errors import UserError
+from classification.errors import CommonError, UserError
 from classification.evaluation import Interrupted
 from classification.metrics import table
 from classification.models import architecture
@@ -238,7 +238,9 @@ def _evaluate(trainer: Trainer, teacher: TeacherNetwork | None, num_classes: int
         found = trainer.evaluate()
         rows.append([f"{trainer.options.arch} (student)", found.err1, found.err5])
     if not rows:
-        raise UserError("there is nothing to evaluate: give the student's weights, or a teacher of the data's classes.")
+        raise CommonError(
+            "there is nothing to evaluate: give the student's weights, or a teacher of the data's classes."
+        )
     if trainer.process.is_main:
         print(table(rows, _TABLE[:3]))
 

@@ -452,8 +452,8 @@ def _check_milestones(cfg: CfgNode) -> None:
         raise ValueError(f"SOLVER.STEPS must be numbers of iterations, got {milestones}.")
     if last in milestones:
         raise ValueError(
-            f"SOLVER.STEPS has {last}, which is SOLVER.MAX_ITER, so no step would follow that drop of the learning rate: "
-            "leave it out of SOLVER.STEPS, or raise SOLVER.MAX_ITER."
+            f"SOLVER.STEPS has {last}, which is SOLVER.MAX_ITER, so no step would follow that drop of the learning "
+            "rate: leave it out of SOLVER.STEPS, or raise SOLVER.MAX_ITER."
         )
     kept = [0, *(step for step in milestones if step < last)]
     if any(step <= before for before, step in itertools.pairwise(kept)):

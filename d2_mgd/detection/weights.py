@@ -146,7 +146,7 @@ def read_model(path: str) -> dict[str, Any]:
     for name, value in model.items():
         plain = isinstance(value, Tensor) or (isinstance(value, np.ndarray) and value.dtype != object)
         if not plain:
-            raise ValueError(f"{path} holds a {type(value).__name__} at {name!r}, where weights hold an array.")
+            raise ValueError(f"{path} holds {name!r} of type {type(value).__name__}, where weights hold an array.")
     if _is_torchvision_resnet(model):
         data = {**data, "model": _from_torchvision(model), "__author__": "torchvision", "matching_heuristics": True}
     return data
