@@ -26,7 +26,15 @@ from d2_mgd.distill.registry import names
 from d2_mgd.matching import MODES
 from d2_mgd.matching.cost import METRICS
 
-__all__ = ["SUMMED_LOSSES", "logit_loss", "parse_base", "parse_mgd", "rematch_schedule", "weight_schedule"]
+__all__ = [
+    "SUMMED_LOSSES",
+    "gives_student",
+    "logit_loss",
+    "parse_base",
+    "parse_mgd",
+    "rematch_schedule",
+    "weight_schedule",
+]
 
 
 SUMMED_LOSSES = ("partial_l2", "mse")  # over an image; they take the published factors
@@ -188,7 +196,7 @@ def _add_weights(parser: argparse.ArgumentParser) -> None:
     add("--trust-weights", action="append", default=[], metavar="FILE",
         help="read this file even if it asks for more than weights, and run what it asks for")  # fmt: skip
     add("--teacher-arch", metavar="ARCH", help="the teacher (resnet50; for resnet50 resnet152)")
-    add("-e", "--evaluate", action="store_true", help="evaluate and leave")
+    add("-e", "--evaluate", action="store_true", help="evaluate the student, the teacher or both, and leave")
 
 
 def _add_processes(parser: argparse.ArgumentParser) -> None:
@@ -352,7 +360,17 @@ def _checked(options: argparse.Namespace) -> argparse.Namespace:
     _set_output_dir(options)
     if options.evaluate and options.resume:
         _name_evaluated_student(options)
+    if options.evaluate and not (gives_student(options) or options.teacher_arch or options.teacher_resume):
+        raise UserError(
+            "--evaluate has no weights to evaluate: name the student's by --student-resume, --resume or "
+            "--use-pretrained 1, or a teacher by --teacher-resume or --teacher-arch."
+        )
     return options
+
+
+def gives_student(options: argparse.Namespace) -> bool:
+    """Whether the student has weights other than fresh ones; with ``--evaluate``, whether it is evaluated."""
+    return bool(options.use_pretrained or options.student_resume)
 
 
 def _name_evaluated_student(options: argparse.Namespace) -> None:

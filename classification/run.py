@@ -31,11 +31,11 @@ from classification.checkpoint import (
 from classification.data import find_classes, find_folders
 from classification.distributed import Process, fail_together, from_main, largest, launch, say
 from classification.engine import Progress, Trainer
-from classification.errors import UserError
+from classification.errors import CommonError, UserError
 from classification.evaluation import Interrupted
 from classification.metrics import table
 from classification.models import architecture
-from classification.options import as_values
+from classification.options import as_values, gives_student
 from d2_mgd.reliability import FolderInUse, StopRequest, claimed_folder, remove_leftovers, restarted
 from d2_mgd.untrusted import trust
 
@@ -249,8 +249,13 @@ def _evaluate(trainer: Trainer, teacher: TeacherNetwork | None, num_classes: int
         logger.info(
             "the teacher's %d classes are not the data's %d, so it has no error here.", teacher.num_classes, num_classes
         )
-    found = trainer.evaluate()
-    rows.append([f"{trainer.options.arch} (student)", found.err1, found.err5])
+    if gives_student(trainer.options):
+        found = trainer.evaluate()
+        rows.append([f"{trainer.options.arch} (student)", found.err1, found.err5])
+    if not rows:
+        raise CommonError(
+            "there is nothing to evaluate: give the student's weights, or a teacher of the data's classes."
+        )
     if trainer.process.is_main:
         print(table(rows, _TABLE[:3]))
 

@@ -104,7 +104,7 @@ def load_weights(model: nn.Module, state: State, name: str, what: str, new_head:
     """Load all weights; with ``new_head`` all but those of a head with another number of classes.
 
     Raises:
-        UserError: the weights are of another network.
+        UserError: the weights are of another network, or not finite.
     """
     own = model.state_dict()
     head = head_mismatch(own, state)
@@ -129,6 +129,9 @@ def load_weights(model: nn.Module, state: State, name: str, what: str, new_head:
         )
     own.update({key: value for key, value in state.items() if key not in head})
     model.load_state_dict(own)  # with its metadata, by which some networks know the version of their weights
+    broken = next((key for key, value in model.state_dict().items() if not torch.isfinite(value).all()), None)
+    if broken is not None:
+        raise UserError(f"{what} holds weights that are not finite, first {broken}.")
 
 
 def head_mismatch(own: State, state: State) -> list[str]:

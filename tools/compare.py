@@ -230,23 +230,31 @@ def _add_curves(report: Report, compared: Compared) -> None:
         if any(name in r for rows in compared.rows.values() for r in rows)
     ]
     if losses:
-        report.figure(
+        _add_curve(
+            report,
+            compared,
             "losses",
-            _curves(compared, {name: name for name in losses}),
+            {name: name for name in losses},
             "Losses on training images. The task loss is what a student alone is trained by; the distillation loss, "
             "its weight included, is what a teacher adds.",
         )
     for measure in compared.measures():
-        panels = {measure.title: measure.key, **measure.beside}
-        report.figure(
+        _add_curve(
+            report,
+            compared,
             f"accuracy_{measure.key.replace('/', '_')}",
-            _curves(compared, dict(list(panels.items())[:2])),
+            dict(list({measure.title: measure.key, **measure.beside}.items())[:2]),
             f"Evaluations during the training ({_better(measure)}).",
         )
 
 
-def _curves(compared: Compared, panels: Mapping[str, str]) -> Any:
-    return visualize.draw_curves(compared.rows, panels, compared.colours, step=compared.step)
+def _add_curve(report: Report, compared: Compared, name: str, panels: Mapping[str, str], caption: str) -> None:
+    rows = [row for rows in compared.rows.values() for row in rows]
+    if not any(_finite(row.get(key)) is not None for row in rows for key in panels.values()):
+        report.text(f"No curves of {' and '.join(panels)}: no run has a finite value.")
+        return
+    figure = visualize.draw_curves(compared.rows, panels, compared.colours, step=compared.step)
+    report.figure(name, figure, caption)
 
 
 # ---- settings

@@ -1,29 +1,35 @@
 #!/usr/bin/env python
-"""Writes the student of a detector's checkpoint, and nothing else of it, as safetensors: a file that can hold no code.
+"""Writes the student of a checkpoint, and nothing else of it, as safetensors: a file that can hold no code.
 
     python tools/export_weights.py output/model_final.pth student.safetensors
     python tools/export_weights.py student.safetensors student.pth
+    python tools/export_weights.py output/classification/RUN/checkpoint.pth student.safetensors
 
 Reads what MODEL.WEIGHTS reads: checkpoints of a training, files of the model zoo, safetensors. MODEL.WEIGHTS and
 MGD.TEACHER.WEIGHTS take the file that is written. Plain Detectron2 reads no safetensors: the second line is for it.
+Reads the files of a classification run too, without Detectron2; --student-resume and --teacher-resume take what is
+written, with its architecture and classes.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # works without an installation too
 
 import torch
+from torch import Tensor
 
-from d2_mgd.detection.weights import local_weights_file, read_model
 from d2_mgd.reliability import file_digest, write_atomically
-from d2_mgd.untrusted import trust, write_safetensors
+from d2_mgd.untrusted import read_safetensors, read_tensors, trust, write_safetensors
 
 BAD_INPUT = 2  # exit status, as argparse has it
+_DESCRIPTION = ("arch", "classes", "image_size")  # what classification's files say of their weights
 
 
 def export(source: str, target: str) -> int:
@@ -37,13 +43,60 @@ def export(source: str, target: str) -> int:
     kind = os.path.splitext(target)[1]
     if kind not in (".safetensors", ".pth"):
         raise ValueError(f"{target} must end in .safetensors or .pth.")
-    path = local_weights_file(source)
-    tensors = {name: torch.as_tensor(value) for name, value in read_model(path)["model"].items()}
+    path = _local(source)
+    name, tensors, description = _read(path)
     if kind == ".safetensors":
-        write_safetensors(target, tensors, {"source": os.path.basename(path), "sha256_of_source": file_digest(path)})
+        origin = {"source": os.path.basename(path), "sha256_of_source": file_digest(path)}
+        write_safetensors(
+            target, tensors, {**{key: json.dumps(value, default=str) for key, value in description.items()}, **origin}
+        )
     else:
-        write_atomically(target, lambda file: torch.save({"model": tensors}, file))
+        write_atomically(target, lambda file: torch.save({**description, name: tensors}, file))
     return len(tensors)
+
+
+def _local(source: str) -> str:
+    if os.path.isfile(source):
+        return source
+    from d2_mgd.detection.weights import local_weights_file  # only for what it alone finds: it needs Detectron2
+
+    return local_weights_file(source)
+
+
+def _read(path: str) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
+    """The key of weights in such a file, the weights, and what the file says of them."""
+    found = _read_classification(path)
+    if found is not None:
+        return "state_dict", *found
+    from d2_mgd.detection.weights import read_model
+
+    return "model", {name: torch.as_tensor(value) for name, value in read_model(path)["model"].items()}, {}
+
+
+def _read_classification(path: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """The student and its description in a file of classification; None for another file."""
+    if path.endswith(".safetensors"):
+        tensors, metadata = read_safetensors(path)
+        described = {key: _plain(metadata[key]) for key in _DESCRIPTION if key in metadata}
+        return (tensors, described) if "arch" in described else None
+    if path.endswith(".pkl"):
+        return None
+    content = read_tensors(path)
+    state = content.get("state_dict", content.get("student"))
+    if not isinstance(state, Mapping):
+        return None
+    tensors = {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise ValueError(f"{path} holds no weights by name.")
+    return tensors, {key: content[key] for key in _DESCRIPTION if isinstance(content.get(key), (str, int, list))}
+
+
+def _plain(text: str) -> Any:
+    """Metadata is json in files of classification, and any text in those of others."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,9 +108,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         if args.trust_weights:
-            trust(local_weights_file(args.source))
+            trust(_local(args.source))
         number = export(args.source, args.target)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         print(f"export_weights.py: error: {error}", file=sys.stderr)
         return BAD_INPUT
     print(f"{args.target}: {number} tensors of {args.source}")

@@ -38,12 +38,13 @@ from detectron2.evaluation import verify_results
 from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
+from torch import nn
 from torch.multiprocessing.spawn import ProcessExitedException
 
 from d2_mgd.detection import Trainer, add_mgd_config
 from d2_mgd.detection.agreement import first_failure
 from d2_mgd.detection.checkpoint import TrainingCheckpointer, load_weights
-from d2_mgd.detection.config import student_config, validate_config
+from d2_mgd.detection.config import student_config, validate_config, validate_running
 from d2_mgd.detection.config_files import merge_file, merge_overrides
 from d2_mgd.detection.datasets import DatasetError, check_classes, check_datasets_once, register_coco
 from d2_mgd.detection.hooks import RematchError
@@ -59,6 +60,7 @@ logger = logging.getLogger("d2_mgd.train_net")
 
 BAD_INPUT = 2  # exit status, as argparse has it
 _PATIENCE = 5.0  # seconds
+_NAMED = 3  # weights in an error
 
 
 def parser() -> argparse.ArgumentParser:
@@ -109,7 +111,9 @@ def build_config(args: argparse.Namespace) -> CfgNode:
         merge_overrides(cfg, args.opts)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
-    if not (args.eval_only or args.eval_teacher):  # a student is evaluated where its teacher is not at hand
+    if args.eval_only or args.eval_teacher:  # a student is evaluated where its teacher is not at hand
+        validate_running(cfg)
+    else:
         validate_config(cfg)
     cfg.freeze()
     return cfg
@@ -177,13 +181,24 @@ def evaluate_student(cfg: CfgNode, resume: bool) -> Any:
     if resume and checkpointer.has_checkpoint():
         checkpointer.resume()
     elif cfg.MODEL.WEIGHTS:
-        load_weights(model, cfg.MODEL.WEIGHTS)
+        _check_whole(model, load_weights(model, cfg.MODEL.WEIGHTS), cfg.MODEL.WEIGHTS)
     else:
         raise ValueError("there is nothing to evaluate: give MODEL.WEIGHTS, or --resume and a training's OUTPUT_DIR.")
     results = Trainer.test(cfg, model)
     if comm.is_main_process():
         verify_results(cfg, results)
     return results
+
+
+def _check_whole(model: nn.Module, left: Any, file: str) -> None:
+    """Whether loading left no parameter of a model as it was initialised."""
+    not_taken = {*left.missing_keys, *(name for name, *_ in left.incorrect_shapes)}
+    fresh = [name for name, _ in model.named_parameters() if name in not_taken]
+    if fresh:
+        raise ValueError(
+            f"MODEL.WEIGHTS {file} is not of the student that is to be evaluated: {len(fresh)} of its weights are "
+            f"missing there or have another shape, first {', '.join(fresh[:_NAMED])}."
+        )
 
 
 def evaluate_teacher(cfg: CfgNode) -> Any:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
@@ -36,6 +38,7 @@ __all__ = [
     "student_config",
     "teacher_config",
     "validate_config",
+    "validate_running",
     "weight_schedule",
 ]
 
@@ -383,9 +386,11 @@ def validate_config(cfg: CfgNode) -> None:
     defaults = CfgNode()
     add_mgd_config(defaults)
     check_mgd_types(mgd, defaults.MGD)
+    validate_running(cfg)
     for key in ("IMS_PER_BATCH", "MAX_ITER"):
         if cfg.SOLVER[key] < 1:
             raise ValueError(f"SOLVER.{key} must be at least 1, got {cfg.SOLVER[key]}.")
+    _check_milestones(cfg)
     if mgd.CHECKPOINT.KEEP < 0:
         raise ValueError(f"MGD.CHECKPOINT.KEEP must be at least 0, which keeps all, got {mgd.CHECKPOINT.KEEP}.")
     if mgd.NONFINITE.SKIP < 0:
@@ -418,6 +423,41 @@ def validate_config(cfg: CfgNode) -> None:
     head_options(cfg)
     weight_schedule(cfg)
     teacher_config(cfg)
+
+
+def validate_running(cfg: CfgNode) -> None:
+    """Check what evaluations need as well as trainings: the device, and the processes that load images.
+
+    Raises:
+        ValueError: one sentence that names the key, the value, and what would be right.
+    """
+    if cfg.DATALOADER.NUM_WORKERS < 0:
+        raise ValueError(
+            f"DATALOADER.NUM_WORKERS must be at least 0, which starts none, got {cfg.DATALOADER.NUM_WORKERS}."
+        )
+    try:
+        torch.device(cfg.MODEL.DEVICE)
+    except RuntimeError:
+        raise ValueError(
+            f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, which is no device: give cpu, cuda or cuda:N."
+        ) from None
+
+
+def _check_milestones(cfg: CfgNode) -> None:
+    """Detectron2 leaves out milestones above MAX_ITER, with a warning, and no others."""
+    if cfg.SOLVER.LR_SCHEDULER_NAME != "WarmupMultiStepLR":
+        return
+    milestones, last = cfg.SOLVER.STEPS, cfg.SOLVER.MAX_ITER
+    if not all(isinstance(step, (int, float)) for step in milestones):
+        raise ValueError(f"SOLVER.STEPS must be numbers of iterations, got {milestones}.")
+    if last in milestones:
+        raise ValueError(
+            f"SOLVER.STEPS has {last}, which is SOLVER.MAX_ITER, so no step would follow that drop of the learning "
+            "rate: leave it out of SOLVER.STEPS, or raise SOLVER.MAX_ITER."
+        )
+    kept = [0, *(step for step in milestones if step < last)]
+    if any(step <= before for before, step in itertools.pairwise(kept)):
+        raise ValueError(f"SOLVER.STEPS must be above 0 and each above the one before, got {milestones}.")
 
 
 def _check_rematch(cfg: CfgNode, needed: bool) -> None:

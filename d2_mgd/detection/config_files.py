@@ -68,6 +68,8 @@ def merge_overrides(cfg: CfgNode, words: Sequence[Any]) -> None:
         ValueError: a key that ``cfg`` does not have, a value of another type, or a KEY without a VALUE.
     """
     before = cfg.clone()
+    if len(words) % 2:
+        raise ValueError(f"{_key_without_value(cfg, words)} has no value")
     for key in words[::2]:
         if not isinstance(key, str) or not key.strip():
             raise ValueError(f"{key!r} is no key")
@@ -78,6 +80,21 @@ def merge_overrides(cfg: CfgNode, words: Sequence[Any]) -> None:
     except (RecursionError, MemoryError):
         raise ValueError("a value is nested too deeply") from None
     _check_structure(cfg, before)
+
+
+def _key_without_value(cfg: CfgNode, words: Sequence[Any]) -> Any:
+    """The first key of an odd list that is followed by a key, else the last word."""
+    pairs = zip(words[::2], words[1::2])
+    return next((key for key, value in pairs if isinstance(value, str) and _is_key(cfg, value)), words[-1])
+
+
+def _is_key(cfg: CfgNode, word: str) -> bool:
+    node: Any = cfg
+    for name in word.split("."):
+        if not isinstance(node, CfgNode) or name not in node:
+            return False
+        node = node[name]
+    return True
 
 
 def check_mgd_types(mgd: CfgNode, defaults: CfgNode) -> None:

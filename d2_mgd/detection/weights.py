@@ -146,7 +146,7 @@ def read_model(path: str) -> dict[str, Any]:
     for name, value in model.items():
         plain = isinstance(value, Tensor) or (isinstance(value, np.ndarray) and value.dtype != object)
         if not plain:
-            raise ValueError(f"{path} holds a {type(value).__name__} at {name!r}, where weights hold an array.")
+            raise ValueError(f"{path} holds {name!r} of type {type(value).__name__}, where weights hold an array.")
     if _is_torchvision_resnet(model):
         data = {**data, "model": _from_torchvision(model), "__author__": "torchvision", "matching_heuristics": True}
     return data
@@ -197,7 +197,7 @@ def load_weights(model: nn.Module, location: str) -> Any:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file cannot be read, or fits the model nowhere.
+        ValueError: the file cannot be read, fits the model nowhere, or holds weights that are not finite.
     """
     checkpointer = SafeCheckpointer(model)
     checkpointer.load(location, checkpointables=[])
@@ -208,7 +208,14 @@ def load_weights(model: nn.Module, location: str) -> Any:
         raise ValueError(
             f"no weight in {location} fits the model by name and shape: it has {theirs!r}, the model {ours!r}."
         )
+    _check_finite(model, {*left.missing_keys, *(name for name, *_ in left.incorrect_shapes)}, location)
     logger.info(
         "The model takes %d weights from %s and has %d others", checkpointer.used, location, len(left.missing_keys)
     )
     return left
+
+
+def _check_finite(model: nn.Module, not_taken: set[str], location: str) -> None:
+    for name, value in model.state_dict().items():
+        if name not in not_taken and not torch.isfinite(value).all():
+            raise ValueError(f"{location} holds weights that are not finite, first {name}.")

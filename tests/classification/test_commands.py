@@ -175,13 +175,30 @@ def test_evaluating_a_checkpoint(base: Run, data: Path, tmp_path: Path, capsys: 
         assert message in capsys.readouterr().err
 
 
+def test_only_given_weights_are_evaluated(
+    base: Run, mgd: Run, data: Path, resnet18_file: Path, pretrained: Path, capsys: pytest.CaptureFixture
+) -> None:
+    words = [data, "--arch", "mobilenet_v1", "--evaluate"]
+    for run in (base, mgd):
+        assert run(*words) == 2
+        error = capsys.readouterr().err
+        assert "--evaluate has no weights to evaluate: name the student's by --student-resume" in error
+        assert error.count("\n") == 1
+        assert run(*words, "--teacher-arch", "resnet18", "--teacher-resume", resnet18_file) == 0
+        assert [row.split()[0] for row in capsys.readouterr().out.splitlines()[2:]] == ["resnet18"]
+    assert mgd(*words, "--teacher-arch", "resnet50") == 2
+    assert "give the student's weights, or a teacher of the data's classes" in capsys.readouterr().err
+
+
 def test_evaluation_splits_and_missing_classes(base: Run, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     root = make_folder(tmp_path / "d")
     (root / "valid").rename(root / "val")
     shutil.copytree(root / "val", root / "test")
     shutil.rmtree(root / "test" / "ant")
+    torch.save(MobileNetV1(len(CLASSES)).state_dict(), tmp_path / "s.pth")
+    student = ["--arch", "mobilenet_v1", "--student-resume", tmp_path / "s.pth"]
     for split in ("val", "test"):
-        assert base(root, "--arch", "mobilenet_v1", "--evaluate", "--val-split", split) == 0
+        assert base(root, *student, "--evaluate", "--val-split", split) == 0
     assert "test has images of 2 of the 3 classes" in capsys.readouterr().err
 
 

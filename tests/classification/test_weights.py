@@ -67,6 +67,17 @@ def test_another_architecture_is_named(tmp_path: Path) -> None:
         load_weights(build("resnet50", 3), build("wide_resnet50_2", 3).state_dict(), "resnet50", "the file")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite_are_named(tmp_path: Path, value: float) -> None:
+    state = build("resnet18", 3).state_dict()
+    state["layer2.0.bn1.running_var"][1] = value
+    torch.save(state, tmp_path / "a.pth")
+    with pytest.raises(
+        UserError, match=r"a\.pth holds weights that are not finite, first layer2\.0\.bn1\.running_var\.$"
+    ):
+        network_from_file("resnet18", tmp_path / "a.pth", 3, "the teacher's file", other_classes=False)
+
+
 def test_shufflenet_of_width_one_has_two_names(tmp_path: Path) -> None:
     torch.save({"arch": "shufflenet_v2", "state_dict": build("shufflenet_v2", 3).state_dict()}, tmp_path / "a.pth")
     assert load_file(tmp_path / "a.pth", "shufflenet_v2_x1_0", "the file")

@@ -16,7 +16,10 @@ import torch
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
 import train_net as command_line
+from detectron2.config import get_cfg
 from training_runs import CLASSES, write_coco, write_yaml
+
+from d2_mgd.detection.config import add_mgd_config, validate_config
 
 
 def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], output: Path) -> str:
@@ -80,6 +83,19 @@ OVERRIDES = {
     "a batch in no parts": (("MGD.ACCUMULATE", "0"), "MGD.ACCUMULATE must be at least 1"),
     "a step of no images": (("SOLVER.IMS_PER_BATCH", "0"), "SOLVER.IMS_PER_BATCH must be at least 1, got 0"),
     "a training of no steps": (("MGD.ENABLED", "False", "SOLVER.MAX_ITER", "0"), "SOLVER.MAX_ITER must be at least 1"),
+    "a last drop of the learning rate": (
+        ("SOLVER.STEPS", "(4, 6)"),
+        r"STEPS has 6, which is SOLVER.MAX_ITER, so .*raise",
+    ),
+    "drops out of order": (
+        ("SOLVER.STEPS", "(4, 2)"),
+        r"SOLVER.STEPS must be .* each above the one before, got \(4, 2\)",
+    ),
+    "drops that are no numbers": (("SOLVER.STEPS", "('a',)"), r"SOLVER.STEPS must be numbers of iterations"),
+    "fewer than no workers": (("DATALOADER.NUM_WORKERS", "-1"), "DATALOADER.NUM_WORKERS must be at least 0, .* got -1"),
+    "no device": (("MODEL.DEVICE", "gpu"), "MODEL.DEVICE is 'gpu', which is no device: give cpu, cuda or cuda:N"),
+    "a last key without a value": (("SEED", "1", "MODEL.WEIGHTS"), "overrides: MODEL.WEIGHTS has no value"),
+    "a key without a value": (("MODEL.WEIGHTS", "SEED", "1"), "overrides: MODEL.WEIGHTS has no value"),
     "a flag too late": (("--resume",), "--resume stands behind KEY VALUE overrides: flags go before them"),
     "fewer than no steps left out": (("MGD.NONFINITE.SKIP", "-1"), "MGD.NONFINITE.SKIP must be at least 0"),
 }
@@ -135,9 +151,42 @@ def test_student_weights_of_something_else(workplace: Any, tmp_path: Path, capsy
     assert f"no weight in {weights} fits the model" in refused(capsys, arguments, tmp_path / "out")
 
 
+def test_weights_of_another_network_are_not_evaluated(workplace: Any, tmp_path: Path, capsys: Any) -> None:
+    teacher = workplace.teacher_weights
+    arguments = workplace.arguments(tmp_path / "out", "MODEL.WEIGHTS", teacher, flags=("--eval-only",))
+    sentence = refused(capsys, arguments, tmp_path / "out")
+    assert f"MODEL.WEIGHTS {teacher} is not of the student that is to be evaluated: " in sentence
+    assert re.search(r": \d+ of its weights are missing there or have another shape, first backbone\.\S+,", sentence)
+
+
+@pytest.mark.parametrize("key", ["MGD.TEACHER.WEIGHTS", "MODEL.WEIGHTS"])
+def test_weights_that_are_not_finite(workplace: Any, tmp_path: Path, capsys: Any, key: str) -> None:
+    weights, broken = tmp_path / "broken.pth", "head.cls_score.bias"
+    content = torch.load(workplace.teacher_weights, weights_only=True)
+    content["model"][broken][0] = float("nan")
+    torch.save(content, weights)
+    arguments = workplace.arguments(tmp_path / "out", key, weights)
+    assert f"{weights} holds weights that are not finite, first {broken}." in refused(
+        capsys, arguments, tmp_path / "out"
+    )
+
+
 def test_nothing_to_evaluate(workplace: Any, tmp_path: Path, capsys: Any) -> None:
     arguments = workplace.arguments(tmp_path / "out", flags=("--eval-only",))
     assert "give MODEL.WEIGHTS, or --resume" in refused(capsys, arguments, tmp_path / "out")
+
+
+def test_evaluations_need_a_device_and_workers_too(workplace: Any, tmp_path: Path, capsys: Any) -> None:
+    for overrides, key in ((("MODEL.DEVICE", "gpu"), "MODEL.DEVICE"), (("DATALOADER.NUM_WORKERS", -1), "NUM_WORKERS")):
+        arguments = workplace.arguments(tmp_path / "out", *overrides, flags=("--eval-teacher",))
+        assert key in refused(capsys, arguments, tmp_path / "out")
+
+
+def test_drops_after_the_end_are_left_to_detectron2() -> None:
+    cfg = get_cfg()
+    add_mgd_config(cfg)
+    cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS = 6, (4, 100)
+    validate_config(cfg)
 
 
 def test_one_of_two_is_evaluated(workplace: Any, tmp_path: Path, capsys: Any) -> None:

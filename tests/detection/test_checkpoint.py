@@ -122,7 +122,7 @@ def test_weights_that_fit_nowhere_are_refused_and_others_say_what_is_left(tmp_pa
     torch.save({"conv.weight": torch.zeros(3, 3, 1, 1), "other": torch.zeros(1)}, path)
     left = load_weights(Small(), str(path))
     assert left.missing_keys == ["conv.bias"] and left.unexpected_keys == ["other"]
-    with pytest.raises(ValueError, match=r"holds a list at 'conv'"):
+    with pytest.raises(ValueError, match=r"holds 'conv' of type list, where weights hold an array"):
         torch.save({"conv": [1]}, path)
         load_weights(Small(), str(path))
     with pytest.raises(FileNotFoundError, match="does not exist"):

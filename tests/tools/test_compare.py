@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -104,6 +105,19 @@ def test_what_is_gone_is_left_out(
         assert left_out.startswith("The images are left out: ")
         assert left_out in (output / "report.md").read_text(encoding="utf-8")
         assert not _figures(output) & {"detections", "predictions"}
+
+
+def test_runs_that_detect_nothing_have_no_curve(detection_runs: Path, tmp_path: Path) -> None:
+    for name in ("alone", "distilled"):
+        shutil.copytree(detection_runs / name, tmp_path / name, ignore=shutil.ignore_patterns("*.pth"))
+        path = tmp_path / name / "metrics.json"
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        nothing = [{key: math.nan if key.startswith("bbox/") else row[key] for key in row} for row in rows]
+        path.write_text("\n".join(map(json.dumps, nothing)), encoding="utf-8")
+    assert main([str(tmp_path / "alone"), str(tmp_path / "distilled"), "--output", str(tmp_path / "page")]) == 0
+    assert _figures(tmp_path / "page") == {"losses", "detections"}
+    text = (tmp_path / "page" / "report.md").read_text(encoding="utf-8")
+    assert "No curves of box AP, % and AP50: no run has a finite value." in text
 
 
 def test_what_cannot_be_compared_is_one_sentence(
