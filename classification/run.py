@@ -35,7 +35,7 @@ from classification.evaluation import Interrupted
 from classification.metrics import table
 from classification.models import architecture
 from classification.options import as_values
-from d2_mgd.reliability import StopRequest, remove_leftovers, restarted
+from d2_mgd.reliability import StopRequest, lasting_output, remove_leftovers, restarted
 from d2_mgd.untrusted import trust
 
 __all__ = ["main"]
@@ -89,6 +89,7 @@ def _check_output(folder: Path) -> None:
         raise UserError(f"--output-dir {folder} cannot be made, since {there} is a file: name a folder.")
 
 
+@lasting_output()
 def _work(process: Process, options: argparse.Namespace) -> None:
     _start_logging(process)
     for file in options.trust_weights:

@@ -5,6 +5,7 @@ Knows no network, no Detectron2.
 
 from d2_mgd.reliability.files import file_digest, remove_leftovers, system_reason, write_atomically
 from d2_mgd.reliability.manifest import CheckpointManifest
+from d2_mgd.reliability.output import lasting_output
 from d2_mgd.reliability.restarts import join_processes, restarted
 from d2_mgd.reliability.signals import StopRequest, forwarded_signals, loader_process_signals
 
@@ -14,6 +15,7 @@ __all__ = [
     "file_digest",
     "forwarded_signals",
     "join_processes",
+    "lasting_output",
     "loader_process_signals",
     "remove_leftovers",
     "restarted",

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 __all__ = ["StopRequest", "forwarded_signals", "loader_process_signals"]
@@ -49,12 +50,18 @@ class StopRequest:
             if again and number == signal.SIGTERM:
                 os._exit(128 + number)
         elif again and number == signal.SIGINT:
-            os.write(2, b"Left at once; --resume continues from the last checkpoint.\n")
+            _say("Left at once; --resume continues from the last checkpoint.")
             os._exit(128 + number)
         elif self.speak:
-            os.write(2, b"Finishing this step, then saving; Ctrl-C (again) leaves at once.\n")
+            _say("Finishing this step, then saving; Ctrl-C (again) leaves at once.")
         if not self.received:
             self.received, self._when = int(number), now
+
+
+def _say(sentence: str) -> None:
+    """To standard error, from a handler; Ctrl-C may have ended who reads it."""
+    with suppress(OSError):
+        os.write(2, f"{sentence}\n".encode())
 
 
 class forwarded_signals:
