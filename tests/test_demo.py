@@ -156,6 +156,14 @@ def test_a_training_that_fails_says_why(tmp_path: Path, capfd: Any) -> None:
     assert "classes" in capfd.readouterr().err
 
 
+def test_a_training_that_goes_on_counts_its_own_iterations_as_done_now() -> None:
+    with demo._bar("teacher", 1000) as bar:
+        demo._show("[d2.engine.train_loop]: Starting training from iteration 900", bar)
+        demo._show("[d2.utils.events]:  eta: 0:00:10  iter: 919  total_loss: 1.5  lr: 0.01", bar)
+        state = bar.format_dict
+    assert (state["initial"], state["n"]) == (900, 920)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_told_to_leave_it_waits_for_its_training_to_save(tmp_path: Path, number: signal.Signals) -> None:
     command = [sys.executable, str(ROOT / "tools" / "demo.py"), "--output", str(tmp_path)]

@@ -35,6 +35,7 @@ from d2_mgd.reliability import ToldToLeave, forwarded_signals, lasting_output, l
 BAD_INPUT = 2  # exit status, as argparse has it
 MARK = "stage.json"  # what a folder of ours holds: what was asked for, and what came out
 TRAIN, TEST = "demo_train", "demo_test"
+_START = re.compile(r"\bStarting training from iteration (\d+)")
 _ITERATION = re.compile(r"\biter: (\d+)\b.*?\btotal_loss: ([\d.]+|nan|inf)")
 
 
@@ -241,8 +242,11 @@ def config_file(stage: Stage) -> Path:
 
 
 def _show(line: str, bar: Any) -> None:
-    found = _ITERATION.search(line)
-    if found:
+    start, found = _START.search(line), _ITERATION.search(line)
+    if start:  # what an earlier run did took no time of this one
+        bar.initial = bar.n = bar.last_print_n = int(start.group(1))
+        bar.refresh()
+    elif found:
         bar.set_postfix_str(f"loss {float(found.group(2)):.2f}", refresh=False)
         bar.update(int(found.group(1)) + 1 - bar.n)
     elif "Start inference" in line:
