@@ -32,7 +32,7 @@ import numpy as np
 from PIL import Image
 
 from classification.fine_grained import SPECIES, render_beetle, write_image_folder
-from d2_mgd.reliability import ToldToLeave, forwarded_signals, lasting_output, leaving_when_told
+from d2_mgd.reliability import ToldToLeave, forwarded_signals, lasting_output, leaving_when_told, system_reason
 
 FOLDER = Path(__file__).resolve().parent
 TEACHER, STUDENT = "resnet18", "shufflenet_v2_x0_5"
@@ -310,6 +310,10 @@ def main(arguments: list[str] | None = None) -> int:
             f"error: a training ended with status {error.returncode}; start the demo again to go on.", file=sys.stderr
         )
         return 1
+    except OSError as error:
+        place, reason = error.filename or options.output, system_reason(error)
+        print(f"error: --output {options.output} cannot be used: {place}: {reason}.", file=sys.stderr)
+        return 2
     except ToldToLeave as told:
         print("interrupted; the same command goes on from here.", file=sys.stderr)
         return 128 + told.number

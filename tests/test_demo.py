@@ -147,6 +147,14 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "scenes" / "precious.txt").read_text() == "mine"
 
 
+def test_an_output_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    run = _run(tmp_path / "file" / "output")
+    assert run.returncode == demo.BAD_INPUT
+    assert f"demo.py: error: --output {tmp_path / 'file' / 'output'} cannot be used" in run.stderr
+    assert "Not a directory" in run.stderr and "Traceback" not in run.stderr
+
+
 def test_a_training_that_fails_says_why(tmp_path: Path, capfd: Any) -> None:
     broken = demo.Size(train=2, test=1, overrides=(*demo.QUICK.overrides, "MODEL.RETINANET.NUM_CLASSES", "5"))
     run = demo.Demo(tmp_path, 0, broken)

@@ -30,12 +30,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]  # works without an installation
 from tqdm import tqdm  # noqa: E402
 
 from d2_mgd import scenes  # noqa: E402
-from d2_mgd.reliability import ToldToLeave, forwarded_signals, lasting_output, leaving_when_told  # noqa: E402
+from d2_mgd.reliability import ToldToLeave, forwarded_signals, lasting_output, leaving_when_told, system_reason  # noqa: E402
 
 BAD_INPUT = 2  # exit status, as argparse has it
 MARK = "stage.json"  # what a folder of ours holds: what was asked for, and what came out
 TRAIN, TEST = "demo_train", "demo_test"
-_START = re.compile(r"\bStarting training from iteration (\d+)")
+_START = re.compile(r"Starting training from iteration (\d+)")
 _ITERATION = re.compile(r"\biter: (\d+)\b.*?\btotal_loss: ([\d.]+|nan|inf)")
 
 
@@ -385,6 +385,10 @@ def main(argv: list[str] | None = None) -> int:
             run(options)
     except DemoError as error:
         print(f"demo.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return BAD_INPUT
+    except OSError as error:
+        place, reason = error.filename or options.output, system_reason(error)
+        print(f"demo.py: error: --output {options.output} cannot be used: {place}: {reason}.", file=sys.stderr)
         return BAD_INPUT
     except ToldToLeave as told:
         print("\ninterrupted; the same command goes on from here", file=sys.stderr)

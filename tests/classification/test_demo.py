@@ -134,3 +134,11 @@ def test_output_of_another_demo(tmp_path: Path, capsys: pytest.CaptureFixture[st
     (tmp_path / "beetles" / "recipe.json").write_text("{}")
     assert main(["--quick", "--output", str(tmp_path)]) == 1
     assert "name another folder" in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert main(["--quick", "--output", str(tmp_path / "file" / "output")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: --output {tmp_path / 'file' / 'output'} cannot be used: ")
+    assert said.endswith(": Not a directory.\n") and said.count("\n") == 1
