@@ -32,6 +32,7 @@ import numpy as np
 from PIL import Image
 
 from classification.fine_grained import SPECIES, render_beetle, write_image_folder
+from d2_mgd.reliability import ToldToLeave, forwarded_signals, lasting_output, leaving_when_told, system_reason
 
 FOLDER = Path(__file__).resolve().parent
 TEACHER, STUDENT = "resnet18", "shufflenet_v2_x0_5"
@@ -270,17 +271,27 @@ def run(output: Path, budget: Budget, seed: int, device: str) -> str:
     Raises:
         ValueError: ``output`` holds images of another demo.
         subprocess.CalledProcessError: a training failed; it has said why.
+        ToldToLeave: by SIGTERM or Ctrl-C.
     """
     start = time.perf_counter()
     write_image_folder(output / "beetles", budget.counts, size=80, seed=seed, workers=min(4, os.cpu_count() or 1))
     lines = commands(output, budget, seed, device)
     for number, (title, line) in enumerate(lines.items(), start=1):
         print(f"\n[{number}/{len(lines)}] {title}", flush=True)
-        subprocess.run(line, check=True)
+        _train(title, line)
     num_images = {split: count * len(SPECIES) for split, count in budget.counts.items()}
     return write_report(output, lines, num_images, time.perf_counter() - start)
 
 
+def _train(title: str, line: list[str]) -> None:
+    with forwarded_signals(f"Waiting for the training ({title}) to save and leave.") as told:
+        status = told.start(line).wait()
+    told.leave_if_told()
+    if status != 0:
+        raise subprocess.CalledProcessError(status, line)
+
+
+@lasting_output()
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("demo_output") / "classification")
@@ -289,7 +300,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="a few images and steps, to see that it runs")
     options = parser.parse_args(arguments)
     try:
-        text = run(options.output, QUICK if options.quick else FULL, options.seed, options.device)
+        with leaving_when_told():
+            text = run(options.output, QUICK if options.quick else FULL, options.seed, options.device)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -298,6 +310,13 @@ def main(arguments: list[str] | None = None) -> int:
             f"error: a training ended with status {error.returncode}; start the demo again to go on.", file=sys.stderr
         )
         return 1
+    except OSError as error:
+        place, reason = error.filename or options.output, system_reason(error)
+        print(f"error: --output {options.output} cannot be used: {place}: {reason}.", file=sys.stderr)
+        return 2
+    except ToldToLeave as told:
+        print("interrupted; the same command goes on from here.", file=sys.stderr)
+        return 128 + told.number
     print(f"\n{text}\n\n{options.output / 'report.html'}")
     return 0
 

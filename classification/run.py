@@ -36,7 +36,14 @@ from classification.evaluation import Interrupted
 from classification.metrics import table
 from classification.models import architecture
 from classification.options import as_values, gives_student
-from d2_mgd.reliability import FolderInUse, StopRequest, claimed_folder, remove_leftovers, restarted
+from d2_mgd.reliability import (
+    FolderInUse,
+    StopRequest,
+    claimed_folder,
+    lasting_output,
+    remove_leftovers,
+    restarted,
+)
 from d2_mgd.untrusted import trust
 
 __all__ = ["main"]
@@ -90,6 +97,7 @@ def _check_output(folder: Path) -> None:
         raise UserError(f"--output-dir {folder} cannot be made, since {there} is a file: name a folder.")
 
 
+@lasting_output()
 def _work(process: Process, options: argparse.Namespace) -> None:
     _start_logging(process)
     for file in options.trust_weights:

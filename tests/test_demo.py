@@ -6,8 +6,11 @@ import importlib.util
 import itertools
 import json
 import re
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -144,6 +147,14 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "scenes" / "precious.txt").read_text() == "mine"
 
 
+def test_an_output_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    run = _run(tmp_path / "file" / "output")
+    assert run.returncode == demo.BAD_INPUT
+    assert f"demo.py: error: --output {tmp_path / 'file' / 'output'} cannot be used" in run.stderr
+    assert "Not a directory" in run.stderr and "Traceback" not in run.stderr
+
+
 def test_a_training_that_fails_says_why(tmp_path: Path, capfd: Any) -> None:
     broken = demo.Size(train=2, test=1, overrides=(*demo.QUICK.overrides, "MODEL.RETINANET.NUM_CLASSES", "5"))
     run = demo.Demo(tmp_path, 0, broken)
@@ -151,6 +162,40 @@ def test_a_training_that_fails_says_why(tmp_path: Path, capfd: Any) -> None:
     with pytest.raises(demo.DemoError, match="training the teacher failed with status 2"):
         run.train(demo.TEACHER)
     assert "classes" in capfd.readouterr().err
+
+
+def test_a_training_that_goes_on_counts_its_own_iterations_as_done_now() -> None:
+    with demo._bar("teacher", 1000) as bar:
+        demo._show("[d2.engine.train_loop]: Starting training from iteration 900", bar)
+        demo._show("[d2.utils.events]:  eta: 0:00:10  iter: 919  total_loss: 1.5  lr: 0.01", bar)
+        state = bar.format_dict
+    assert (state["initial"], state["n"]) == (900, 920)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_told_to_leave_it_waits_for_its_training_to_save(tmp_path: Path, number: signal.Signals) -> None:
+    command = [sys.executable, str(ROOT / "tools" / "demo.py"), "--output", str(tmp_path)]
+    small = "import sys, demo; demo.FULL = demo.Size(8, 4, ('SOLVER.IMS_PER_BATCH', '2')); sys.exit(demo.main())"
+    command[1:2] = ["-c", f"import sys; sys.path.insert(0, {str(ROOT / 'tools')!r}); {small}"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "teacher" / "log.txt"
+    try:
+        _wait_for(lambda: log.exists() and " iter: " in log.read_text(), process)
+        process.send_signal(number)
+        said = process.communicate(timeout=120)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 128 + number, said
+    assert "Waiting for the teacher's training to save and leave." in said
+    assert "the same command goes on from here" in said
+    assert f"{number.name}: stopped after" in log.read_text()
+    assert (tmp_path / "teacher" / (tmp_path / "teacher" / "last_checkpoint").read_text()).exists()
+
+
+def _wait_for(happened: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    while not happened():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize(

@@ -30,10 +30,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]  # works without an installation
 from tqdm import tqdm  # noqa: E402
 
 from d2_mgd import scenes  # noqa: E402
+from d2_mgd.reliability import ToldToLeave, forwarded_signals, lasting_output, leaving_when_told, system_reason  # noqa: E402
 
 BAD_INPUT = 2  # exit status, as argparse has it
 MARK = "stage.json"  # what a folder of ours holds: what was asked for, and what came out
 TRAIN, TEST = "demo_train", "demo_test"
+_START = re.compile(r"Starting training from iteration (\d+)")
 _ITERATION = re.compile(r"\biter: (\d+)\b.*?\btotal_loss: ([\d.]+|nan|inf)")
 
 
@@ -211,23 +213,20 @@ class Demo:
         last: deque[str] = deque(maxlen=40)
         iterations = int(self.parsed_config(stage).SOLVER.MAX_ITER)
         environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+        output: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "errors": "replace"}
         with (
-            subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment
-            ) as process,
+            forwarded_signals(f"Waiting for the {stage.caption}'s training to save and leave.") as told,
+            told.start(command, env=environment, **output) as process,
             _bar(stage.caption, iterations) as bar,
         ):
             assert process.stdout is not None
-            try:
-                for line in process.stdout:
-                    last.append(line)
-                    _show(line, bar)
-            except KeyboardInterrupt:
-                process.terminate()
-                raise
+            for line in process.stdout:  # to its end, told or not: a training waits for who reads what it says
+                last.append(line)
+                _show(line, bar)
             status = process.wait()
             if status == 0:
                 bar.update(iterations - bar.n)
+        told.leave_if_told()
         if status != 0:
             sys.stderr.writelines(last)
             log = self.folder(stage.name) / "log.txt"
@@ -243,8 +242,11 @@ def config_file(stage: Stage) -> Path:
 
 
 def _show(line: str, bar: Any) -> None:
-    found = _ITERATION.search(line)
-    if found:
+    start, found = _START.search(line), _ITERATION.search(line)
+    if start:  # what an earlier run did took no time of this one
+        bar.initial = bar.n = bar.last_print_n = int(start.group(1))
+        bar.refresh()
+    elif found:
         bar.set_postfix_str(f"loss {float(found.group(2)):.2f}", refresh=False)
         bar.update(int(found.group(1)) + 1 - bar.n)
     elif "Start inference" in line:
@@ -374,17 +376,23 @@ def run(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     return results
 
 
+@lasting_output()
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     warnings.simplefilter("ignore")  # Detectron2's, of what PyTorch will drop some day
     try:
-        run(options)
+        with leaving_when_told():
+            run(options)
     except DemoError as error:
         print(f"demo.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT
-    except KeyboardInterrupt:
+    except OSError as error:
+        place, reason = error.filename or options.output, system_reason(error)
+        print(f"demo.py: error: --output {options.output} cannot be used: {place}: {reason}.", file=sys.stderr)
+        return BAD_INPUT
+    except ToldToLeave as told:
         print("\ninterrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+        return 128 + told.number
     return 0
 
 

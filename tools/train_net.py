@@ -53,7 +53,7 @@ from d2_mgd.detection.nonfinite import NonFiniteError
 from d2_mgd.detection.preemption import forwarded_signals
 from d2_mgd.detection.teacher import build_teacher
 from d2_mgd.detection.weights import local_weights_file
-from d2_mgd.reliability import FolderInUse, claimed_folder, join_processes, restarted
+from d2_mgd.reliability import FolderInUse, claimed_folder, join_processes, lasting_output, restarted
 from d2_mgd.untrusted import trust
 
 logger = logging.getLogger("d2_mgd.train_net")
@@ -147,6 +147,7 @@ def set_up(args: argparse.Namespace, claims: ExitStack) -> CfgNode:
     return cfg
 
 
+@lasting_output()
 def run(args: argparse.Namespace) -> Any:
     """Train or evaluate, in every process."""
     with ExitStack() as claims:

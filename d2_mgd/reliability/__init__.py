@@ -6,17 +6,27 @@ Knows no network, no Detectron2.
 from d2_mgd.reliability.claims import FolderInUse, claimed_folder
 from d2_mgd.reliability.files import file_digest, remove_leftovers, system_reason, write_atomically
 from d2_mgd.reliability.manifest import CheckpointManifest
+from d2_mgd.reliability.output import lasting_output
 from d2_mgd.reliability.restarts import join_processes, restarted
-from d2_mgd.reliability.signals import StopRequest, forwarded_signals, loader_process_signals
+from d2_mgd.reliability.signals import (
+    StopRequest,
+    ToldToLeave,
+    forwarded_signals,
+    leaving_when_told,
+    loader_process_signals,
+)
 
 __all__ = [
     "CheckpointManifest",
     "FolderInUse",
     "StopRequest",
+    "ToldToLeave",
     "claimed_folder",
     "file_digest",
     "forwarded_signals",
     "join_processes",
+    "lasting_output",
+    "leaving_when_told",
     "loader_process_signals",
     "remove_leftovers",
     "restarted",

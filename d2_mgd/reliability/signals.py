@@ -5,11 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
 import threading
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
-__all__ = ["StopRequest", "forwarded_signals", "loader_process_signals"]
+__all__ = ["StopRequest", "ToldToLeave", "forwarded_signals", "leaving_when_told", "loader_process_signals"]
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # torchrun hands a Ctrl-C on to processes that the terminal has told already: two within this time are one.
@@ -49,37 +52,98 @@ class StopRequest:
             if again and number == signal.SIGTERM:
                 os._exit(128 + number)
         elif again and number == signal.SIGINT:
-            os.write(2, b"Left at once; --resume continues from the last checkpoint.\n")
+            _say("Left at once; --resume continues from the last checkpoint.")
             os._exit(128 + number)
         elif self.speak:
-            os.write(2, b"Finishing this step, then saving; Ctrl-C (again) leaves at once.\n")
+            _say("Finishing this step, then saving; Ctrl-C (again) leaves at once.")
         if not self.received:
             self.received, self._when = int(number), now
+
+
+def _say(sentence: str) -> None:
+    """To standard error, from a handler; Ctrl-C may have ended who reads it."""
+    with suppress(OSError):
+        os.write(2, f"{sentence}\n".encode())
 
 
 class forwarded_signals:
     """Context of a process that waits for processes that it started: SIGTERM and Ctrl-C go on to them.
 
     They save and leave, and what waits for them ends with their status. A second Ctrl-C leaves at once.
+
+    Args:
+        waiting: what is said on standard error when a signal comes.
     """
 
-    def __enter__(self) -> None:
+    def __init__(self, waiting: str = "") -> None:
+        self.waiting = waiting
+        self.received = 0  # number of the first signal; 0: none
         self._last = 0.0
+        self._programs: list[subprocess.Popen[str]] = []
+
+    def __enter__(self) -> forwarded_signals:
         self._handlers = {number: signal.signal(number, self._forward) for number in _SIGNALS}
+        return self
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
+    def start(self, command: Sequence[str], **options: Any) -> subprocess.Popen[str]:
+        """Start a program that is told too; ``options`` are those of ``subprocess.Popen``."""
+        program = subprocess.Popen(command, text=True, **options)
+        self._programs.append(program)
+        if self.received:  # meanwhile
+            program.send_signal(self.received)
+        return program
+
+    def leave_if_told(self) -> None:
+        """Raise :class:`ToldToLeave` if a signal has come."""
+        if self.received:
+            raise ToldToLeave(self.received)
+
     def _forward(self, number: int, frame: Any) -> None:
         now = time.monotonic()
+        if self.waiting and not self.received:
+            _say(self.waiting)
+        self.received = self.received or int(number)
         again = self._last and now - self._last > _SAME_PRESS
         self._last = self._last or now
+        sent = signal.SIGKILL if again and number == signal.SIGINT else number
+        for program in self._programs:
+            program.send_signal(sent)  # nothing where it has ended
         for process in multiprocessing.active_children():
             if process.pid is not None and process.is_alive():
-                os.kill(process.pid, signal.SIGKILL if again and number == signal.SIGINT else number)
+                os.kill(process.pid, sent)
         if again and number == signal.SIGINT:
             os._exit(128 + number)
+
+
+class ToldToLeave(KeyboardInterrupt):
+    """SIGTERM or Ctrl-C in a program that has nothing of its own to save.
+
+    Args:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+@contextmanager
+def leaving_when_told() -> Iterator[None]:
+    """Context in which SIGTERM and Ctrl-C raise :class:`ToldToLeave`."""
+    handlers = {number: signal.signal(number, _raise) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _raise(number: int, frame: Any) -> None:
+    raise ToldToLeave(number)
 
 
 def loader_process_signals(worker: int) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -109,8 +111,34 @@ def test_demo_end_to_end(tmp_path: Path) -> None:
     assert not re.search(r"(src|href)=.(?!data:)", page)
 
 
+def test_told_to_leave_it_waits_for_its_training_to_save(tmp_path: Path) -> None:
+    small = 'demo.FULL = demo.QUICK._replace(counts={"train": 8, "valid": 1}, teacher_epochs=100_000)'
+    program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from classification import demo; {small}; "
+    command = [sys.executable, "-c", program + "sys.exit(demo.main())", "--device", "cpu", "--output", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        while not (tmp_path / "teacher" / "checkpoint.pth").exists():
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate(timeout=120)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 143, said
+    assert "Waiting for the training (teacher) to save and leave." in said
+    assert "all of it saved" in (tmp_path / "teacher" / "log.txt").read_text()
+
+
 def test_output_of_another_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "beetles").mkdir()
     (tmp_path / "beetles" / "recipe.json").write_text("{}")
     assert main(["--quick", "--output", str(tmp_path)]) == 1
     assert "name another folder" in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert main(["--quick", "--output", str(tmp_path / "file" / "output")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: --output {tmp_path / 'file' / 'output'} cannot be used: ")
+    assert said.endswith(": Not a directory.\n") and said.count("\n") == 1

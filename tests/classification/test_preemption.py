@@ -106,11 +106,11 @@ def test_before_the_first_step_there_is_nothing_to_save(
 # ---- real processes
 
 
-def start(words: list[str]) -> subprocess.Popen[str]:
+def start(words: list[str], stdout: int = subprocess.DEVNULL) -> subprocess.Popen[str]:
     """A command line in a process group of its own, as a shell gives it one."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+        words, stdout=stdout, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
     )
 
 
@@ -197,3 +197,21 @@ def test_one_of_two_processes_is_told_and_both_leave_after_the_same_step(
     assert len(stored["processes"]) == 2
     assert in_processes([*two, *folder, "--resume"], 2) == [0, 0]
     assert_same_run(undisturbed, tmp_path / "run")
+
+
+def test_told_to_leave_when_nobody_reads_what_it_says_it_saves(words: list[object], tmp_path: Path) -> None:
+    """As in ``main_mgd.py ... 2>&1 | tee log``, where Ctrl-C ends tee too."""
+    endless = ["--epochs", 100_000, "--output-dir", tmp_path / "run"]
+    process = start(command("main_mgd.py", *words, *endless), stdout=subprocess.PIPE)
+    read_until(process, "epoch 1, step 2 of 3")
+    assert process.stdout is not None and process.stderr is not None
+    try:
+        process.stdout.close()
+        process.stderr.close()
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(timeout=200) == 130
+    finally:
+        process.kill()
+    log = (tmp_path / "run" / "log.txt").read_text(encoding="utf-8")
+    assert "SIGINT: left after" in log and "all of it saved" in log
+    assert (tmp_path / "run" / "checkpoint.pth").is_file()

@@ -169,3 +169,19 @@ def test_several_processes_leave_after_the_same_step(workplace: Any, tmp_path: P
     assert "SIGTERM: stopped after" in said and "Traceback" not in said
     saved = torch.load(tmp_path / (tmp_path / "last_checkpoint").read_text(), weights_only=True)
     assert len(saved["training"]["processes"]) == 2
+
+
+def test_told_to_leave_when_nobody_reads_what_it_says_it_saves(workplace: Any, tmp_path: Path) -> None:
+    """As in ``train_net.py ... 2>&1 | tee log``."""
+    process = start(workplace.arguments(tmp_path, "SOLVER.MAX_ITER", 100_000, "TEST.EVAL_PERIOD", 0))
+    try:
+        wait_for(tmp_path / "model_0000002.pth", process)
+        assert process.stdout is not None
+        process.stdout.close()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=120) == 143
+    finally:
+        process.kill()
+    log = (tmp_path / "log.txt").read_text()
+    assert "SIGTERM: stopped after" in log
+    assert f"saved {(tmp_path / 'last_checkpoint').read_text()}" in log

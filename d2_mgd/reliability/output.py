@@ -1,0 +1,70 @@
+"""Standard output and standard error whose reader may go: Ctrl-C ends the `tee` of a pipeline too."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+__all__ = ["lasting_output"]
+
+_GONE = (errno.EPIPE, errno.EIO)  # a pipe without a reader, a terminal that was closed
+
+
+@contextmanager
+def lasting_output() -> Iterator[None]:
+    """Context in which what is said to nobody is lost, where Python would raise BrokenPipeError or leave with 120.
+
+    From the first such line on, the stream goes to the null device.
+    """
+    streams = [(name, getattr(sys, name)) for name in ("stdout", "stderr")]
+    lasting = {name: _Lasting(stream) for name, stream in streams if stream is not None}
+    for name, stream in lasting.items():
+        setattr(sys, name, stream)
+    try:
+        yield
+    finally:
+        for name, stream in streams:
+            if name in lasting and getattr(sys, name) is lasting[name]:
+                lasting[name].flush()
+                setattr(sys, name, stream)
+
+
+class _Lasting:
+    """A text stream that outlives its reader."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_stream":  # in a copy that is being made
+            raise AttributeError(name)
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            self._stream.write(text)
+        except OSError as error:
+            self._lose(error)
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._lose(error)
+
+    def _lose(self, error: OSError) -> None:
+        """Let what is buffered, and all that follows, go nowhere."""
+        if error.errno not in _GONE:
+            raise error
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
