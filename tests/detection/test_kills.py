@@ -36,7 +36,7 @@ def test_killed_again_and_again_it_ends_as_undisturbed(soak: Soak) -> None:
     assert (output / "model_0000003.pth").exists()
 
     assert [*differences(wanted, soak.ended(output))] == []
-    assert not list(output.glob(".*"))  # nothing that was cut short is left
+    assert not list(output.glob(".*.tmp"))  # nothing that was cut short is left
 
 
 def len_of(output: Path, iteration: int) -> int:
