@@ -59,7 +59,7 @@ from d2_mgd.untrusted import trust
 logger = logging.getLogger("d2_mgd.train_net")
 
 BAD_INPUT = 2  # exit status, as argparse has it
-_PATIENCE = 5.0  # seconds
+_PATIENCE = 10.0  # seconds
 _NAMED = 3  # weights in an error
 
 
