@@ -78,8 +78,9 @@ class MatchingGuidedDistiller(nn.Module):
             their costs are added and solved once.
 
     Raises:
-        ValueError: unknown names (with the list), widths that the alignment cannot take, weights that are negative or
-            not finite, margins of another length, ties that do not fit. When it is made, before any map is seen.
+        ValueError: unknown names (with the list), names that PyTorch uses itself (``keys``), widths that the alignment
+            cannot take, weights that are negative or not finite, margins of another length, ties that do not fit. When
+            it is made, before any map is seen.
     """
 
     def __init__(
@@ -179,7 +180,8 @@ class MatchingGuidedDistiller(nn.Module):
             dict: ``loss_distill/<feature>`` -> scalar, its weight included.
 
         Raises:
-            ValueError: a map is missing or has other channels than announced, or there are no boxes.
+            ValueError: a map is missing, has other channels than announced or is of other images, or there are no
+                boxes.
             RuntimeError: no :meth:`rematch` yet.
         """
         return {

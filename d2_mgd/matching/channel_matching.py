@@ -33,7 +33,8 @@ class ChannelMatching:
         total_cost: sum of the costs of all matched pairs, in the units of the cost that was solved.
 
     Raises:
-        ValueError: the groups are not a matching; the message names the offending student channel.
+        ValueError: the groups are not a matching (the message names the offending student channel), ``num_teacher`` is
+            no whole number, or ``total_cost`` is NaN.
     """
 
     groups: np.ndarray

@@ -25,7 +25,8 @@ class FolderInUse(ValueError):
 def claimed_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
     """Within, no other process can claim the folder; nor on other machines, where its file system shares locks.
 
-    The claim ends with the process, however that ends. Loading processes that are forked meanwhile do not have it.
+    The claim ends with the process, however that ends; the file ``.in_use`` stays, and claims nothing by itself.
+    Loading processes that are forked meanwhile do not have the claim.
 
     Args:
         folder: exists and can be written to.
