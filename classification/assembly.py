@@ -18,7 +18,6 @@ from classification.data import Folder, ImageDataset, image_statistics, renormal
 from classification.distillation import DistillationStep, Precision, Student, Teacher
 from classification.distributed import Process, first_then_others, synchronised_norms
 from classification.engine import Trainer
-from classification.errors import UserError, user_errors
 from classification.features import FeaturePair, margins, pair_features, published_factors
 from classification.models import architecture, build, measure_features
 from classification.options import SUMMED_LOSSES, logit_loss
@@ -31,7 +30,8 @@ from classification.weights import (
     pretrained_teacher,
 )
 from d2_mgd.distill import MatchingGuidedDistiller
-from d2_mgd.reliability import StopRequest
+from d2_mgd.training import StopRequest
+from d2_mgd.training.errors import UserError, user_errors
 
 __all__ = ["TeacherNetwork", "make_student", "make_teacher", "make_trainer"]
 

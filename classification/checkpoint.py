@@ -17,10 +17,10 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from classification.errors import UserError
 from classification.models import architecture
 from classification.weights import architecture_name, read_checkpoint
-from d2_mgd.reliability import CheckpointManifest, system_reason, write_atomically
+from d2_mgd.training import CheckpointManifest, system_reason, write_atomically
+from d2_mgd.training.errors import UserError
 
 __all__ = [
     "CHECKPOINT",

@@ -32,7 +32,7 @@ import numpy as np
 from PIL import Image
 
 from classification.fine_grained import SPECIES, render_beetle, write_image_folder
-from d2_mgd.reliability import ToldToLeave, forwarded_signals, lasting_output, leaving_when_told, system_reason
+from d2_mgd.training import ToldToLeave, forwarded_signals, lasting_output, leaving_when_told, system_reason
 
 FOLDER = Path(__file__).resolve().parent
 TEACHER, STUDENT = "resnet18", "shufflenet_v2_x0_5"

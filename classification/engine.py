@@ -27,7 +27,6 @@ from classification.data import (
 )
 from classification.distillation import Classifier, Student
 from classification.distributed import Process, average_buffers, fail_together, largest, union_over_processes
-from classification.errors import CommonError, UserError, user_errors
 from classification.evaluation import Evaluation, Intake, Interrupted, evaluate, leave_if_told, progress_bar
 from classification.metrics import Journal, Sums, Throughput
 from classification.nonfinite import dump_step
@@ -37,7 +36,8 @@ from classification.state import random_state, restore_training, training_state
 from classification.steps import FINE, Gradients, Stepper
 from d2_mgd.distill import MatchingGuidedDistiller, RematchSchedule, WeightSchedule
 from d2_mgd.matching import SolverError
-from d2_mgd.reliability import StopRequest
+from d2_mgd.training import StopRequest
+from d2_mgd.training.errors import CommonError, UserError, user_errors
 
 __all__ = ["Progress", "Trainer", "learning_rate_factor"]
 

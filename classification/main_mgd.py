@@ -14,9 +14,9 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script: the repository need not be installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from classification.errors import UserError
 from classification.options import parse_mgd
 from classification.run import main as run
+from d2_mgd.training.errors import UserError
 
 __all__ = ["main"]
 

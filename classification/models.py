@@ -17,9 +17,9 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from classification.errors import UserError, user_errors
 from classification.networks import MobileNetV1, PreActivationShuffleNetV2
 from d2_mgd.distill import FeatureTaps, Tap
+from d2_mgd.training.errors import UserError, user_errors
 
 __all__ = ["ARCHITECTURES", "Architecture", "Feature", "architecture", "available", "build", "measure_features"]
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from classification.checkpoint import save_atomically
 from classification.data import Batch
-from classification.errors import UserError
 from classification.options import as_values
+from d2_mgd.training.errors import UserError
 
 if TYPE_CHECKING:
     from classification.engine import Trainer

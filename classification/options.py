@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from classification.checkpoint import CHECKPOINT
-from classification.errors import UserError, user_errors
 from d2_mgd.distill import (
     ALIGNMENTS,
     DECAYS,
@@ -25,6 +24,7 @@ from d2_mgd.distill import (
 from d2_mgd.distill.registry import names
 from d2_mgd.matching import MODES
 from d2_mgd.matching.cost import METRICS
+from d2_mgd.training.errors import UserError, user_errors
 
 __all__ = [
     "SUMMED_LOSSES",

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from classification.checkpoint import STUDENT_BEST, STUDENT_LAST, save_atomically, save_safetensors
-from classification.errors import UserError
 from d2_mgd.distill import RematchReport, save_reports
-from d2_mgd.reliability import system_reason
+from d2_mgd.training import system_reason
+from d2_mgd.training.errors import UserError
 
 if TYPE_CHECKING:
     from classification.engine import Trainer

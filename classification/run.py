@@ -31,12 +31,11 @@ from classification.checkpoint import (
 from classification.data import find_classes, find_folders
 from classification.distributed import Process, fail_together, from_main, largest, launch, say
 from classification.engine import Progress, Trainer
-from classification.errors import CommonError, UserError
 from classification.evaluation import Interrupted
 from classification.metrics import table
 from classification.models import architecture
 from classification.options import as_values, gives_student
-from d2_mgd.reliability import (
+from d2_mgd.training import (
     FolderInUse,
     StopRequest,
     claimed_folder,
@@ -44,7 +43,8 @@ from d2_mgd.reliability import (
     remove_leftovers,
     restarted,
 )
-from d2_mgd.untrusted import trust
+from d2_mgd.training.errors import CommonError, UserError
+from d2_mgd.training.weights_files import trust
 
 __all__ = ["main"]
 

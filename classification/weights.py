@@ -15,10 +15,10 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum
 
-from classification.errors import UserError
 from classification.models import TIMM, _timm_model, architecture, build
-from d2_mgd.reliability import file_digest as digest
-from d2_mgd.untrusted import UntrustedFileError, read_safetensors, read_tensors
+from d2_mgd.training import file_digest as digest
+from d2_mgd.training.errors import UserError
+from d2_mgd.training.weights_files import UntrustedFileError, read_safetensors, read_tensors
 
 __all__ = [
     "digest",

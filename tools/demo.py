@@ -30,7 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]  # works without an installation
 from tqdm import tqdm  # noqa: E402
 
 from d2_mgd import scenes  # noqa: E402
-from d2_mgd.reliability import ToldToLeave, forwarded_signals, lasting_output, leaving_when_told, system_reason  # noqa: E402
+from d2_mgd.training import ToldToLeave, forwarded_signals, lasting_output, leaving_when_told, system_reason  # noqa: E402
 
 BAD_INPUT = 2  # exit status, as argparse has it
 MARK = "stage.json"  # what a folder of ours holds: what was asked for, and what came out

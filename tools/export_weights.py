@@ -25,8 +25,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) 
 import torch
 from torch import Tensor
 
-from d2_mgd.reliability import file_digest, write_atomically
-from d2_mgd.untrusted import read_safetensors, read_tensors, trust, write_safetensors
+from d2_mgd.training import file_digest, write_atomically
+from d2_mgd.training.weights_files import read_safetensors, read_tensors, trust, write_safetensors
 
 BAD_INPUT = 2  # exit status, as argparse has it
 _DESCRIPTION = ("arch", "classes", "image_size")  # what classification's files say of their weights

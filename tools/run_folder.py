@@ -22,9 +22,9 @@ import torch
 import yaml
 from PIL import Image
 
-from classification.errors import UserError
 from d2_mgd import visualize
 from d2_mgd.distill import RematchReport
+from d2_mgd.training.errors import UserError
 
 __all__ = ["History", "Maps", "Run", "RunError", "distinct_names", "one_sentence", "open_run", "read_image"]
 

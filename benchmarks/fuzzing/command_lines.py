@@ -16,8 +16,8 @@ import yaml
 from hypothesis import strategies as st
 
 from benchmarks.fuzzing.target import Target, check_sentence
-from classification.errors import UserError
 from classification.options import parse_base, parse_mgd
+from d2_mgd.training.errors import UserError
 
 __all__ = ["DETECTRON2_TARGETS", "TARGETS"]
 

@@ -24,7 +24,7 @@ from benchmarks.fuzzing.target import Target, check_sentence
 from d2_mgd.data.coco import ERROR, CocoError, Inspection, inspect_coco, read_coco
 from d2_mgd.data.files import find_files
 from d2_mgd.data.images import inspect_image
-from d2_mgd.untrusted import UntrustedFileError, read_pickled_arrays, read_safetensors, read_tensors
+from d2_mgd.training.weights_files import UntrustedFileError, read_pickled_arrays, read_safetensors, read_tensors
 
 __all__ = ["DETECTRON2_TARGETS", "TARGETS"]
 

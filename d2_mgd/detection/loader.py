@@ -27,7 +27,7 @@ from d2_mgd.detection.images import ImageMapper
 from d2_mgd.detection.preemption import Interrupted, asked_to_stop
 from d2_mgd.detection.state import seeded_randomness
 from d2_mgd.detection.weights import local_weights_file, read_pickled_arrays
-from d2_mgd.reliability import loader_process_signals
+from d2_mgd.training import loader_process_signals
 
 __all__ = [
     "EvaluationLoader",

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from d2_mgd import reliability
+from d2_mgd import training
 from d2_mgd.detection.weights import read_tensors
-from d2_mgd.reliability import write_atomically
+from d2_mgd.training import write_atomically
 
 __all__ = ["CheckpointManifest", "write_atomically"]
 
 
-class CheckpointManifest(reliability.CheckpointManifest):
+class CheckpointManifest(training.CheckpointManifest):
     """The checkpoints of one folder.
 
     Args:

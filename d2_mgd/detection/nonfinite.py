@@ -20,7 +20,7 @@ from detectron2.structures import Instances
 from torch import Tensor, nn
 
 from d2_mgd.detection.state import module_numbers, random_state, set_module_numbers
-from d2_mgd.reliability import system_reason, write_atomically
+from d2_mgd.training import system_reason, write_atomically
 
 __all__ = ["NonFiniteError", "NonFinitePolicy", "StepMemory", "StepReport"]
 

@@ -14,7 +14,7 @@ from typing import NoReturn
 from detectron2.engine import HookBase
 
 from d2_mgd.detection.agreement import largest
-from d2_mgd.reliability import StopRequest, forwarded_signals
+from d2_mgd.training import StopRequest, forwarded_signals
 
 __all__ = ["Interrupted", "PreemptionHook", "asked_to_stop", "forwarded_signals"]
 

@@ -18,8 +18,8 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import PathHandler, PathManager
 from torch import Tensor, nn
 
-from d2_mgd.reliability import file_digest
-from d2_mgd.untrusted import read_pickled_arrays, read_safetensors, read_tensors
+from d2_mgd.training import file_digest
+from d2_mgd.training.weights_files import read_pickled_arrays, read_safetensors, read_tensors
 
 __all__ = [
     "SafeCheckpointer",

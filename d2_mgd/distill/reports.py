@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from d2_mgd.matching import ChannelMatching
-from d2_mgd.reliability import write_atomically
+from d2_mgd.training import write_atomically
 
 __all__ = ["RematchReport", "load_reports", "save_reports"]
 

@@ -327,7 +327,7 @@ def test_every_option_is_documented(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_folder_that_another_training_writes_to(base: Run, data: Path, tmp_path: Path, capfd: Any) -> None:
     (tmp_path / "run").mkdir()
-    claim = "import sys; from d2_mgd.reliability import claimed_folder as c"
+    claim = "import sys; from d2_mgd.training import claimed_folder as c"
     code = f"{claim}\nwith c(sys.argv[1]): print(flush=True); input()"
     words = [sys.executable, "-c", code]
     with subprocess.Popen([*words, str(tmp_path / "run")], stdin=-1, stdout=-1, text=True) as other:

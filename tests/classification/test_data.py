@@ -23,9 +23,9 @@ from classification.data import (
     rematch_indices,
     renormalize,
 )
-from classification.errors import UserError
 from classification.evaluation import Intake
 from classification.models import build
+from d2_mgd.training.errors import UserError
 from tests.classification.conftest import CLASSES, make_folder
 
 CPU = torch.device("cpu")

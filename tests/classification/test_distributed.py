@@ -16,13 +16,13 @@ from classification.data import find_folders
 from classification.distillation import Student
 from classification.distributed import Process, average_buffers, gather_objects, sum_over_processes, synchronised_norms
 from classification.engine import Trainer
-from classification.errors import CommonError
 from classification.metrics import Sums
 from classification.models import build
 from classification.options import parse_mgd
 from d2_mgd.distill import MatchingGuidedDistiller, Tap, load_reports
 from d2_mgd.distill.norms import MaskedBatchNorm
 from d2_mgd.matching import SolverError
+from d2_mgd.training.errors import CommonError
 from tests.classification.conftest import (
     CLASSES,
     SMALL,

@@ -15,12 +15,12 @@ from classification.data import Batch, find_folders
 from classification.distillation import DistillationStep, Precision, Student, Teacher
 from classification.distributed import Process, largest
 from classification.engine import Trainer
-from classification.errors import CommonError
 from classification.evaluation import Intake
 from classification.models import build
 from classification.options import parse_mgd
 from classification.steps import Stepper, parts_of
 from d2_mgd.distill import LogitLoss, MatchingGuidedDistiller, Tap
+from d2_mgd.training.errors import CommonError
 from tests.classification.conftest import CLASSES, SMALL, Run, free_port, settled
 
 CPU = torch.device("cpu")

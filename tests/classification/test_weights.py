@@ -11,7 +11,6 @@ import torchvision
 
 from classification import weights
 from classification.checkpoint import read_training_state, save_atomically
-from classification.errors import UserError
 from classification.models import build
 from classification.weights import (
     load_file,
@@ -22,6 +21,7 @@ from classification.weights import (
     published_weights,
     read_checkpoint,
 )
+from d2_mgd.training.errors import UserError
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:

@@ -202,7 +202,7 @@ def test_a_folder_that_cannot_be_written(workplace: Any, tmp_path: Path, capsys:
 
 
 def test_a_folder_that_another_training_writes_to(workplace: Any, tmp_path: Path, capsys: Any) -> None:
-    claim = "import sys; from d2_mgd.reliability import claimed_folder as c"
+    claim = "import sys; from d2_mgd.training import claimed_folder as c"
     words = [sys.executable, "-c", f"{claim}\nwith c(sys.argv[1]): print(flush=True); input()", str(tmp_path)]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdin is not None and other.stdout is not None and other.stdout.readline()

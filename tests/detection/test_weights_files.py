@@ -18,9 +18,9 @@ import export_weights
 import train_net as command_line
 from training_runs import in_process_trainer, same_tensors
 
-from d2_mgd import untrusted
 from d2_mgd.detection.loader import build_evaluation_loader, build_train_loader
-from d2_mgd.untrusted import read_safetensors
+from d2_mgd.training import weights_files
+from d2_mgd.training.weights_files import read_safetensors
 
 
 class Malice:
@@ -34,7 +34,7 @@ class Malice:
 @pytest.fixture(autouse=True)
 def _nothing_trusted() -> Iterator[None]:
     yield
-    untrusted._TRUSTED.clear()
+    weights_files._TRUSTED.clear()
 
 
 def test_a_student_goes_out_and_in_as_safetensors(workplace: Any, tmp_path: Path, capsys: Any) -> None:

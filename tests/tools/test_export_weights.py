@@ -11,7 +11,7 @@ import torch
 from export_weights import main
 
 from classification.weights import load_file, read_checkpoint
-from d2_mgd.untrusted import read_safetensors, write_safetensors
+from d2_mgd.training.weights_files import read_safetensors, write_safetensors
 
 ROOT = Path(__file__).resolve().parents[2]
 

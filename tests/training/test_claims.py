@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from d2_mgd.reliability import FolderInUse, claimed_folder
+from d2_mgd.training import FolderInUse, claimed_folder
 
 HOLDER = """
 import sys, time
-from d2_mgd.reliability import claimed_folder
+from d2_mgd.training import claimed_folder
 with claimed_folder(sys.argv[1]):
     print("claimed", flush=True)
     time.sleep(100)
@@ -42,7 +42,7 @@ def test_a_forked_loading_process_does_not_keep_it(tmp_path: Path) -> None:
     with claimed_folder(tmp_path):
         loader = multiprocessing.get_context("fork").Process(target=_sleep)
         loader.start()
-    code = "import sys; from d2_mgd.reliability import claimed_folder\nwith claimed_folder(sys.argv[1]): print('mine')"
+    code = "import sys; from d2_mgd.training import claimed_folder\nwith claimed_folder(sys.argv[1]): print('mine')"
     try:
         answer = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
         assert answer.stdout == "mine\n"

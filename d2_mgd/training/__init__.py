@@ -3,12 +3,12 @@
 Knows no network, no Detectron2.
 """
 
-from d2_mgd.reliability.claims import FolderInUse, claimed_folder
-from d2_mgd.reliability.files import file_digest, remove_leftovers, system_reason, write_atomically
-from d2_mgd.reliability.manifest import CheckpointManifest
-from d2_mgd.reliability.output import lasting_output
-from d2_mgd.reliability.restarts import join_processes, restarted
-from d2_mgd.reliability.signals import (
+from d2_mgd.training.claims import FolderInUse, claimed_folder
+from d2_mgd.training.files import file_digest, remove_leftovers, system_reason, write_atomically
+from d2_mgd.training.manifest import CheckpointManifest
+from d2_mgd.training.output import lasting_output
+from d2_mgd.training.restarts import join_processes, restarted
+from d2_mgd.training.signals import (
     StopRequest,
     ToldToLeave,
     forwarded_signals,

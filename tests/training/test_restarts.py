@@ -9,7 +9,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from d2_mgd.reliability import restarts
+from d2_mgd.training import restarts
 
 
 @pytest.mark.parametrize("late", [0, 2], ids=["first process late", "last process late"])

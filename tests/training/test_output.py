@@ -8,7 +8,7 @@ import sys
 PROGRAM = """
 import logging, sys
 from tqdm import tqdm
-from d2_mgd.reliability import lasting_output
+from d2_mgd.training import lasting_output
 with lasting_output():
     logging.basicConfig(stream=sys.stdout)
     print("ready", flush=True)

@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from d2_mgd.reliability import write_atomically
+from d2_mgd.training import write_atomically
 
 __all__ = [
     "UntrustedFileError",

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from d2_mgd.reliability.files import file_digest, write_atomically
+from d2_mgd.training.files import file_digest, write_atomically
 
 __all__ = ["CheckpointManifest"]
 
