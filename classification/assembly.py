@@ -30,8 +30,8 @@ from classification.weights import (
     pretrained_teacher,
 )
 from d2_mgd.distill import MatchingGuidedDistiller
+from d2_mgd.errors import UserError, user_errors
 from d2_mgd.training import StopRequest
-from d2_mgd.training.errors import UserError, user_errors
 
 __all__ = ["TeacherNetwork", "make_student", "make_teacher", "make_trainer"]
 

@@ -19,8 +19,8 @@ import torch
 
 from classification.models import architecture
 from classification.weights import architecture_name, read_checkpoint
+from d2_mgd.errors import UserError
 from d2_mgd.training import CheckpointManifest, system_reason, write_atomically
-from d2_mgd.training.errors import UserError
 
 __all__ = [
     "CHECKPOINT",

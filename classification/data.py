@@ -28,8 +28,8 @@ from torchvision.transforms import v2
 
 from d2_mgd.data.class_folders import class_names, files_below
 from d2_mgd.data.images import eight_bits
+from d2_mgd.errors import UserError
 from d2_mgd.training import loader_process_signals
-from d2_mgd.training.errors import UserError
 
 __all__ = [
     "Batch",

@@ -25,8 +25,8 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from d2_mgd.distill.norms import MaskedBatchNorm
+from d2_mgd.errors import CommonError, UserError
 from d2_mgd.training import forwarded_signals, join_processes
-from d2_mgd.training.errors import CommonError, UserError
 
 __all__ = [
     "Process",

@@ -35,9 +35,9 @@ from classification.records import write_checkpoint, write_epoch, write_matching
 from classification.state import random_state, restore_training, training_state
 from classification.steps import FINE, Gradients, Stepper
 from d2_mgd.distill import MatchingGuidedDistiller, RematchSchedule, WeightSchedule
+from d2_mgd.errors import CommonError, UserError, user_errors
 from d2_mgd.matching import SolverError
 from d2_mgd.training import StopRequest
-from d2_mgd.training.errors import CommonError, UserError, user_errors
 
 __all__ = ["Progress", "Trainer", "learning_rate_factor"]
 

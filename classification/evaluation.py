@@ -17,8 +17,8 @@ from tqdm import tqdm
 from classification.data import IMAGENET, Batch, Normalize, Statistics
 from classification.distributed import largest
 from classification.metrics import Sums, errors
+from d2_mgd.errors import UserError
 from d2_mgd.training import StopRequest
-from d2_mgd.training.errors import UserError
 
 __all__ = ["Evaluation", "Intake", "Interrupted", "evaluate", "leave_if_told", "progress_bar"]
 

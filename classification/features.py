@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from classification.models import Feature, architecture
 from d2_mgd.distill import Tap, batch_norm_margin
-from d2_mgd.training.errors import UserError, user_errors
+from d2_mgd.errors import UserError, user_errors
 
 __all__ = ["FeaturePair", "margins", "pair_features", "published_factors"]
 

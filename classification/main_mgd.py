@@ -16,7 +16,7 @@ if __package__ in (None, ""):  # run as a script: the repository need not be ins
 
 from classification.options import parse_mgd
 from classification.run import main as run
-from d2_mgd.training.errors import UserError
+from d2_mgd.errors import UserError
 
 __all__ = ["main"]
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from classification.networks import MobileNetV1, PreActivationShuffleNetV2
 from d2_mgd.distill import FeatureTaps, Tap
-from d2_mgd.training.errors import UserError, user_errors
+from d2_mgd.errors import UserError, user_errors
 
 __all__ = ["ARCHITECTURES", "Architecture", "Feature", "architecture", "available", "build", "measure_features"]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from classification.checkpoint import save_atomically
 from classification.data import Batch
 from classification.options import as_values
-from d2_mgd.training.errors import UserError
+from d2_mgd.errors import UserError
 
 if TYPE_CHECKING:
     from classification.engine import Trainer

@@ -22,9 +22,9 @@ from d2_mgd.distill import (
     WeightSchedule,
 )
 from d2_mgd.distill.registry import names
+from d2_mgd.errors import UserError, user_errors
 from d2_mgd.matching import MODES
 from d2_mgd.matching.cost import METRICS
-from d2_mgd.training.errors import UserError, user_errors
 
 __all__ = [
     "SUMMED_LOSSES",

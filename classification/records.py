@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from classification.checkpoint import STUDENT_BEST, STUDENT_LAST, save_atomically, save_safetensors
 from d2_mgd.distill import RematchReport, save_reports
+from d2_mgd.errors import UserError
 from d2_mgd.training import system_reason
-from d2_mgd.training.errors import UserError
 
 if TYPE_CHECKING:
     from classification.engine import Trainer

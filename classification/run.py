@@ -35,6 +35,7 @@ from classification.evaluation import Interrupted
 from classification.metrics import table
 from classification.models import architecture
 from classification.options import as_values, gives_student
+from d2_mgd.errors import CommonError, UserError
 from d2_mgd.training import (
     FolderInUse,
     StopRequest,
@@ -43,7 +44,6 @@ from d2_mgd.training import (
     remove_leftovers,
     restarted,
 )
-from d2_mgd.training.errors import CommonError, UserError
 from d2_mgd.training.weights_files import trust
 
 __all__ = ["main"]

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torchvision.models import WeightsEnum
 
 from classification.models import TIMM, _timm_model, architecture, build
+from d2_mgd.errors import UserError
 from d2_mgd.training import file_digest as digest
-from d2_mgd.training.errors import UserError
 from d2_mgd.training.weights_files import UntrustedFileError, read_safetensors, read_tensors
 
 __all__ = [

@@ -24,7 +24,7 @@ from PIL import Image
 
 from d2_mgd import visualize
 from d2_mgd.distill import RematchReport
-from d2_mgd.training.errors import UserError
+from d2_mgd.errors import UserError
 
 __all__ = ["History", "Maps", "Run", "RunError", "distinct_names", "one_sentence", "open_run", "read_image"]
 

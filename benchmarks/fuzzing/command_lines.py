@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from benchmarks.fuzzing.target import Target, check_sentence
 from classification.options import parse_base, parse_mgd
-from d2_mgd.training.errors import UserError
+from d2_mgd.errors import UserError
 
 __all__ = ["DETECTRON2_TARGETS", "TARGETS"]
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from classification import main_base
 from classification.checkpoint import Checkpoints
 from classification.distributed import fail_together
-from d2_mgd.training.errors import CommonError, UserError
+from d2_mgd.errors import CommonError, UserError
 from tests.classification.conftest import SMALL, Run, assert_same_run, command, free_port
 
 METHOD = ["--arch", "shufflenet_v2_x0_5", "--checkpoint-freq", 2, "--lr", 0.01]

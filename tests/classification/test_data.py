@@ -25,7 +25,7 @@ from classification.data import (
 )
 from classification.evaluation import Intake
 from classification.models import build
-from d2_mgd.training.errors import UserError
+from d2_mgd.errors import UserError
 from tests.classification.conftest import CLASSES, make_folder
 
 CPU = torch.device("cpu")

@@ -21,8 +21,8 @@ from classification.models import build
 from classification.options import parse_mgd
 from d2_mgd.distill import MatchingGuidedDistiller, Tap, load_reports
 from d2_mgd.distill.norms import MaskedBatchNorm
+from d2_mgd.errors import CommonError
 from d2_mgd.matching import SolverError
-from d2_mgd.training.errors import CommonError
 from tests.classification.conftest import (
     CLASSES,
     SMALL,

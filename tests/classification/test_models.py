@@ -9,7 +9,7 @@ from classification.features import margins, pair_features, published_factors
 from classification.models import ARCHITECTURES, architecture, available, build, measure_features
 from classification.networks import MobileNetV1, PreActivationShuffleNetV2
 from d2_mgd.distill import FeatureTaps, Tap, batch_norm_margin
-from d2_mgd.training.errors import UserError
+from d2_mgd.errors import UserError
 
 RESNET_WIDE = ((256, 4), (512, 8), (1024, 16), (2048, 32))
 RESNET_NARROW = ((64, 4), (128, 8), (256, 16), (512, 32))

@@ -14,7 +14,7 @@ import torch
 from classification.distillation import DistillationStep, Teacher
 from classification.engine import Trainer
 from classification.options import parse_mgd, rematch_schedule, weight_schedule
-from d2_mgd.training.errors import UserError
+from d2_mgd.errors import UserError
 from tests.classification.conftest import REPOSITORY, SMALL, Run
 from tests.classification.test_engine import trainer_of
 from tests.classification.test_resume import assert_same_run

@@ -20,7 +20,7 @@ from classification.models import build
 from classification.options import parse_mgd
 from classification.steps import Stepper, parts_of
 from d2_mgd.distill import LogitLoss, MatchingGuidedDistiller, Tap
-from d2_mgd.training.errors import CommonError
+from d2_mgd.errors import CommonError
 from tests.classification.conftest import CLASSES, SMALL, Run, free_port, settled
 
 CPU = torch.device("cpu")

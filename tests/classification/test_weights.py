@@ -21,7 +21,7 @@ from classification.weights import (
     published_weights,
     read_checkpoint,
 )
-from d2_mgd.training.errors import UserError
+from d2_mgd.errors import UserError
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:

@@ -13,7 +13,7 @@ from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from classification.data import find_folders
-from d2_mgd.training.errors import UserError
+from d2_mgd.errors import UserError
 
 CLASSES = ("auk", "bittern", "crane")
 

@@ -1,4 +1,7 @@
-"""Errors that a user can correct: commands print the message on standard error and exit with status 2, no traceback."""
+"""Errors that a user can correct: commands print the message on standard error and exit with status 2, no traceback.
+
+Below all packages, so that each can raise them; imports nothing.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """The message states what is wrong with which value, then what to do."""
 
 
