@@ -55,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     run.add_argument("--mixed-precision", action="store_true", help="forward passes of training in bfloat16")
     run.add_argument("--compile", nargs="?", const="inductor", metavar="BACKEND", help="torch.compile a step's forward")
+    run.add_argument("--graphs", action="store_true", help="replay a step as one CUDA graph")
     for name, what in (("table", "markdown to the screen"), ("plot", "accuracy by epoch as an image")):
         other = commands.add_parser(name, help=what)
         other.add_argument("study", nargs="+" if name == "table" else None)
@@ -95,7 +96,10 @@ def _run(options: argparse.Namespace) -> int:
     if options.compile is not None and options.compile not in torch._dynamo.list_backends(exclude_tags=()):
         known = ", ".join(torch._dynamo.list_backends(exclude_tags=()))
         raise StudyError(f"--compile {options.compile} is no backend of torch.compile; there are: {known}.")
-    engine = Engine(_device(options.device), options.mixed_precision, options.compile)
+    device = _device(options.device)
+    if options.graphs and device.type != "cuda":
+        raise StudyError("--graphs needs a CUDA device.")
+    engine = Engine(device, options.mixed_precision, options.compile, options.graphs)
     studies = [_study(name) for name in options.study]
     failures = []
     for study in studies:

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Choice", "Images", "Split", "StudyError", "batches", "load_split", "normalised"]
+__all__ = ["Choice", "Images", "Split", "StudyError", "batches", "drawn", "load_split", "normalised",
+           "shuffled"]  # fmt: skip
 
 SIDE = 32
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
@@ -133,19 +134,32 @@ def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
 def batches(
     data: Images, size: int, generator: torch.Generator, order: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch of shuffled, augmented, normalised batches; images that fill no whole batch wait for another epoch.
+    """One epoch of shuffled, augmented, normalised batches, see :func:`shuffled` and :func:`drawn`."""
+    for chosen in shuffled(data, size, order):
+        yield drawn(data, chosen, generator)
+
+
+def shuffled(data: Images, size: int, order: torch.Generator) -> Iterator[Tensor]:
+    """One epoch of batches as indices (size,); images that fill no whole batch are left out.
 
     Args:
         data: of which to draw.
         size: images of a batch; all of them where there are fewer.
-        generator: on the data's device; decides crops and flips.
         order: on the CPU; decides the order, the same on every device.
     """
     size = min(size, len(data))
-    shuffled = torch.randperm(len(data), generator=order).to(data.labels.device)
+    indices = torch.randperm(len(data), generator=order).to(data.labels.device)
     for start in range(0, len(data) - size + 1, size):
-        chosen = shuffled[start : start + size]
-        yield normalised(_augmented(data.images[chosen], generator)), data.labels[chosen]
+        yield indices[start : start + size]
+
+
+def drawn(data: Images, chosen: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The augmented, normalised images (N, 3, P, P) and labels (N,) of the indices ``chosen``.
+
+    Args:
+        generator: on the data's device; decides crops and flips.
+    """
+    return normalised(_augmented(data.images[chosen], generator)), data.labels[chosen]
 
 
 def _augmented(images: Tensor, generator: torch.Generator) -> Tensor:

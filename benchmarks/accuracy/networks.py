@@ -158,32 +158,37 @@ class _Inverted(nn.Module):
         return before, before
 
 
-# expansion, channels at width 1, blocks, stride; the lists are what lies between two maps of the protocol
-_MOBILE_STAGES = (
-    [(1, 16, 1, 1), (6, 24, 2, 1)],
-    [(6, 32, 3, 2)],
-    [(6, 64, 4, 2), (6, 96, 3, 1)],
-    [(6, 160, 3, 2), (6, 320, 1, 1)],
-)
+Setting = tuple[int, int, int, int]  # expansion, channels, blocks, stride; a list of them lies between two maps
 
 
-def _mobilenet_v2_half(classes: int) -> Staged:
-    inputs = 16
-    stages, widths = [], []
-    for settings in _MOBILE_STAGES:
+def _mobilenet_v2(stem: int, stride: int, stages: Sequence[Sequence[Setting]], neck: int, classes: int) -> Staged:
+    inputs = stem
+    built, widths = [], []
+    for settings in stages:
         blocks = []
-        for expansion, channels, count, stride in settings:
+        for expansion, channels, count, first_stride in settings:
             for number in range(count):
-                blocks.append(_Inverted(inputs, channels // 2, stride if number == 0 else 1, expansion))
-                inputs = channels // 2
-        stages.append(_Stage(blocks))
+                blocks.append(_Inverted(inputs, channels, first_stride if number == 0 else 1, expansion))
+                inputs = channels
+        built.append(_Stage(blocks))
         widths.append(inputs)
-    stem = nn.Sequential(*_convolution(3, 16, 3, 2), nn.ReLU(inplace=True))
-    neck = nn.Sequential(*_convolution(inputs, 1280, 1), nn.ReLU(inplace=True))
-    network = _initialised(Staged(stem, stages, widths, neck, nn.Linear(1280, classes)))
+    first = nn.Sequential(*_convolution(3, stem, 3, stride), nn.ReLU(inplace=True))
+    last = nn.Sequential(*_convolution(inputs, neck, 1), nn.ReLU(inplace=True))
+    network = _initialised(Staged(first, built, widths, last, nn.Linear(neck, classes)))
     nn.init.normal_(network.head.weight, std=0.01)
     nn.init.zeros_(network.head.bias)
     return network
+
+
+# the protocol's, at half the width
+_MOBILE_HALF = (
+    [(1, 8, 1, 1), (6, 12, 2, 1)],
+    [(6, 16, 3, 2)],
+    [(6, 32, 4, 2), (6, 48, 3, 1)],
+    [(6, 80, 3, 2), (6, 160, 1, 1)],
+)
+# for images of 16 px: three stages at the sides that the residual networks have
+_MOBILE_SMALL = ([(1, 12, 1, 1), (3, 16, 1, 1)], [(3, 24, 2, 2)], [(3, 48, 2, 2)])
 
 
 # ---- ShuffleNet-V2 (Ma et al., ECCV 2018)
@@ -246,7 +251,9 @@ def _shufflenet_v2(classes: int) -> Staged:
 
 _FIXED: dict[str, Callable[[int], Staged]] = {
     "resnet50_bottleneck": lambda classes: _resnet(64, (64, 128, 256, 512), (3, 4, 6, 3), True, classes),
-    "mobilenet_v2_half": _mobilenet_v2_half,
+    "resnet14_bottleneck": lambda classes: _resnet(32, (32, 64, 128), (1, 2, 1), True, classes),
+    "mobilenet_v2_half": lambda classes: _mobilenet_v2(16, 2, _MOBILE_HALF, 1280, classes),
+    "mobilenet_v2_small": lambda classes: _mobilenet_v2(16, 1, _MOBILE_SMALL, 256, classes),
     "shufflenet_v2": _shufflenet_v2,
 }
 

@@ -86,6 +86,7 @@ def as_line(study: AnyStudy, run: AnyRun, outcome: Outcome, engine: Engine) -> d
         "device": device_name(engine.device),
         "mixed_precision": engine.mixed_precision,
         "compiled": engine.compiled,
+        "graphs": engine.graphs,
         "commit": commit(),
         "versions": versions(),
         "accuracy": outcome.accuracy,

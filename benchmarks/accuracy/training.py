@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.accuracy.data import Images, Split, StudyError, batches, normalised
+from benchmarks.accuracy.data import Images, Split, StudyError, batches, drawn, normalised, shuffled
 from benchmarks.accuracy.networks import Staged, build_network
+from benchmarks.accuracy.steps import Maps, Steps
 from benchmarks.accuracy.study import Method, Recipe, Run, new_distiller
 from d2_mgd.distill import MatchingGuidedDistiller, batch_norm_margin
 from d2_mgd.matching import projection_agreement
@@ -30,7 +31,8 @@ __all__ = ["Engine", "Outcome", "WeightStore", "accuracy", "error_line", "train"
 
 logger = logging.getLogger(__name__)
 
-Maps = dict[str, Tensor]
+_PASS_BATCH = 500
+
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]  # an epoch of images and labels
 
 
@@ -42,14 +44,25 @@ class Engine:
         device: where networks and data are.
         mixed_precision: forward passes of training under bfloat16 autocast.
         compiled: backend of ``torch.compile`` for a step's forward, or None.
+        graphs: replay a whole step (augmentation, both networks, losses, optimiser) as one CUDA graph. Small networks
+            at small batches spend most of a step on launching kernels.
     """
 
     device: torch.device
     mixed_precision: bool = False
     compiled: str | None = None
+    graphs: bool = False
+
+    def placed(self, network: Staged) -> Staged:
+        """The network on the device; channels last on a GPU, where convolutions in bfloat16 are faster so."""
+        on_gpu = self.device.type == "cuda"
+        return network.to(self.device, memory_format=torch.channels_last if on_gpu else torch.preserve_format)
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.mixed_precision)
+        # a graph must not keep casts of weights from before its capture
+        return torch.autocast(
+            self.device.type, dtype=torch.bfloat16, enabled=self.mixed_precision, cache_enabled=not self.graphs
+        )
 
 
 @dataclass
@@ -106,12 +119,12 @@ def train(run: Run, split: Split, engine: Engine, weights: WeightStore) -> Outco
     network = build_network(run.network, split.classes)
     if run.start is not None:
         _start_from(network, weights.load(run.start), same_classes=run.start.data.classes == run.data.classes)
-    network = network.to(engine.device)
+    network = engine.placed(network)
     distillation = None
     if run.teacher is not None and run.distil is not None:
         teacher = build_network(run.teacher.network, split.classes)
         teacher.load_state_dict(weights.load(run.teacher))
-        distillation = _Distillation(run.distil, network, teacher.to(engine.device), engine)
+        distillation = _Distillation(run.distil, network, engine.placed(teacher), engine)
     outcome = Outcome()
     start = time.perf_counter()
     training = _Training(run, network, split, engine, distillation, outcome)
@@ -127,7 +140,7 @@ def train(run: Run, split: Split, engine: Engine, weights: WeightStore) -> Outco
 
 def _look_at_projections(distillation: _Distillation, training: _Training) -> None:
     try:
-        training.outcome.projections = distillation.measure_projections(lambda: training.batches(training.matching))
+        training.outcome.projections = distillation.measure_projections(training.matching_batches)
     except Exception as error:  # whatever it is, the run is done and its accuracy stands
         logger.exception("the learned projections were not measured")
         training.outcome.trouble = f"the learned projections were not measured: {error_line(error)}"
@@ -176,31 +189,43 @@ class _Training:
         parameters = [*network.parameters(), *(distillation.parameters() if distillation else [])]
         recipe = run.recipe
         self.optimizer = torch.optim.SGD(
-            parameters, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
+            parameters,
+            lr=recipe.lr,
+            momentum=recipe.momentum,
+            weight_decay=recipe.weight_decay,
+            fused=engine.device.type == "cuda",
         )
-        self.factor = torch.ones((), device=engine.device)  # filled where it is: a new one would have to be sent there
         self.loss = self._alone if distillation is None else distillation.loss
         if engine.compiled is not None:
             self.loss = torch.compile(self.loss, backend=engine.compiled)
+        self.step = Steps(self._chosen_loss, self.optimizer, self.training[0], engine.graphs)
+
+    def _chosen_loss(self, chosen: Tensor, factor: Tensor) -> tuple[Tensor, Maps, Maps]:
+        return self.loss(*drawn(self.split.train, chosen, self.training[0]), factor)
 
     def _alone(self, images: Tensor, labels: Tensor, factor: Tensor) -> tuple[Tensor, Maps, Maps]:
         with self.engine.autocast():
             logits = self.network(images)
         return F.cross_entropy(logits.float(), labels), {}, {}
 
-    def batches(self, generators: tuple[torch.Generator, torch.Generator]) -> Iterator[tuple[Tensor, Tensor]]:
-        return batches(self.split.train, self.run.recipe.batch, *generators)
+    def matching_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches for a pass that only observes: large ones, since costs are means over images."""
+        return batches(self.split.train, max(_PASS_BATCH, self.run.recipe.batch), *self.matching)
 
     def rematch(self, epoch: int) -> None:
-        if self.distillation is not None:
-            self.distillation.measure_and_rematch(epoch, lambda: self.batches(self.matching), self.outcome)
+        if self.distillation is not None and self.distillation.measure_and_rematch(
+            epoch, self.matching_batches, self.outcome
+        ):
+            self.step.changed()
 
     def all_epochs(self) -> None:
         recipe = self.run.recipe
         self.rematch(0)
         for epoch in range(recipe.epochs):
             for group in self.optimizer.param_groups:
-                group["lr"] = rate(recipe, epoch)
+                if group["lr"] != rate(recipe, epoch):
+                    group["lr"] = rate(recipe, epoch)
+                    self.step.changed()
             self._epoch(epoch)
             if epoch + 1 < recipe.epochs:
                 self.rematch(epoch + 1)
@@ -210,17 +235,13 @@ class _Training:
     def _epoch(self, epoch: int) -> None:
         self.network.train()
         steps = max(1, len(self.split.train) // self.run.recipe.batch)
-        total = torch.zeros((), device=self.engine.device)
-        for step, (images, labels) in enumerate(self.batches(self.training)):
+        self.step.total.zero_()
+        for step, chosen in enumerate(shuffled(self.split.train, self.run.recipe.batch, self.training[1])):
             factor = 1.0 if self.distillation is None else self.distillation.schedule.factor(epoch + step / steps)
-            loss, student_maps, teacher_maps = self.loss(images, labels, self.factor.fill_(factor))
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            self.optimizer.step()
-            total += loss.detach()
+            maps = self.step(chosen, factor)
             if self.distillation is not None:
-                self.distillation.observe_online(epoch + 1, steps - step, len(images), student_maps, teacher_maps)
-        if not math.isfinite(float(total)):  # looked at once an epoch: a step must not wait for the device
+                self.distillation.observe_online(epoch + 1, steps - step, len(chosen), *maps)
+        if not math.isfinite(float(self.step.total)):  # looked at once an epoch: a step must not wait for the device
             raise StudyError(
                 f"{self.run.method}, seed {self.run.seed}: the loss is not finite in epoch {epoch + 1}; lower the "
                 "rate or the method's weight."
@@ -297,14 +318,14 @@ class _Distillation:
     def _matches(self) -> bool:
         return self.distiller is not None and self.method.align == "matching"
 
-    def measure_and_rematch(self, epoch: int, batches: Batches, outcome: Outcome) -> None:
-        """Rematch after ``epoch`` epochs if it is due, and note for each feature what came of it.
+    def measure_and_rematch(self, epoch: int, batches: Batches, outcome: Outcome) -> bool:
+        """Rematch after ``epoch`` epochs if it is due, and note for each feature what came of it; whether it was due.
 
         ``cost`` is the mean of the matched pairs, ``chance`` that of all pairs, so of a random matching; ``changed``
         the share of student channels whose group changed, ``kept`` the mean that the old matching would have now.
         """
         if not self._matches or not self.rematches.due(epoch):
-            return
+            return False
         assert self.distiller is not None
         if epoch == 0 or self.method.rematch_source == "pass":
             self._pass(batches, self.distiller.observe)
@@ -321,6 +342,7 @@ class _Distillation:
                     "kept": None if before is None else round(float(report.cost[before.pairs].mean()), 6),
                 }
             )
+        return True
 
     def measure_projections(self, batches: Batches) -> list[dict[str, Any]]:
         """How far each learned projection agrees with the matching of the same two networks' channels.

@@ -591,6 +591,20 @@ def test_engines_compute_the_same_or_nearly(options: dict[str, Any], data: Path,
     torch.testing.assert_close(*heads, atol=0.02 if "mixed_precision" in options else 1e-4, rtol=0)
 
 
+@pytest.mark.gpu
+def test_a_step_as_one_cuda_graph_computes_the_same(data: Path, tmp_path: Path) -> None:
+    device, weights = torch.device("cuda"), WeightStore(tmp_path)
+    split = load_split(data, Choice(pixels=8, train_per_class=8), device)
+    teacher = Run("teacher", "resnet8x2", Choice(pixels=8), Recipe(epochs=3, batch=8, drops=(1,)), 0)
+    train(teacher, split, Engine(device), weights)
+    run_ = dataclasses.replace(teacher, method="mgd", network="resnet8", teacher=teacher, distil=SMALL)
+    heads = []
+    for graphs in (False, True):
+        train(run_, split, Engine(device, graphs=graphs), weights)
+        heads.append(weights.load(run_)["head.weight"])
+    torch.testing.assert_close(*heads, atol=1e-3, rtol=0)
+
+
 def test_every_run_of_a_process_is_compiled(data: Path, tmp_path: Path) -> None:
     graphs = []
 
