@@ -48,14 +48,14 @@ detectron2: | $(PY)  ## try (again) to install Detectron2
 
 demo: install  ## teacher, student alone and distilled student on rendered scenes, with a report: minutes on two cores
 	@if $(PY) -c 'import detectron2' 2>/dev/null; then \
-	    $(PY) tools/demo.py --output demo_output; \
+	    $(PY) tools/demos/detection_demo.py --output demo_output; \
 	else \
 	    echo "Detectron2 is not installed, so this demo distils torchvision's RetinaNet; $(VENV)/detectron2.log says why."; \
 	    $(PY) examples/torchvision_detection.py --demo --output demo_output; \
 	fi
 
 demo-classification: install  ## the classification pipeline on generated images: minutes on two cores
-	$(PY) classification/demo.py
+	$(PY) tools/demos/classification_demo.py
 
 test: install lint types docs  ## lint, types, documentation and tests; the last lines say what was skipped and why
 	$(PY) -m pytest --numprocesses $(JOBS) --maxprocesses 8

@@ -23,7 +23,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository need not be installed
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]  # the repository need not be installed
 
 import torch
 import torch.nn.functional as F
@@ -164,7 +165,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def demo_data(options: argparse.Namespace) -> None:
     """Rendered scenes of this project in place of the user's data."""
-    from d2_mgd.scenes import write_scenes
+    from demos.scenes import write_scenes
 
     sizes = {"train": 24, "valid": 8} if options.quick else {"train": 800, "valid": 200}
     with tqdm(total=sum(sizes.values()), desc="rendering scenes") as bar:

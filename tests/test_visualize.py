@@ -16,7 +16,6 @@ from PIL import Image
 
 from d2_mgd.distill import RematchReport, save_reports
 from d2_mgd.matching import ChannelMatching, solve_matching
-from d2_mgd.report import Bar, Report, picture
 from d2_mgd.visualize import (
     Detections,
     Prediction,
@@ -32,6 +31,7 @@ from d2_mgd.visualize import (
     read_metrics,
     smoothed,
 )
+from d2_mgd.visualize.report import Bar, Report, picture
 
 
 def _report(students: int, teachers: int, seed: int = 0, name: str = "p3") -> RematchReport:

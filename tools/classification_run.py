@@ -9,10 +9,10 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from run_folder import Maps, Run, RunError, one_sentence
 from torch import nn
 
 from classification.checkpoint import STUDENT_LAST
@@ -29,11 +29,6 @@ from classification.weights import (
 )
 from d2_mgd.distill import FeatureTaps, Tap
 from d2_mgd.visualize import Prediction
-
-if TYPE_CHECKING:
-    from tools.run_folder import Maps, Run, RunError, one_sentence
-else:
-    from run_folder import Maps, Run, RunError, one_sentence
 
 __all__ = ["Classifier", "feature_maps", "first_image", "read_classifier", "seen_pixels", "validation_images"]
 

@@ -20,21 +20,17 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]  # works without an installation too
 
-import numpy as np  # noqa: E402
+import numpy as np
+from run_folder import Run, RunError, distinct_names, open_run, read_image
 
-from d2_mgd import visualize  # noqa: E402
-from d2_mgd.report import Bar, Report  # noqa: E402
-from d2_mgd.visualize import PALETTE, Detections  # noqa: E402
-
-if TYPE_CHECKING:
-    from tools.run_folder import Run, RunError, distinct_names, open_run, read_image
-else:
-    from run_folder import Run, RunError, distinct_names, open_run, read_image
+from d2_mgd import visualize
+from d2_mgd.visualize import PALETTE, Detections
+from d2_mgd.visualize.report import Bar, Report
 
 BAD_INPUT = 2  # exit status, as argparse has it
 SHOWN_IMAGES = 6
@@ -281,7 +277,7 @@ def _shown(value: Any) -> str:
 
 
 def _add_detections(report: Report, compared: Compared) -> None:
-    import detection_run  # type: ignore[import-not-found,no-redef]  # beside this file
+    import detection_run
 
     sets = {name: detection_run.read_test_set(run) for name, run in compared.runs.items()}
     first = next(iter(sets.values()))
@@ -319,7 +315,7 @@ def _likeliest(found: Detections, count: int) -> Detections:
 
 
 def _add_predictions(report: Report, compared: Compared) -> None:
-    import classification_run  # type: ignore[import-not-found,no-redef]  # beside this file
+    import classification_run
 
     first = next(iter(compared.runs.values()))
     chosen = _spread(list(zip(*classification_run.validation_images(first))))

@@ -10,17 +10,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from run_folder import Maps, Run, RunError, one_sentence, read_image
 
 from d2_mgd.visualize import Detections
-
-if TYPE_CHECKING:
-    from tools.run_folder import Maps, Run, RunError, one_sentence, read_image
-else:
-    from run_folder import Maps, Run, RunError, one_sentence, read_image
 
 __all__ = ["TestSet", "detections_of", "feature_maps", "first_image", "read_test_set", "stored_detections"]
 

@@ -20,22 +20,18 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]  # works without an installation too
 
-import torch  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
+import torch
+from matplotlib.figure import Figure
+from run_folder import History, Maps, Run, RunError, open_run, read_image
 
-from d2_mgd import visualize  # noqa: E402
-from d2_mgd.distill import REDUCERS, RematchReport  # noqa: E402
-from d2_mgd.report import Report  # noqa: E402
-
-if TYPE_CHECKING:
-    from tools.run_folder import History, Maps, Run, RunError, open_run, read_image
-else:
-    from run_folder import History, Maps, Run, RunError, open_run, read_image
+from d2_mgd import visualize
+from d2_mgd.distill import REDUCERS, RematchReport
+from d2_mgd.visualize.report import Report
 
 __all__ = ["add_costs", "add_rematches", "group_figure", "group_members"]
 
@@ -210,9 +206,9 @@ def _maps(run: Run, image: Path | None) -> tuple[Maps, Path]:
     if run.kind == "matchings":
         raise RunError(f"{run.folder} has only matchings, no config and no checkpoint.")
     if run.kind == "classification":
-        import classification_run as networks  # type: ignore[import-not-found,no-redef]  # beside this file
+        import classification_run as networks
     else:
-        import detection_run as networks  # type: ignore[import-not-found,no-redef]
+        import detection_run as networks
     image = image or networks.first_image(run)
     return networks.feature_maps(run, image), image
 

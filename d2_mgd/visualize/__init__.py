@@ -1,7 +1,8 @@
 """Pictures of matchings, of the maps they pair, of trainings, and of what networks find, each as a figure.
 
 Nothing here opens a window or keeps a figure: save one with ``figure.savefig(path)``, or make HTML of it with
-:func:`d2_mgd.report.picture`. Colours are told apart by colour-blind eyes too (Okabe and Ito's palette; cividis).
+:func:`d2_mgd.visualize.report.picture`. Colours are told apart by colour-blind eyes too (Okabe and Ito's palette;
+cividis).
 """
 
 from d2_mgd.visualize.detections import Detections, draw_detections

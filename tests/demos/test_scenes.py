@@ -8,11 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from demos.scene_items import DRAWN, clutter, fractal_noise
+from demos.scenes import CLASSES, render_scene, write_scenes
 from PIL import Image
 from pycocotools.coco import COCO
-
-from d2_mgd.scene_items import DRAWN, clutter, fractal_noise
-from d2_mgd.scenes import CLASSES, render_scene, write_scenes
 
 
 @functools.cache

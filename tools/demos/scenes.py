@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter
 
-from d2_mgd.scene_items import CLASSES, DRAWN, Item, clutter, fractal_noise, palette
+from demos.scene_items import CLASSES, DRAWN, Item, clutter, fractal_noise, palette
 
 __all__ = ["CLASSES", "SceneObject", "render_scene", "write_scenes"]
 

@@ -1,9 +1,9 @@
 """Shows the classification pipeline at work in minutes on a CPU, through its own command lines.
 
-    python classification/demo.py
-    python classification/demo.py --output DIR --seed 1
+    python tools/demos/classification_demo.py
+    python tools/demos/classification_demo.py --output DIR --seed 1
 
-Draws beetles whose species differ by the marks on their wing covers (classification/fine_grained.py), trains a teacher,
+Draws beetles whose species differ by the marks on their wing covers (beetles.py, beside this file), trains a teacher,
 then the same student from the same start and with the same budget: alone, with the teacher's logits (KD), with its
 features (MGD), and with both. Writes report.md and report.html (one file, no network needed): table, curves, pictures.
 An interrupted demo goes on where it stopped.
@@ -25,16 +25,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-if __package__ in (None, ""):  # run as a script: the repository need not be installed
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]  # works without an installation too
 
 import numpy as np
 from PIL import Image
 
-from classification.fine_grained import SPECIES, render_beetle, write_image_folder
 from d2_mgd.training import ToldToLeave, forwarded_signals, lasting_output, leaving_when_told, system_reason
+from demos.beetles import SPECIES, render_beetle, write_image_folder
 
-FOLDER = Path(__file__).resolve().parent
+FOLDER = ROOT / "classification"
 TEACHER, STUDENT = "resnet18", "shufflenet_v2_x0_5"
 
 

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from classification.demo import DISTILLED, conclusion, folder_name, main, measure
-from classification.fine_grained import SPECIES, render_beetle, write_image_folder
+from demos.beetles import SPECIES, render_beetle, write_image_folder
+from demos.classification_demo import DISTILLED, conclusion, folder_name, main, measure
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -93,7 +92,7 @@ def test_numbers_and_what_they_say(tmp_path: Path) -> None:
 
 
 def test_demo_end_to_end(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "classification" / "demo.py"), "--quick", "--device", "cpu"]
+    command = [sys.executable, str(ROOT / "tools" / "demos" / "classification_demo.py"), "--quick", "--device", "cpu"]
     done = subprocess.run([*command, "--output", str(tmp_path / "out")], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     report = (tmp_path / "out" / "report.md").read_text()
@@ -113,7 +112,9 @@ def test_demo_end_to_end(tmp_path: Path) -> None:
 
 def test_told_to_leave_it_waits_for_its_training_to_save(tmp_path: Path) -> None:
     small = 'demo.FULL = demo.QUICK._replace(counts={"train": 8, "valid": 1}, teacher_epochs=100_000)'
-    program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from classification import demo; {small}; "
+    program = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'tools')!r}); import demos.classification_demo as demo; {small}; "
+    )
     command = [sys.executable, "-c", program + "sys.exit(demo.main())", "--device", "cpu", "--output", str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import re
@@ -12,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -20,27 +18,17 @@ import pytest
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
 import torch
+from demos import detection_demo as demo
+from demos import detection_report
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def _tool(name: str) -> ModuleType:
-    """A program of tools/, which is no package."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-demo = _tool("demo")
-demo_report = _tool("demo_report")
+ROOT = Path(__file__).resolve().parents[2]
+DEMO = ROOT / "tools" / "demos" / "detection_demo.py"
 
 
 def _run(output: Path, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "tools" / "demo.py"), "--quick", "--output", str(output), *arguments]
+    command = [sys.executable, str(DEMO), "--quick", "--output", str(output), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=280)
 
 
@@ -151,7 +139,7 @@ def test_an_output_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> Non
     (tmp_path / "file").write_text("mine")
     run = _run(tmp_path / "file" / "output")
     assert run.returncode == demo.BAD_INPUT
-    assert f"demo.py: error: --output {tmp_path / 'file' / 'output'} cannot be used" in run.stderr
+    assert f"detection_demo.py: error: --output {tmp_path / 'file' / 'output'} cannot be used" in run.stderr
     assert "Not a directory" in run.stderr and "Traceback" not in run.stderr
 
 
@@ -174,9 +162,9 @@ def test_a_training_that_goes_on_counts_its_own_iterations_as_done_now() -> None
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_told_to_leave_it_waits_for_its_training_to_save(tmp_path: Path, number: signal.Signals) -> None:
-    command = [sys.executable, str(ROOT / "tools" / "demo.py"), "--output", str(tmp_path)]
-    small = "import sys, demo; demo.FULL = demo.Size(8, 4, ('SOLVER.IMS_PER_BATCH', '2')); sys.exit(demo.main())"
-    command[1:2] = ["-c", f"import sys; sys.path.insert(0, {str(ROOT / 'tools')!r}); {small}"]
+    command = [sys.executable, str(DEMO), "--output", str(tmp_path)]
+    small = "from demos import detection_demo as demo; demo.FULL = demo.Size(8, 4, ('SOLVER.IMS_PER_BATCH', '2'))"
+    command[1:2] = ["-c", f"import sys; sys.path.insert(0, {str(ROOT / 'tools')!r}); {small}; sys.exit(demo.main())"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "teacher" / "log.txt"
     try:
@@ -212,5 +200,5 @@ def test_the_report_says_what_came_out(
     teacher: float | None, student: float, distilled: float, share: float | None, words: str
 ) -> None:
     results = {"teacher": {"AP": teacher}, "student": {"AP": student}, "distilled": {"AP": distilled}}
-    assert demo_report.share_recovered(results) == share
-    assert words in demo_report._lead(results)
+    assert detection_report.share_recovered(results) == share
+    assert words in detection_report._lead(results)

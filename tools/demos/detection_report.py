@@ -1,4 +1,4 @@
-"""What tools/demo.py found, as a report: table, curves, matchings, maps, detections."""
+"""What tools/demos/detection_demo.py found, as a report: table, curves, matchings, maps, detections."""
 
 from __future__ import annotations
 
@@ -8,23 +8,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from detection_run import detections_of, feature_maps
 from matplotlib.figure import Figure
 from PIL import Image
+from run_folder import open_run
+from visualize_matching import add_costs, add_rematches, group_figure
 
 from d2_mgd import visualize
 from d2_mgd.distill import RematchReport
-from d2_mgd.report import Bar, Report
-from d2_mgd.scenes import CLASSES
+from d2_mgd.visualize.report import Bar, Report
+from demos.scenes import CLASSES
 
 if TYPE_CHECKING:
-    from tools.demo import Demo, Stage
-    from tools.detection_run import detections_of, feature_maps
-    from tools.run_folder import open_run
-    from tools.visualize_matching import add_costs, add_rematches, group_figure
-else:
-    from detection_run import detections_of, feature_maps
-    from run_folder import open_run
-    from visualize_matching import add_costs, add_rematches, group_figure
+    from demos.detection_demo import Demo, Stage
 
 _COLOURS = {"teacher": "#7F7F7F", "student": "#E69F00", "distilled": "#0072B2"}
 _SHOWN_SCENES = 5

@@ -24,13 +24,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]  # works without an installation too
 
-from tqdm import tqdm  # noqa: E402
+from tqdm import tqdm
 
-from d2_mgd import scenes  # noqa: E402
-from d2_mgd.training import ToldToLeave, forwarded_signals, lasting_output, leaving_when_told, system_reason  # noqa: E402
+from d2_mgd.training import ToldToLeave, forwarded_signals, lasting_output, leaving_when_told, system_reason
+from demos import scenes
 
 BAD_INPUT = 2  # exit status, as argparse has it
 MARK = "stage.json"  # what a folder of ours holds: what was asked for, and what came out
@@ -359,7 +359,7 @@ def run(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
         raise DemoError(
             f"{error} Without it, examples/torchvision_detection.py --demo distils torchvision's."
         ) from None
-    from demo_report import write_report  # type: ignore[import-not-found]  # beside this file; imports Detectron2
+    from demos.detection_report import write_report  # imports Detectron2
 
     demo = Demo(options.output.resolve(), options.seed, QUICK if options.quick else FULL)
     if options.fresh:
@@ -384,11 +384,13 @@ def main(argv: list[str] | None = None) -> int:
         with leaving_when_told():
             run(options)
     except DemoError as error:
-        print(f"demo.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"detection_demo.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT
     except OSError as error:
         place, reason = error.filename or options.output, system_reason(error)
-        print(f"demo.py: error: --output {options.output} cannot be used: {place}: {reason}.", file=sys.stderr)
+        print(
+            f"detection_demo.py: error: --output {options.output} cannot be used: {place}: {reason}.", file=sys.stderr
+        )
         return BAD_INPUT
     except ToldToLeave as told:
         print("\ninterrupted; the same command goes on from here", file=sys.stderr)

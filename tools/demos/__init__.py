@@ -1,0 +1,1 @@
+"""The demos: their images, trainings and reports."""
