@@ -31,7 +31,6 @@ from classification.weights import (
 )
 from d2_mgd.distill import MatchingGuidedDistiller
 from d2_mgd.errors import UserError, user_errors
-from d2_mgd.training import StopRequest
 
 __all__ = ["TeacherNetwork", "make_student", "make_teacher", "make_trainer"]
 
@@ -108,7 +107,6 @@ def make_trainer(
     network: nn.Module,
     teacher: TeacherNetwork | None,
     folders: tuple[Folder, Folder],
-    stop: StopRequest | None = None,
 ) -> Trainer:
     """All parts of a run on their device, and wrapped for several."""
     pairs: dict[str, FeaturePair] = {}
@@ -139,7 +137,7 @@ def make_trainer(
         teacher.network.to(process.device)
     step = _wrapped(process, options, student, frozen)
     record = None if teacher is None else teacher.record
-    return Trainer(options, process, student, step, _data_sets(options, *folders), record, stop)
+    return Trainer(options, process, student, step, _data_sets(options, *folders), record)
 
 
 def _make_distiller(

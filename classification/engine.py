@@ -27,7 +27,7 @@ from classification.data import (
 )
 from classification.distillation import Classifier, Student
 from classification.distributed import Process, average_buffers, fail_together, largest, union_over_processes
-from classification.evaluation import Evaluation, Intake, Interrupted, evaluate, leave_if_told, progress_bar
+from classification.evaluation import Evaluation, Intake, evaluate, progress_bar, raise_if_interrupted
 from classification.metrics import Journal, Sums, Throughput
 from classification.nonfinite import dump_step
 from classification.options import rematch_schedule, weight_schedule
@@ -37,7 +37,7 @@ from classification.steps import FINE, Gradients, Stepper
 from d2_mgd.distill import MatchingGuidedDistiller, RematchSchedule, WeightSchedule
 from d2_mgd.errors import CommonError, UserError, user_errors
 from d2_mgd.matching import SolverError
-from d2_mgd.training import StopRequest
+from d2_mgd.training import Interrupted, received_signal
 
 __all__ = ["Progress", "Trainer", "learning_rate_factor"]
 
@@ -87,7 +87,6 @@ class Trainer:
         step: the module that a batch goes through: the student (possibly wrapped) and the teacher.
         data: the data sets ``train``, ``valid`` and ``rematch``.
         teacher: what a checkpoint records of the teacher.
-        stop: hears of it when this process is told to leave.
     """
 
     def __init__(
@@ -98,7 +97,6 @@ class Trainer:
         step: nn.Module,
         data: Mapping[str, ImageDataset],
         teacher: Mapping[str, Any] | None = None,
-        stop: StopRequest | None = None,
     ) -> None:
         self.options = options
         self.process = process
@@ -111,7 +109,6 @@ class Trainer:
         self.progress = Progress(epoch=options.start_epoch)
         self.sums = Sums(process.device)
         self.summed: list[str] = []  # names of what is summed over the epoch
-        self.stop = stop or StopRequest()
         self.checkpoints = Checkpoints(options.output_dir, options.keep_checkpoints)
         optimizer = torch.optim.SGD(
             student.parameters(),
@@ -158,7 +155,7 @@ class Trainer:
         """Train to the last epoch.
 
         Raises:
-            SystemExit: told to leave, all is saved; the status is 143 (SIGTERM) or 130 (Ctrl-C).
+            SystemExit: after a signal, when all is saved; the status is 143 (SIGTERM) or 130 (Ctrl-C).
         """
         if self.process.is_main:
             self.options.output_dir.mkdir(parents=True, exist_ok=True)
@@ -169,8 +166,8 @@ class Trainer:
                 self._rematch(self.progress.epoch)
             while self.progress.epoch < self.options.epochs:
                 self._epoch()
-        except Interrupted as told:
-            self._leave(told.signal)
+        except Interrupted as stopped:
+            self._leave(stopped.number)
         if self.journal is not None:
             self.journal.close()
         return self.progress
@@ -260,7 +257,7 @@ class Trainer:
 
         Raises:
             CommonError: something is not finite, and that is not to be skipped.
-            Interrupted: a process was told to leave.
+            Interrupted: a rank received a signal.
         """
         random = random_state(self.process.device)
         factor = self.weight.factor(self.finished_steps / self.order.steps)
@@ -270,7 +267,7 @@ class Trainer:
         world = self.process.world
         first = gradients.offence * world + self.process.rank
         first = torch.where(gradients.offence > FINE, _OFFENCES - first, 0)
-        received, worst = largest(torch.stack([torch.full_like(first, self.stop.received), first]))
+        received, worst = largest(torch.stack([torch.full_like(first, received_signal()), first]))
         if worst:
             self._not_finite(batch, gradients, random, *divmod(_OFFENCES - worst, world))
             found = {}
@@ -363,7 +360,7 @@ class Trainer:
             model = nn.DataParallel(model)
         data = self.data["valid"]
         batches = self._strided(data, range(len(data)))
-        return evaluate(model, batches, self.intake, "evaluation", self.process.is_main, self.stop)
+        return evaluate(model, batches, self.intake, "evaluation", self.process.is_main)
 
     def _strided(self, data: ImageDataset, indices: Any) -> Any:
         order = StridedBatches(indices, self.batch_size, self.process.rank, self.process.world)
@@ -377,13 +374,13 @@ class Trainer:
         self.step.eval()
         try:
             for batch in progress_bar(self._strided(data, indices), "matching", self.process.is_main):
-                if self.stop.received:
+                if received_signal():
                     break
                 images, _ = self.intake(batch)
                 if images.shape[0]:
                     output = self.step(images)
                     self.distiller.observe(output.student_maps, output.teacher_maps)
-            leave_if_told(self.stop, self.process.device)
+            raise_if_interrupted(self.process.device)
         except Interrupted:  # the pass is done again, whole
             self._forget_costs()
             raise

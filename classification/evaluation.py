@@ -18,32 +18,18 @@ from classification.data import IMAGENET, Batch, Normalize, Statistics
 from classification.distributed import largest
 from classification.metrics import Sums, errors
 from d2_mgd.errors import UserError
-from d2_mgd.training import StopRequest
-
-__all__ = ["Evaluation", "Intake", "Interrupted", "evaluate", "leave_if_told", "progress_bar"]
+from d2_mgd.training import Interrupted, received_signal
 
 logger = logging.getLogger(__name__)
 
 
-class Interrupted(Exception):
-    """All processes leave, since one was told to.
-
-    Args:
-        signal: number of the signal.
-    """
-
-    def __init__(self, signal: int) -> None:
-        super().__init__(signal)
-        self.signal = signal
-
-
-def leave_if_told(stop: StopRequest, device: torch.device) -> None:
-    """Leave where any process was told to (collective).
+def raise_if_interrupted(device: torch.device) -> None:
+    """Stop every rank if one of them received a signal (collective).
 
     Raises:
-        Interrupted: in all processes alike.
+        Interrupted: on every rank.
     """
-    (received,) = largest(torch.tensor([stop.received], device=device))
+    (received,) = largest(torch.tensor([received_signal()], device=device))
     if received:
         raise Interrupted(received)
 
@@ -104,26 +90,26 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Any, intake: Intake, what: str, is_main: bool, stop: StopRequest) -> Evaluation:
+def evaluate(model: nn.Module, batches: Any, intake: Intake, what: str, is_main: bool) -> Evaluation:
     """Evaluate on this process's share of the images; each image counts once (collective at the end).
 
     ``model`` gives (N, K) float32 logits of what ``intake`` gives of ``batches``.
 
     Raises:
         UserError: not one image could be read.
-        Interrupted: a process was told to leave meanwhile.
+        Interrupted: a rank received a signal.
     """
     model.eval()
     sums = Sums(intake.device)
     for batch in progress_bar(batches, what, is_main):
-        if stop.received:
+        if received_signal():
             break
         images, targets = intake(batch)
         if images.shape[0]:
             logits = model(images)
             losses = nn.functional.cross_entropy(logits, targets, reduction="sum")
             sums.add(images.shape[0], {"loss": losses, **errors(logits, targets)})
-    leave_if_told(stop, intake.device)
+    raise_if_interrupted(intake.device)
     count, totals = sums.totals(("loss", "err1", "err5"))
     if count == 0:
         raise UserError("not one image could be read for the evaluation.")

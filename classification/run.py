@@ -31,13 +31,13 @@ from classification.checkpoint import (
 from classification.data import find_classes, find_folders
 from classification.distributed import Process, fail_together, from_main, largest, launch, say
 from classification.engine import Progress, Trainer
-from classification.evaluation import Interrupted
 from classification.metrics import table
 from classification.models import architecture
 from classification.options import as_values, gives_student
 from d2_mgd.errors import CommonError, UserError
 from d2_mgd.training import (
     FolderInUse,
+    Interrupted,
     StopRequest,
     claimed_folder,
     lasting_output,
@@ -110,13 +110,12 @@ def _work(process: Process, options: argparse.Namespace) -> None:
     torch.manual_seed(options.seed)
     network = make_student(process, options, len(classes))  # before the teacher: every method starts from the same
     teacher = make_teacher(process, options, len(classes))
-    stop = StopRequest(speak=process.is_main)
-    trainer = make_trainer(process, options, network, teacher, folders, stop)
+    trainer = make_trainer(process, options, network, teacher, folders)
     _describe(trainer, teacher)
     if options.evaluate:
         _evaluate(trainer, teacher, len(classes))
         return
-    with ExitStack() as claims, stop:
+    with ExitStack() as claims, StopRequest(confirm=process.is_main):
         _claim(process, options.output_dir, claims)
         if process.is_main:
             _open_folder(options, anew=state is None)
@@ -269,13 +268,13 @@ def _evaluate(trainer: Trainer, teacher: TeacherNetwork | None, num_classes: int
 
 
 def _look_at(trainer: Trainer, teacher: TeacherNetwork | None, num_classes: int) -> None:
-    """Show what both networks can do before any training; leave if told to meanwhile."""
+    """Show what both networks can do before any training; exit after a signal."""
     try:
         _show_errors(trainer, teacher, num_classes)
-    except Interrupted as told:
+    except Interrupted as stopped:
         if trainer.process.is_main:
-            logger.warning("%s: left before a step; there is nothing to save.", signal.Signals(told.signal).name)
-        raise SystemExit(128 + told.signal) from None
+            logger.warning("%s: left before a step; there is nothing to save.", signal.Signals(stopped.number).name)
+        raise SystemExit(128 + stopped.number) from None
 
 
 def _show_errors(trainer: Trainer, teacher: TeacherNetwork | None, num_classes: int) -> None:

@@ -50,10 +50,9 @@ from d2_mgd.detection.datasets import DatasetError, check_classes, check_dataset
 from d2_mgd.detection.hooks import RematchError
 from d2_mgd.detection.loader import SampleError
 from d2_mgd.detection.nonfinite import NonFiniteError
-from d2_mgd.detection.preemption import forwarded_signals
 from d2_mgd.detection.teacher import build_teacher
 from d2_mgd.detection.weights import local_weights_file
-from d2_mgd.training import FolderInUse, claimed_folder, join_processes, lasting_output, restarted
+from d2_mgd.training import FolderInUse, claimed_folder, forwarded_signals, join_processes, lasting_output, restarted
 from d2_mgd.training.weights_files import trust
 
 logger = logging.getLogger("d2_mgd.train_net")

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from d2_mgd.detection.loader import PassLoader
-from d2_mgd.detection.preemption import Interrupted
 from d2_mgd.detection.state import preserved_modes, preserved_randomness
 from d2_mgd.distill import MatchingGuidedDistiller, RematchReport, RematchSchedule, save_reports
 from d2_mgd.matching import SolverError
 from d2_mgd.matching.cost import collective_device
+from d2_mgd.training import Interrupted
 
 __all__ = ["CheckpointHook", "MatchingHook", "RematchError", "gather_costs"]
 
@@ -127,10 +127,10 @@ class MatchingHook(HookBase):
         if self.source == "pass" or not distiller.matched:
             try:
                 self._observe_pass(finished)
-            except Interrupted as told:
+            except Interrupted as stopped:
                 for cost in distiller.costs.values():
                     cost.reset()
-                self.leave(told.number)
+                self.leave(stopped.number)
         try:
             reports = distiller.rematch()
         except (ValueError, SolverError) as error:  # no other RuntimeError: a collective's means that a process is lost

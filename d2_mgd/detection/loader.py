@@ -24,10 +24,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from d2_mgd.detection.agreement import first_failure, largest
 from d2_mgd.detection.images import ImageMapper
-from d2_mgd.detection.preemption import Interrupted, asked_to_stop
 from d2_mgd.detection.state import seeded_randomness
 from d2_mgd.detection.weights import local_weights_file, read_pickled_arrays
-from d2_mgd.training import loader_process_signals
+from d2_mgd.training import Interrupted, loader_process_signals, received_signal
 
 __all__ = [
     "EvaluationLoader",
@@ -275,11 +274,11 @@ def _together(batches: Iterator[list[Sample]]) -> Iterator[list[Sample]]:
 def _to_the_end(batches: Iterator[list[Sample]]) -> Iterator[list[Sample]]:
     """A pass, of which processes have unequal shares; what ends it early in any of them is raised after the last."""
     batch, error = _next(batches)
-    while batch is not None and not asked_to_stop():
+    while batch is not None and not received_signal():
         yield batch
         batch, error = _next(batches)
     _raise_in_all(error)
-    number = largest(asked_to_stop())
+    number = largest(received_signal())
     if number:
         raise Interrupted(number)
 

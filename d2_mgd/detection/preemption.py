@@ -14,30 +14,9 @@ from typing import NoReturn
 from detectron2.engine import HookBase
 
 from d2_mgd.detection.agreement import largest
-from d2_mgd.training import StopRequest, forwarded_signals
-
-__all__ = ["Interrupted", "PreemptionHook", "asked_to_stop", "forwarded_signals"]
+from d2_mgd.training import StopRequest, received_signal
 
 logger = logging.getLogger(__name__)
-
-_in_force: list[StopRequest] = []
-
-
-class Interrupted(Exception):
-    """A pass over images was broken off, in all processes, because one was asked to leave.
-
-    Args:
-        number: of the signal.
-    """
-
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.number = number
-
-
-def asked_to_stop() -> int:
-    """The number of the signal that asked this process to leave its training; 0 for none, or no training."""
-    return max((request.received for request in _in_force), default=0)
 
 
 class PreemptionHook(HookBase):
@@ -58,15 +37,13 @@ class PreemptionHook(HookBase):
     def before_train(self) -> None:
         self._stepped = False
         self.stop.__enter__()
-        _in_force.append(self.stop)
 
     def after_train(self) -> None:
-        _in_force.remove(self.stop)
         self.stop.__exit__()
 
     def after_step(self) -> None:
         self._stepped = True
-        received = largest(asked_to_stop())
+        received = largest(received_signal())
         if (
             received and self.trainer.iter + 1 < self.trainer.max_iter
         ):  # else all is done but what follows the last step

@@ -36,7 +36,7 @@ from d2_mgd.detection.loader import (
     build_train_loader,
 )
 from d2_mgd.detection.nonfinite import NonFinitePolicy
-from d2_mgd.detection.preemption import Interrupted, PreemptionHook
+from d2_mgd.detection.preemption import PreemptionHook
 from d2_mgd.detection.state import (
     changed_numbers,
     module_numbers,
@@ -48,6 +48,7 @@ from d2_mgd.detection.state import (
     set_random_state,
 )
 from d2_mgd.detection.steps import Precision, StepTrainer, predict_in_float32
+from d2_mgd.training import Interrupted
 
 __all__ = ["Trainer"]
 
@@ -238,8 +239,8 @@ class Trainer(DefaultTrainer):
     def _evaluate(self) -> dict[str, Any]:
         try:
             self._last_eval_results = self.test(self.cfg, self.detector)
-        except Interrupted as told:
-            self.preemption.leave(told.number)
+        except Interrupted as stopped:
+            self.preemption.leave(stopped.number)
         return self._last_eval_results
 
     # --- checkpoints ---

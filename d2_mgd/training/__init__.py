@@ -1,4 +1,4 @@
-"""What long runs need whatever they train: files that are whole or absent, a list of checkpoints, being told to leave.
+"""What long runs need whatever they train: files that are whole or absent, a list of checkpoints, signals.
 
 Knows no network, no Detectron2.
 """
@@ -9,25 +9,27 @@ from d2_mgd.training.manifest import CheckpointManifest
 from d2_mgd.training.output import lasting_output
 from d2_mgd.training.restarts import join_processes, restarted
 from d2_mgd.training.signals import (
+    Interrupted,
     StopRequest,
-    ToldToLeave,
     forwarded_signals,
-    leaving_when_told,
     loader_process_signals,
+    raised_signals,
+    received_signal,
 )
 
 __all__ = [
     "CheckpointManifest",
     "FolderInUse",
+    "Interrupted",
     "StopRequest",
-    "ToldToLeave",
     "claimed_folder",
     "file_digest",
     "forwarded_signals",
     "join_processes",
     "lasting_output",
-    "leaving_when_told",
     "loader_process_signals",
+    "raised_signals",
+    "received_signal",
     "remove_leftovers",
     "restarted",
     "system_reason",

@@ -1,4 +1,4 @@
-"""Being asked to leave: SIGTERM, as schedulers send it before they take a machine away, and Ctrl-C."""
+"""SIGTERM, which schedulers send before they take a machine away, and Ctrl-C: stop at a step's end, or pass them on."""
 
 from __future__ import annotations
 
@@ -12,34 +12,47 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-__all__ = ["StopRequest", "ToldToLeave", "forwarded_signals", "leaving_when_told", "loader_process_signals"]
-
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# torchrun hands a Ctrl-C on to processes that the terminal has told already: two within this time are one.
+# torchrun forwards a Ctrl-C that the terminal has already sent to its processes: two within this time count as one.
 _SAME_PRESS = 1.0  # seconds
+
+_active: list[StopRequest] = []
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGTERM or Ctrl-C ended what was running. In a training every rank raises it, also for the signal of another.
+
+    Args:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
 
 
 class StopRequest:
-    """Context in which SIGTERM and Ctrl-C are remembered, for the training to leave when it can; a second Ctrl-C
-    leaves at once.
+    """Context in which SIGTERM and Ctrl-C are recorded, for :func:`received_signal`; a second Ctrl-C exits at once.
 
     Args:
-        speak: whether this process says on standard error that it was heard; one of several is enough.
+        confirm: whether to confirm the signal on standard error; one rank is enough.
     """
 
-    def __init__(self, speak: bool = True) -> None:
-        self.speak = speak
+    def __init__(self, confirm: bool = True) -> None:
+        self.confirm = confirm
         self.received = 0  # number of the first signal; 0: none
         self._when = 0.0
         self._pid = os.getpid()
         self._handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():  # others cannot be told
+        if threading.current_thread() is threading.main_thread():  # Python sets handlers in no other
             self._handlers = {number: signal.signal(number, self._remember) for number in _SIGNALS}
+        _active.append(self)
         return self
 
     def __exit__(self, *error: object) -> None:
+        _active.remove(self)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers = {}
@@ -48,31 +61,36 @@ class StopRequest:
         now = time.monotonic()
         again = self.received and now - self._when > _SAME_PRESS
         if os.getpid() != self._pid:
-            # A loading process, forked with this handler: the training still needs it for the step in progress.
+            # A dataloader worker, forked with this handler: the training still needs it for the step in progress.
             if again and number == signal.SIGTERM:
                 os._exit(128 + number)
         elif again and number == signal.SIGINT:
             _say("Left at once; --resume continues from the last checkpoint.")
             os._exit(128 + number)
-        elif self.speak:
+        elif self.confirm:
             _say("Finishing this step, then saving; Ctrl-C (again) leaves at once.")
         if not self.received:
             self.received, self._when = int(number), now
 
 
+def received_signal() -> int:
+    """Number of the signal that this process received in a :class:`StopRequest`; 0 for none."""
+    return max((request.received for request in _active), default=0)
+
+
 def _say(sentence: str) -> None:
-    """To standard error, from a handler; Ctrl-C may have ended who reads it."""
+    """Write to standard error from a signal handler; Ctrl-C may have ended its reader."""
     with suppress(OSError):
         os.write(2, f"{sentence}\n".encode())
 
 
 class forwarded_signals:
-    """Context of a process that waits for processes that it started: SIGTERM and Ctrl-C go on to them.
+    """Context that forwards SIGTERM and Ctrl-C to the processes that this one started and waits for.
 
-    They save and leave, and what waits for them ends with their status. A second Ctrl-C leaves at once.
+    They save and exit, and this process exits with their status. A second Ctrl-C exits at once.
 
     Args:
-        waiting: what is said on standard error when a signal comes.
+        waiting: message on standard error when a signal arrives.
     """
 
     def __init__(self, waiting: str = "") -> None:
@@ -90,17 +108,17 @@ class forwarded_signals:
             signal.signal(number, handler)
 
     def start(self, command: Sequence[str], **options: Any) -> subprocess.Popen[str]:
-        """Start a program that is told too; ``options`` are those of ``subprocess.Popen``."""
+        """Start a program that receives the signals too; ``options`` are those of ``subprocess.Popen``."""
         program = subprocess.Popen(command, text=True, **options)
         self._programs.append(program)
-        if self.received:  # meanwhile
+        if self.received:  # while it started
             program.send_signal(self.received)
         return program
 
-    def leave_if_told(self) -> None:
-        """Raise :class:`ToldToLeave` if a signal has come."""
+    def raise_received(self) -> None:
+        """Raise :class:`Interrupted` if a signal has arrived."""
         if self.received:
-            raise ToldToLeave(self.received)
+            raise Interrupted(self.received)
 
     def _forward(self, number: int, frame: Any) -> None:
         now = time.monotonic()
@@ -111,7 +129,7 @@ class forwarded_signals:
         self._last = self._last or now
         sent = signal.SIGKILL if again and number == signal.SIGINT else number
         for program in self._programs:
-            program.send_signal(sent)  # nothing where it has ended
+            program.send_signal(sent)  # no effect if it has ended
         for process in multiprocessing.active_children():
             if process.pid is not None and process.is_alive():
                 os.kill(process.pid, sent)
@@ -119,21 +137,9 @@ class forwarded_signals:
             os._exit(128 + number)
 
 
-class ToldToLeave(KeyboardInterrupt):
-    """SIGTERM or Ctrl-C in a program that has nothing of its own to save.
-
-    Args:
-        number: of the signal.
-    """
-
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.number = number
-
-
 @contextmanager
-def leaving_when_told() -> Iterator[None]:
-    """Context in which SIGTERM and Ctrl-C raise :class:`ToldToLeave`."""
+def raised_signals() -> Iterator[None]:
+    """Context in which SIGTERM and Ctrl-C raise :class:`Interrupted`."""
     handlers = {number: signal.signal(number, _raise) for number in _SIGNALS}
     try:
         yield
@@ -143,21 +149,22 @@ def leaving_when_told() -> Iterator[None]:
 
 
 def _raise(number: int, frame: Any) -> None:
-    raise ToldToLeave(number)
+    raise Interrupted(number)
 
 
 def loader_process_signals(worker: int) -> None:
-    """``worker_init_fn`` of a DataLoader: what tells a whole group of processes to leave must not take away the images
-    that the step in progress waits for. The training ends its loading processes itself, by a SIGTERM of its own.
+    """``worker_init_fn`` of a DataLoader: workers ignore signals to the process group until the current step ends.
+
+    The training ends its workers itself, by SIGTERM.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
-    if parent is not None and hasattr(signal, "sigwaitinfo"):  # elsewhere there is no telling who sent a signal
+    if parent is not None and hasattr(signal, "sigwaitinfo"):  # elsewhere the sender is unknown
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_leave_when_told_by, args=(parent.pid,), daemon=True).start()
+        threading.Thread(target=_exit_on_sigterm_from, args=(parent.pid,), daemon=True).start()
 
 
-def _leave_when_told_by(sender: int | None) -> None:
+def _exit_on_sigterm_from(sender: int | None) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != sender:
         pass
     os._exit(0)

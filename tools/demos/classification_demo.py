@@ -31,7 +31,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]  # works without an installation
 import numpy as np
 from PIL import Image
 
-from d2_mgd.training import ToldToLeave, forwarded_signals, lasting_output, leaving_when_told, system_reason
+from d2_mgd.training import Interrupted, forwarded_signals, lasting_output, raised_signals, system_reason
 from demos.beetles import SPECIES, render_beetle, write_image_folder
 
 FOLDER = ROOT / "classification"
@@ -271,7 +271,7 @@ def run(output: Path, budget: Budget, seed: int, device: str) -> str:
     Raises:
         ValueError: ``output`` holds images of another demo.
         subprocess.CalledProcessError: a training failed; it has said why.
-        ToldToLeave: by SIGTERM or Ctrl-C.
+        Interrupted: by SIGTERM or Ctrl-C.
     """
     start = time.perf_counter()
     write_image_folder(output / "beetles", budget.counts, size=80, seed=seed, workers=min(4, os.cpu_count() or 1))
@@ -284,9 +284,9 @@ def run(output: Path, budget: Budget, seed: int, device: str) -> str:
 
 
 def _train(title: str, line: list[str]) -> None:
-    with forwarded_signals(f"Waiting for the training ({title}) to save and leave.") as told:
-        status = told.start(line).wait()
-    told.leave_if_told()
+    with forwarded_signals(f"Waiting for the training ({title}) to save and leave.") as signals:
+        status = signals.start(line).wait()
+    signals.raise_received()
     if status != 0:
         raise subprocess.CalledProcessError(status, line)
 
@@ -300,7 +300,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="a few images and steps, to see that it runs")
     options = parser.parse_args(arguments)
     try:
-        with leaving_when_told():
+        with raised_signals():
             text = run(options.output, QUICK if options.quick else FULL, options.seed, options.device)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -314,9 +314,9 @@ def main(arguments: list[str] | None = None) -> int:
         place, reason = error.filename or options.output, system_reason(error)
         print(f"error: --output {options.output} cannot be used: {place}: {reason}.", file=sys.stderr)
         return 2
-    except ToldToLeave as told:
+    except Interrupted as stopped:
         print("interrupted; the same command goes on from here.", file=sys.stderr)
-        return 128 + told.number
+        return 128 + stopped.number
     print(f"\n{text}\n\n{options.output / 'report.html'}")
     return 0
 

@@ -29,7 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]  # works without an installation
 
 from tqdm import tqdm
 
-from d2_mgd.training import ToldToLeave, forwarded_signals, lasting_output, leaving_when_told, system_reason
+from d2_mgd.training import Interrupted, forwarded_signals, lasting_output, raised_signals, system_reason
 from demos import scenes
 
 BAD_INPUT = 2  # exit status, as argparse has it
@@ -215,18 +215,18 @@ class Demo:
         environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
         output: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "errors": "replace"}
         with (
-            forwarded_signals(f"Waiting for the {stage.caption}'s training to save and leave.") as told,
-            told.start(command, env=environment, **output) as process,
+            forwarded_signals(f"Waiting for the {stage.caption}'s training to save and leave.") as signals,
+            signals.start(command, env=environment, **output) as process,
             _bar(stage.caption, iterations) as bar,
         ):
             assert process.stdout is not None
-            for line in process.stdout:  # to its end, told or not: a training waits for who reads what it says
+            for line in process.stdout:  # to its end: a training blocks while its output is not read
                 last.append(line)
                 _show(line, bar)
             status = process.wait()
             if status == 0:
                 bar.update(iterations - bar.n)
-        told.leave_if_told()
+        signals.raise_received()
         if status != 0:
             sys.stderr.writelines(last)
             log = self.folder(stage.name) / "log.txt"
@@ -381,7 +381,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     warnings.simplefilter("ignore")  # Detectron2's, of what PyTorch will drop some day
     try:
-        with leaving_when_told():
+        with raised_signals():
             run(options)
     except DemoError as error:
         print(f"detection_demo.py: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -392,9 +392,9 @@ def main(argv: list[str] | None = None) -> int:
             f"detection_demo.py: error: --output {options.output} cannot be used: {place}: {reason}.", file=sys.stderr
         )
         return BAD_INPUT
-    except ToldToLeave as told:
+    except Interrupted as stopped:
         print("\ninterrupted; the same command goes on from here", file=sys.stderr)
-        return 128 + told.number
+        return 128 + stopped.number
     return 0
 
 
