@@ -131,7 +131,7 @@ class Trainer:
         self.order = ShuffledBatches(len(data["train"]), self.batch_size, options.seed, process.rank, process.world)
         self.batches = loader(data["train"], self.order, self.workers, process.device, keep=True)
         self.schedule = RematchSchedule(start=False)
-        if student.distiller is not None and student.distiller.align == "matching":
+        if student.distiller is not None and student.distiller.needs_matching:
             self.schedule = rematch_schedule(options)
         self.weight = WeightSchedule() if options.method == "base" else weight_schedule(options)
         self.journal: Journal | None = None

@@ -240,7 +240,7 @@ def _add_distillation(parser: argparse.ArgumentParser) -> None:
         "--mgd-align",
         choices=ALIGNMENTS,
         default="matching",
-        help="matching, a learned 1x1 convolution, or channel by channel",
+        help="matching, a learned 1x1 convolution that starts as the matching or at random, or channel by channel",
     )
     add("--mgd-with-kd", type=int, choices=(0, 1), default=0, help="distil the logits, too")
     add("--kd-temperature", type=_number(0.0, above=True), default=1.5)

@@ -23,7 +23,7 @@ import yaml
 from PIL import Image
 
 from d2_mgd import visualize
-from d2_mgd.distill import RematchReport
+from d2_mgd.distill import MATCHED_ALIGNMENTS, RematchReport
 from d2_mgd.errors import UserError
 
 __all__ = ["History", "Maps", "Run", "RunError", "distinct_names", "one_sentence", "open_run", "read_image"]
@@ -129,7 +129,7 @@ class Run:
             distilled, align = settings.get("MGD.ENABLED", False), settings.get("MGD.ALIGN")
         if not distilled:
             return "it was trained without a teacher's features"
-        return "it has not been matched yet" if align == "matching" else f"its channels are aligned by {align}"
+        return "it has not been matched yet" if align in MATCHED_ALIGNMENTS else f"its channels are aligned by {align}"
 
 
 def open_run(folder: str | os.PathLike[str]) -> Run:

@@ -316,7 +316,7 @@ class _Distillation:
 
     @property
     def _matches(self) -> bool:
-        return self.distiller is not None and self.method.align == "matching"
+        return self.distiller is not None and self.distiller.needs_matching
 
     def measure_and_rematch(self, epoch: int, batches: Batches, outcome: Outcome) -> bool:
         """Rematch after ``epoch`` epochs if it is due, and note for each feature what came of it; whether it was due.

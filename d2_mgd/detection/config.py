@@ -20,6 +20,7 @@ from d2_mgd.detection.heads import head_options
 from d2_mgd.distill import (
     ALIGNMENTS,
     FEATURE_LOSSES,
+    MATCHED_ALIGNMENTS,
     NORMS,
     REDUCERS,
     REDUCTIONS,
@@ -100,7 +101,8 @@ def add_mgd_config(cfg: CfgNode) -> None:
     cfg.MGD.MODE = ""
     # Lists of features that share one matching, as levels under one head may: [["p3", "p4", "p5"]].
     cfg.MGD.TIE = []
-    # "matching", or in its place "conv1x1", a learned projection, or "none", channel by channel at equal widths.
+    # "matching" reduces the teacher to the width of the student; "matched_projection", a learned projection of the
+    # student that starts as the matching; "conv1x1", one from a random start; "none" compares channel by channel.
     cfg.MGD.ALIGN = "matching"
     # Norm of the student's maps before they are compared: "gn" (published for detectors), "bn", "sync_bn", "none".
     cfg.MGD.NORM = "gn"
@@ -419,7 +421,7 @@ def validate_config(cfg: CfgNode) -> None:
     _check_choice("MGD.ALIGN", mgd.ALIGN, ALIGNMENTS)
     _check_choice("MGD.NORM", mgd.NORM, NORMS)
     _check_choice("MGD.STUDENT.TRAIN_LAST_NORM", mgd.STUDENT.TRAIN_LAST_NORM, LAST_NORMS)
-    _check_rematch(cfg, needed=mgd.ALIGN == "matching" and bool(features))
+    _check_rematch(cfg, needed=mgd.ALIGN in MATCHED_ALIGNMENTS and bool(features))
     head_options(cfg)
     weight_schedule(cfg)
     teacher_config(cfg)

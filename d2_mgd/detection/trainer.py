@@ -48,6 +48,7 @@ from d2_mgd.detection.state import (
     set_random_state,
 )
 from d2_mgd.detection.steps import Precision, StepTrainer, predict_in_float32
+from d2_mgd.distill import MATCHED_ALIGNMENTS
 from d2_mgd.training import Interrupted
 
 __all__ = ["Trainer"]
@@ -138,7 +139,7 @@ class Trainer(DefaultTrainer):
         cfg = self.cfg
         self.preemption = PreemptionHook(self.save_checkpoint)
         built: list[HookBase] = [hooks.IterationTimer(), hooks.LRScheduler(), self.preemption]
-        if self.distilled and cfg.MGD.FEATURES and cfg.MGD.ALIGN == "matching":
+        if self.distilled and cfg.MGD.FEATURES and cfg.MGD.ALIGN in MATCHED_ALIGNMENTS:
             built.append(self._matching_hook())
         built.append(CheckpointHook(self.save_checkpoint, cfg.SOLVER.CHECKPOINT_PERIOD))
         built.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate))

@@ -1,7 +1,8 @@
 """How it guides: taps -> matching -> reducer -> loss, for any two torch modules. Knows no Detectron2."""
 
 from d2_mgd.distill.dense import box_distribution_kd, dense_box_kd, dense_class_kd, with_statistics_of
-from d2_mgd.distill.distiller import ALIGNMENTS, MatchingGuidedDistiller
+from d2_mgd.distill.distiller import MatchingGuidedDistiller
+from d2_mgd.distill.feature import ALIGNMENTS, MATCHED_ALIGNMENTS
 from d2_mgd.distill.logits import LOGIT_LOSSES, LogitLoss, kd_loss, standardize_logits
 from d2_mgd.distill.losses import FEATURE_LOSSES, REDUCTIONS, published_weights, reduce_loss
 from d2_mgd.distill.margins import batch_norm_margin
@@ -17,6 +18,7 @@ __all__ = [
     "DECAYS",
     "FEATURE_LOSSES",
     "LOGIT_LOSSES",
+    "MATCHED_ALIGNMENTS",
     "NORMS",
     "REDUCERS",
     "REDUCTIONS",

@@ -19,7 +19,7 @@ def checked_ties(
     Raises:
         ValueError: ties without a matching, of unknown features, of unequal widths, or of a feature twice.
     """
-    if tie and align != "matching":
+    if tie and align not in ("matching", "matched_projection"):
         raise ValueError(f"features can be tied where they are matched, not with the alignment {align!r}.")
     if any(isinstance(names, str) for names in tie):
         raise ValueError(f"ties are lists of features, got {list(tie)}.")
@@ -52,12 +52,19 @@ def check_weights(weights: Mapping[str, float]) -> None:
             raise ValueError(f"feature {name}: a weight must be finite and not negative, got {weight}.")
 
 
-def checked_mode(mode: str | None, reducer: str, name: str, num_student: int, num_teacher: int) -> str:
+def checked_mode(mode: str | None, reducer: str, name: str, num_student: int, num_teacher: int, align: str) -> str:
     """The matching mode in force: the one given, or the one that the reducer needs.
 
     Raises:
-        ValueError: an unknown mode, or one that does not go with the widths or the reducer.
+        ValueError: an unknown mode, or one that does not go with the widths, the reducer or the alignment.
     """
+    if align == "matched_projection":
+        if mode not in (None, "balanced"):
+            raise ValueError(
+                f"feature {name}: the alignment 'matched_projection' needs the matching mode 'balanced', which leaves "
+                f"no teacher channel out, got {mode!r}."
+            )
+        return "balanced"
     if mode is None:
         return "one_to_one" if reducer == "sm" and num_teacher >= num_student else "balanced"
     if mode not in MODES:

@@ -5,40 +5,24 @@ Shape shorthand: N images, S student channels, T teacher channels, G the size of
 
 from __future__ import annotations
 
-import logging
-import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2_mgd.distill.checks import check_names, check_weights, checked_mode, checked_ties
-from d2_mgd.distill.fused import Comparison, can_fuse, fused_norm, sum_of_squares
-from d2_mgd.distill.losses import (
-    BLIND_TO_PADDING,
-    FEATURE_LOSSES,
-    REDUCTIONS,
-    FeatureLoss,
-    loss_divisor,
-    reduce_loss,
-)
-from d2_mgd.distill.norms import build_norm
-from d2_mgd.distill.reducers import REDUCERS, Reducer
+from d2_mgd.distill.feature import ALIGNMENTS, MATCHED_ALIGNMENTS, FeatureDistiller
+from d2_mgd.distill.losses import FEATURE_LOSSES, REDUCTIONS
+from d2_mgd.distill.reducers import REDUCERS
 from d2_mgd.distill.registry import lookup
 from d2_mgd.distill.reports import RematchReport
-from d2_mgd.distill.spatial import SPATIAL_WEIGHTS, Boxes, SpatialWeight
-from d2_mgd.matching import ChannelCost, ChannelMatching, SolverError, solve_matching
-from d2_mgd.matching.channel_matching import PADDING
+from d2_mgd.distill.spatial import SPATIAL_WEIGHTS, Boxes
+from d2_mgd.matching import ChannelCost, ChannelMatching, SolverError, projection_agreement, solve_matching
 
-__all__ = ["ALIGNMENTS", "MatchingGuidedDistiller"]
-
-logger = logging.getLogger(__name__)
-
-ALIGNMENTS = ("matching", "conv1x1", "none")
+__all__ = ["MatchingGuidedDistiller"]
 
 Masks = Mapping[str, "Tensor | None"]
 
@@ -64,8 +48,10 @@ class MatchingGuidedDistiller(nn.Module):
         metric: of the matching cost, see :class:`~d2_mgd.matching.ChannelCost`.
         mode: see :func:`~d2_mgd.matching.solve_matching`; by default ``balanced``, and for the reducer ``sm``
             ``one_to_one`` where T >= S.
-        align: ``matching``; ``conv1x1``, a learned projection of the student to T channels (FitNets, Romero et al.,
-            ICLR 2015; Heo et al., ICCV 2019) in place of a matching; ``none`` for equal widths, channel by channel.
+        align: ``matching`` reduces the teacher to S channels; ``matched_projection`` projects the student to T channels
+            by a learned 1x1 convolution whose weight starts as the first matching; ``conv1x1`` does the same from a
+            random start (FitNets, Romero et al., ICLR 2015; Heo et al., ICCV 2019); ``none`` compares channel by
+            channel and needs equal widths.
         norm: of the student's map before it is compared: ``bn``, ``sync_bn``, ``gn``, ``none``.
         weights: feature name -> factor of its loss; 1 by default.
         margins: feature name -> (T,) lower bounds of the teacher's pre-activations for ``partial_l2``, from
@@ -126,13 +112,15 @@ class MatchingGuidedDistiller(nn.Module):
                 raise ValueError(f"feature {name}: the spatial weight 'boxes' needs the stride of its map.")
             if hasattr(self.features, _key(name)):
                 raise ValueError(f"a feature cannot have the name {name!r}, which PyTorch uses itself.")
-            self.features[_key(name)] = _FeatureDistiller(
+            self.features[_key(name)] = FeatureDistiller(
                 name,
                 student,
                 teacher,
                 align=align,
                 reducer=lookup(REDUCERS, "reducer", reducer),
-                mode=checked_mode(mode, reducer, name, student, teacher) if align == "matching" else None,
+                mode=checked_mode(mode, reducer, name, student, teacher, align)
+                if align in MATCHED_ALIGNMENTS
+                else None,
                 loss=lookup(FEATURE_LOSSES, "loss", losses[name]),
                 norm=norm,
                 weight=weights.get(name, 1.0),
@@ -141,7 +129,7 @@ class MatchingGuidedDistiller(nn.Module):
                 spatial=lookup(SPATIAL_WEIGHTS, "spatial weight", spatial),
                 stride=strides.get(name),
             )
-            if align == "matching":
+            if align in MATCHED_ALIGNMENTS:
                 self.costs[name] = ChannelCost(student, teacher, metric=metric)
 
     @property
@@ -151,14 +139,22 @@ class MatchingGuidedDistiller(nn.Module):
 
     @property
     def projections(self) -> dict[str, Tensor]:
-        """The learned projection (T, S) of each feature; empty where the alignment is another."""
+        """The learned projection (T, S) of each feature; empty where the alignment is another.
+
+        They share memory with the parameters.
+        """
         learned = {name: self._feature(name).project for name in self.channels}
         return {name: conv.weight.detach()[:, :, 0, 0] for name, conv in learned.items() if conv is not None}
 
     @property
     def matched(self) -> bool:
         """Whether every feature that needs a matching has one."""
-        return self.align != "matching" or all(self._feature(name).has_matching for name in self.costs)
+        return all(self._feature(name).has_matching for name in self.costs)
+
+    @property
+    def needs_matching(self) -> bool:
+        """Whether the alignment starts from a matching, so that :meth:`observe` and :meth:`rematch` do something."""
+        return self.align in MATCHED_ALIGNMENTS
 
     def forward(
         self,
@@ -201,7 +197,7 @@ class MatchingGuidedDistiller(nn.Module):
     def _compare(
         self, name: str, student: Tensor, teacher: Tensor, valid: Tensor | None, boxes: Boxes | None
     ) -> Tensor:
-        if self.align == "matching" and not self._feature(name).has_matching:
+        if self.needs_matching and not self._feature(name).has_matching:
             raise RuntimeError(f"feature {name} has no matching yet: observe some images and rematch first.")
         return self._feature(name)(student, teacher, valid, boxes)
 
@@ -242,7 +238,7 @@ class MatchingGuidedDistiller(nn.Module):
             cost.all_reduce(group)
         solved = _solve_once(self._solve, group)
         reports = {}
-        for name, (groups, total_cost, seconds) in solved.items():
+        for name, (groups, total_cost, seconds, agreement) in solved.items():
             feature = self._feature(name)
             matching = ChannelMatching(groups, feature.num_teacher, total_cost)
             old = feature.matching()
@@ -254,6 +250,7 @@ class MatchingGuidedDistiller(nn.Module):
                 changed=1.0 if old is None else matching.changed(old),
                 seconds=seconds,
                 num_images=cost.num_images,
+                agreement=agreement,
             )
         for name, report in reports.items():
             self._feature(name).install(report.matching)
@@ -275,7 +272,7 @@ class MatchingGuidedDistiller(nn.Module):
         for name, cost in self.costs.items():
             cost.load_state_dict(state[name])
 
-    def _solve(self) -> dict[str, tuple[list[list[int]], float, float]]:
+    def _solve(self) -> dict[str, tuple[list[list[int]], float, float, float | None]]:
         solved = {}
         for names in self.ties:
             start = time.perf_counter()
@@ -288,12 +285,20 @@ class MatchingGuidedDistiller(nn.Module):
             matching = solve_matching(torch.stack(costs).sum(dim=0), self._feature(names[0]).mode or "balanced")
             seconds = time.perf_counter() - start
             for name, cost in zip(names, costs):
-                solved[name] = (matching.groups.tolist(), float(cost[matching.pairs].sum()), seconds)
+                total_cost = float(cost[matching.pairs].sum())
+                solved[name] = (matching.groups.tolist(), total_cost, seconds, self._agreement(name, matching))
         return {name: solved[name] for name in self.costs}
 
-    def _feature(self, name: str) -> _FeatureDistiller:
+    def _agreement(self, name: str, matching: ChannelMatching) -> float | None:
+        """How far a trained projection agrees with a new matching; None for the first, which it starts from."""
+        feature = self._feature(name)
+        if feature.project is None or not feature.has_matching:
+            return None
+        return projection_agreement(feature.project.weight, matching).agreement
+
+    def _feature(self, name: str) -> FeatureDistiller:
         feature = self.features[_key(name)]
-        assert isinstance(feature, _FeatureDistiller)
+        assert isinstance(feature, FeatureDistiller)
         return feature
 
     def _maps(
@@ -311,158 +316,6 @@ class MatchingGuidedDistiller(nn.Module):
                 f"teacher, got {tuple(student.shape)} and {tuple(teacher.shape)}."
             )
         return student, self._feature(name).resized(teacher, student), None if valid is None else valid.get(name)
-
-
-class _FeatureDistiller(nn.Module):
-    """One feature: its matching (or projection), its norm, its loss."""
-
-    def __init__(
-        self,
-        name: str,
-        num_student: int,
-        num_teacher: int,
-        *,
-        align: str,
-        reducer: Reducer,
-        mode: str | None,
-        loss: FeatureLoss,
-        norm: str,
-        weight: float,
-        margin: Tensor | None,
-        reduction: str,
-        spatial: SpatialWeight,
-        stride: float | None,
-    ) -> None:
-        super().__init__()
-        if align == "none" and num_student != num_teacher:
-            raise ValueError(
-                f"feature {name}: alignment 'none' needs equal widths, got {num_student} student and {num_teacher} "
-                "teacher channels; 'matching' takes any."
-            )
-        if margin is not None and tuple(margin.shape) != (num_teacher,):
-            raise ValueError(f"feature {name}: margins must be ({num_teacher},), got {tuple(margin.shape)}.")
-        self.name = name
-        self.num_student = num_student
-        self.num_teacher = num_teacher
-        self.reducer = reducer if align == "matching" else None
-        self.mode = mode
-        self.loss = loss
-        self.weight = weight
-        self.reduction = reduction
-        self.spatial = spatial
-        self.stride = stride
-        self._warned_of_size = False
-        self._has_matching = False
-        compared = num_teacher if align == "conv1x1" else num_student
-        self.project = nn.Conv2d(num_student, num_teacher, 1, bias=False) if align == "conv1x1" else None
-        self.norm = build_norm(norm, compared)
-        self.register_buffer("margin", None if margin is None else margin.detach().float().clone(), persistent=False)
-        self.margin: Tensor | None
-        if align == "matching":
-            widest = 1 if mode == "one_to_one" else max(1, math.ceil(num_teacher / num_student))
-            self.register_buffer("groups", torch.full((num_student, widest), PADDING, dtype=torch.int64))
-            self.register_buffer("total_cost", torch.zeros((), dtype=torch.float64))
-        self.groups: Tensor
-        self.total_cost: Tensor
-
-    @property
-    def has_matching(self) -> bool:
-        # remembered, so that a step does not wait for a GPU to look
-        if not self._has_matching and self.reducer is not None:
-            self._has_matching = int(self.groups[0, 0]) != PADDING
-        return self._has_matching
-
-    def matching(self) -> ChannelMatching | None:
-        if not self.has_matching:
-            return None
-        return ChannelMatching(self.groups.cpu().numpy(), self.num_teacher, float(self.total_cost))
-
-    def install(self, matching: ChannelMatching) -> None:
-        groups = torch.from_numpy(matching.groups.copy())
-        self.groups.fill_(PADDING)
-        self.groups[:, : groups.shape[1]] = groups.to(self.groups.device)
-        self.total_cost.fill_(matching.total_cost)
-        self._has_matching = True  # known without a look at the device, which would also break a compiled graph
-
-    def resized(self, teacher: Tensor, student: Tensor) -> Tensor:
-        if teacher.shape[2:] == student.shape[2:]:
-            return teacher
-        if not self._warned_of_size:
-            self._warned_of_size = True
-            logger.warning(
-                "feature %s: the teacher's map of %s is resized to the student's %s.",
-                self.name,
-                tuple(teacher.shape[2:]),
-                tuple(student.shape[2:]),
-            )
-        return F.interpolate(teacher.float(), size=student.shape[2:], mode="bilinear", align_corners=False)
-
-    def forward(self, student: Tensor, teacher: Tensor, valid: Tensor | None, boxes: Boxes | None = None) -> Tensor:
-        with torch.autocast(student.device.type, enabled=False):
-            student = student.to(self._compared_dtype(student))
-            if self.project is not None:
-                student = self.project(_without_padding(student, valid))
-            with torch.no_grad():
-                spatial_weight = self.spatial(teacher, boxes, self.stride, valid)
-            if can_fuse(self.loss, self.reducer):
-                return self._fused(student, teacher, valid, spatial_weight)
-            student = self.norm(student, valid)
-            guided, margin = self._guided(teacher)
-            guided = guided.to(student.dtype)
-            if self.loss not in BLIND_TO_PADDING:
-                student, guided = _without_padding(student, valid), _without_padding(guided, valid)
-            elements = self.loss(student, guided, margin, valid)
-            return self.weight * reduce_loss(elements, valid, self.reduction, spatial_weight)
-
-    def _fused(self, student: Tensor, teacher: Tensor, valid: Tensor | None, spatial_weight: Tensor | None) -> Tensor:
-        groups = None if self.reducer is None else self.groups
-        comparison = Comparison(teacher, self.reducer, groups, self.margin, self.loss, valid, spatial_weight)
-        norm = fused_norm(self.norm, student, valid)
-        if norm is None:
-            student = self.norm(student, valid)
-        total = sum_of_squares(student, comparison, norm)
-        return total * (self.weight / loss_divisor(student, valid, self.reduction))
-
-    @torch.no_grad()
-    def _guided(self, teacher: Tensor) -> tuple[Tensor, Tensor | None]:
-        if self.reducer is None:
-            return teacher, self.margin
-        return self.reducer(teacher, self.groups, self.margin, None)
-
-    def _compared_dtype(self, student: Tensor) -> torch.dtype:
-        """That of the parameters; without any, float32, or float64 where the maps are."""
-        parameter = next(self.parameters(), student)
-        return torch.promote_types(parameter.dtype, torch.float32)
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool,
-        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
-    ) -> None:  # fmt: skip
-        self._has_matching = False
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        groups = state_dict.get(f"{prefix}groups")
-        if groups is not None and self.reducer is not None and groups.shape == self.groups.shape:
-            error = self._matching_error(groups)
-            if error:
-                error_msgs.append(f"feature {self.name}: {error}")
-
-    def _matching_error(self, groups: Tensor) -> str:
-        """Why stored groups (S, G) are no matching of these channels; empty if they are, or if there is none yet."""
-        if int(groups[0, 0]) == PADDING:
-            return ""
-        try:
-            found = ChannelMatching(groups.cpu().numpy(), self.num_teacher)
-        except ValueError as error:
-            return f"the stored matching is not one of these channels: {error}"
-        guides = len(found.pairs[1])
-        if self.mode == "balanced" and self.num_teacher >= self.num_student and guides != self.num_teacher:
-            return f"the stored matching is of {guides} teacher channels, this one's teacher has {self.num_teacher}."
-        return ""
-
-    def extra_repr(self) -> str:
-        return f"S={self.num_student}, T={self.num_teacher}, mode={self.mode}, weight={self.weight:g}"
 
 
 _ERRORS_OF_A_SOLVE = {error.__name__: error for error in (ValueError, SolverError)}
@@ -484,11 +337,6 @@ def _solve_once(solve: Any, group: Any) -> Any:
     if status != "solved":
         raise _ERRORS_OF_A_SOLVE.get(status, RuntimeError)(content)
     return content
-
-
-def _without_padding(maps: Tensor, valid: Tensor | None) -> Tensor:
-    """Zero where pixels are not real: multiplied by zero, what the padding holds could still be NaN."""
-    return maps if valid is None else maps.masked_fill(~valid, 0.0)
 
 
 def _key(name: str) -> str:

@@ -29,6 +29,8 @@ class RematchReport:
         changed: share of student channels whose group changed; 1 for the first matching.
         seconds: what solving took.
         num_images: images that the cost is a mean over.
+        agreement: of a trained projection with this matching, see
+            :class:`~d2_mgd.matching.ProjectionAgreement`; None for the first matching and where there is no projection.
     """
 
     feature: str
@@ -37,6 +39,7 @@ class RematchReport:
     changed: float
     seconds: float
     num_images: int
+    agreement: float | None = None
 
     @property
     def mean_cost(self) -> float:

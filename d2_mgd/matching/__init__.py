@@ -5,7 +5,7 @@ Knows tensors and arrays, no network. See Yue, Deng, Zhou, "Matching Guided Dist
 
 from d2_mgd.matching.channel_matching import ChannelMatching
 from d2_mgd.matching.cost import METRICS, ChannelCost
-from d2_mgd.matching.projection import ProjectionAgreement, projection_agreement
+from d2_mgd.matching.projection import ProjectionAgreement, matched_weight, projection_agreement
 from d2_mgd.matching.solver import MODES, SolverError, solve_matching
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "ChannelMatching",
     "ProjectionAgreement",
     "SolverError",
+    "matched_weight",
     "projection_agreement",
     "solve_matching",
 ]

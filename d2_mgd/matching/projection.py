@@ -1,4 +1,4 @@
-"""How far a learned projection and a matching agree on who belongs to whom.
+"""Projections of the student's channels to the teacher's: one that starts as a matching, and how far both agree.
 
 Shape shorthand: S student channels, T teacher channels.
 """
@@ -14,7 +14,19 @@ import torch
 from d2_mgd.matching.channel_matching import ChannelMatching
 from d2_mgd.matching.solver import solve_matching
 
-__all__ = ["ProjectionAgreement", "projection_agreement"]
+__all__ = ["ProjectionAgreement", "matched_weight", "projection_agreement"]
+
+
+def matched_weight(matching: ChannelMatching) -> torch.Tensor:
+    """(T, S) float32 projection that gives each teacher channel the mean of its student channels.
+
+    Where T >= S that is one student channel, with weight 1. A teacher channel that the matching leaves out (modes
+    ``even`` and ``one_to_one``) has zeros.
+    """
+    student, teacher = matching.pairs
+    weight = np.zeros((matching.num_teacher, matching.num_student), dtype=np.float32)
+    weight[teacher, student] = 1.0
+    return torch.from_numpy(weight / np.maximum(weight.sum(axis=1, keepdims=True), 1.0))
 
 
 @dataclass(frozen=True)

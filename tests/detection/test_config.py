@@ -169,7 +169,7 @@ def test_a_broken_config_file(tmp_path: Path) -> None:
         (["SPATIAL", "corners"], r"MGD\.SPATIAL is 'corners'; there are: all, boxes, attention"),
         (["METRIC", "l1"], r"MGD\.METRIC is 'l1'; there are: cosine, pearson"),
         (["MODE", "greedy"], r"MGD\.MODE is 'greedy'; there are: '', balanced, even, one_to_one"),
-        (["ALIGN", "linear"], r"MGD\.ALIGN is 'linear'; there are: matching, conv1x1, none"),
+        (["ALIGN", "linear"], r"MGD\.ALIGN is 'linear'; there are: matching, matched_projection, conv1x1, none"),
         (["NORM", "ln"], r"MGD\.NORM is 'ln'; there are: .*gn"),
         (["STUDENT.TRAIN_LAST_NORM", "yes"], r"TRAIN_LAST_NORM is 'yes'; there are: affine, sync_bn, none"),
         (["REMATCH.SOURCE", "dream"], r"MGD\.REMATCH\.SOURCE is 'dream'; there are: pass, online"),

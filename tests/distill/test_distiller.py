@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from d2_mgd.distill import FEATURE_LOSSES, MatchingGuidedDistiller, batch_norm_margin
-from d2_mgd.matching import ChannelMatching
+from d2_mgd.matching import ChannelMatching, matched_weight
 
 CHANNELS = {"a": (4, 10), "b.c": (6, 6)}
 
@@ -315,7 +315,8 @@ def test_narrow_teachers_and_modes() -> None:
         ({"loss": {"a": "mse"}}, r"no loss was given for feature b\.c"),
         ({"metric": "l1"}, "unknown matching metric 'l1'"),
         ({"mode": "greedy"}, "unknown matching mode 'greedy'"),
-        ({"align": "mlp"}, "unknown alignment 'mlp'; there are: matching, conv1x1, none"),
+        ({"align": "mlp"}, "unknown alignment 'mlp'; there are: matching, matched_projection, conv1x1, none"),
+        ({"align": "matched_projection", "mode": "even"}, "needs the matching mode 'balanced'.*got 'even'"),
         ({"align": "none"}, "feature a: alignment 'none' needs equal widths, got 4 student and 10 teacher"),
         ({"norm": "ln"}, "unknown norm 'ln'"),
         ({"reduction": "sum"}, "unknown reduction 'sum'; there are: mean, image_sum"),
@@ -358,8 +359,12 @@ def _rank(rank: int, world: int, folder: str) -> None:
     student, teacher = batch(3, seed=rank)
     leaf = student["a"].requires_grad_()
     distiller(student, teacher)["loss_distill/a"].backward()
+    projected = MatchingGuidedDistiller(CHANNELS, align="matched_projection")
+    projected.observe(*batch(3, seed=rank))
+    projected.rematch()
     torch.save(
         {
+            "projections": projected.projections,
             "groups": {n: r.matching.groups.tolist() for n, r in reports.items()},
             "grad": leaf.grad,
             "state": distiller.state_dict(),
@@ -388,6 +393,8 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
     reports = single.rematch()
     for rank in ranks:
         assert rank["groups"] == {name: report.matching.groups.tolist() for name, report in reports.items()}
+        for name, report in reports.items():
+            assert torch.equal(rank["projections"][name], matched_weight(report.matching))
     leaf = student["a"].requires_grad_()
     single(student, teacher)["loss_distill/a"].backward()
     assert leaf.grad is not None

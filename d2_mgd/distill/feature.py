@@ -1,0 +1,202 @@
+"""One feature of a distiller: its matching or projection, its norm, its loss.
+
+Shape shorthand: N images, S student channels, T teacher channels, G the size of the largest group.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from d2_mgd.distill.fused import Comparison, can_fuse, fused_norm, sum_of_squares
+from d2_mgd.distill.losses import BLIND_TO_PADDING, FeatureLoss, loss_divisor, reduce_loss
+from d2_mgd.distill.norms import build_norm
+from d2_mgd.distill.reducers import Reducer
+from d2_mgd.distill.spatial import Boxes, SpatialWeight
+from d2_mgd.matching import ChannelMatching, matched_weight
+from d2_mgd.matching.channel_matching import PADDING
+
+__all__ = ["ALIGNMENTS", "MATCHED_ALIGNMENTS", "FeatureDistiller"]
+
+logger = logging.getLogger(__name__)
+
+ALIGNMENTS = ("matching", "matched_projection", "conv1x1", "none")
+MATCHED_ALIGNMENTS = ("matching", "matched_projection")
+"""Alignments that need a matching."""
+
+
+class FeatureDistiller(nn.Module):
+    """Compares one feature's maps: aligns the channels, normalises the student's map, and takes the loss.
+
+    Arguments as in :class:`~d2_mgd.distill.MatchingGuidedDistiller`, for one feature. A student's map is compared at S
+    channels after ``matching`` and ``none``, at T channels after a projection; the norm follows the projection, so that
+    only the directions of its rows matter, not their lengths.
+
+    The projection of ``matched_projection`` is zero until the first matching is installed, which sets its weight;
+    later matchings are recorded and leave it as it was trained.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        num_student: int,
+        num_teacher: int,
+        *,
+        align: str,
+        reducer: Reducer,
+        mode: str | None,
+        loss: FeatureLoss,
+        norm: str,
+        weight: float,
+        margin: Tensor | None,
+        reduction: str,
+        spatial: SpatialWeight,
+        stride: float | None,
+    ) -> None:
+        super().__init__()
+        if align == "none" and num_student != num_teacher:
+            raise ValueError(
+                f"feature {name}: alignment 'none' needs equal widths, got {num_student} student and {num_teacher} "
+                "teacher channels; 'matching' takes any."
+            )
+        if margin is not None and tuple(margin.shape) != (num_teacher,):
+            raise ValueError(f"feature {name}: margins must be ({num_teacher},), got {tuple(margin.shape)}.")
+        self.name = name
+        self.num_student = num_student
+        self.num_teacher = num_teacher
+        self.reducer = reducer if align == "matching" else None
+        self.matches = align in MATCHED_ALIGNMENTS
+        self.mode = mode
+        self.loss = loss
+        self.weight = weight
+        self.reduction = reduction
+        self.spatial = spatial
+        self.stride = stride
+        self._warned_of_size = False
+        self._has_matching = False
+        projects = align in ("conv1x1", "matched_projection")
+        self.project = nn.Conv2d(num_student, num_teacher, 1, bias=False) if projects else None
+        if self.project is not None and self.matches:
+            nn.init.zeros_(self.project.weight)
+        self.norm = build_norm(norm, num_teacher if projects else num_student)
+        self.register_buffer("margin", None if margin is None else margin.detach().float().clone(), persistent=False)
+        self.margin: Tensor | None
+        if self.matches:
+            widest = 1 if mode == "one_to_one" else max(1, math.ceil(num_teacher / num_student))
+            self.register_buffer("groups", torch.full((num_student, widest), PADDING, dtype=torch.int64))
+            self.register_buffer("total_cost", torch.zeros((), dtype=torch.float64))
+        self.groups: Tensor
+        self.total_cost: Tensor
+
+    @property
+    def has_matching(self) -> bool:
+        # remembered, so that a step does not wait for a GPU to look
+        if not self._has_matching and self.matches:
+            self._has_matching = int(self.groups[0, 0]) != PADDING
+        return self._has_matching
+
+    def matching(self) -> ChannelMatching | None:
+        if not self.has_matching:
+            return None
+        return ChannelMatching(self.groups.cpu().numpy(), self.num_teacher, float(self.total_cost))
+
+    @torch.no_grad()
+    def install(self, matching: ChannelMatching) -> None:
+        """Use a matching from now on; the first one is the start of a matched projection."""
+        if self.project is not None and not self.has_matching:
+            self.project.weight.copy_(matched_weight(matching)[:, :, None, None])
+        groups = torch.from_numpy(matching.groups.copy())
+        self.groups.fill_(PADDING)
+        self.groups[:, : groups.shape[1]] = groups.to(self.groups.device)
+        self.total_cost.fill_(matching.total_cost)
+        self._has_matching = True  # known without a look at the device, which would also break a compiled graph
+
+    def resized(self, teacher: Tensor, student: Tensor) -> Tensor:
+        if teacher.shape[2:] == student.shape[2:]:
+            return teacher
+        if not self._warned_of_size:
+            self._warned_of_size = True
+            logger.warning(
+                "feature %s: the teacher's map of %s is resized to the student's %s.",
+                self.name,
+                tuple(teacher.shape[2:]),
+                tuple(student.shape[2:]),
+            )
+        return F.interpolate(teacher.float(), size=student.shape[2:], mode="bilinear", align_corners=False)
+
+    def forward(self, student: Tensor, teacher: Tensor, valid: Tensor | None, boxes: Boxes | None = None) -> Tensor:
+        with torch.autocast(student.device.type, enabled=False):
+            student = student.to(self._compared_dtype(student))
+            if self.project is not None:
+                student = self.project(_without_padding(student, valid))
+            with torch.no_grad():
+                spatial_weight = self.spatial(teacher, boxes, self.stride, valid)
+            if can_fuse(self.loss, self.reducer):
+                return self._fused(student, teacher, valid, spatial_weight)
+            student = self.norm(student, valid)
+            guided, margin = self._guided(teacher)
+            guided = guided.to(student.dtype)
+            if self.loss not in BLIND_TO_PADDING:
+                student, guided = _without_padding(student, valid), _without_padding(guided, valid)
+            elements = self.loss(student, guided, margin, valid)
+            return self.weight * reduce_loss(elements, valid, self.reduction, spatial_weight)
+
+    def _fused(self, student: Tensor, teacher: Tensor, valid: Tensor | None, spatial_weight: Tensor | None) -> Tensor:
+        groups = None if self.reducer is None else self.groups
+        comparison = Comparison(teacher, self.reducer, groups, self.margin, self.loss, valid, spatial_weight)
+        norm = fused_norm(self.norm, student, valid)
+        if norm is None:
+            student = self.norm(student, valid)
+        total = sum_of_squares(student, comparison, norm)
+        return total * (self.weight / loss_divisor(student, valid, self.reduction))
+
+    @torch.no_grad()
+    def _guided(self, teacher: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.reducer is None:
+            return teacher, self.margin
+        return self.reducer(teacher, self.groups, self.margin, None)
+
+    def _compared_dtype(self, student: Tensor) -> torch.dtype:
+        """That of the parameters; without any, float32, or float64 where the maps are."""
+        parameter = next(self.parameters(), student)
+        return torch.promote_types(parameter.dtype, torch.float32)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        self._has_matching = False
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        groups = state_dict.get(f"{prefix}groups")
+        if groups is not None and self.matches and groups.shape == self.groups.shape:
+            error = self._matching_error(groups)
+            if error:
+                error_msgs.append(f"feature {self.name}: {error}")
+
+    def _matching_error(self, groups: Tensor) -> str:
+        """Why stored groups (S, G) are no matching of these channels; empty if they are, or if there is none yet."""
+        if int(groups[0, 0]) == PADDING:
+            return ""
+        try:
+            found = ChannelMatching(groups.cpu().numpy(), self.num_teacher)
+        except ValueError as error:
+            return f"the stored matching is not one of these channels: {error}"
+        guides = len(found.pairs[1])
+        if self.mode == "balanced" and self.num_teacher >= self.num_student and guides != self.num_teacher:
+            return f"the stored matching is of {guides} teacher channels, this one's teacher has {self.num_teacher}."
+        return ""
+
+    def extra_repr(self) -> str:
+        return f"S={self.num_student}, T={self.num_teacher}, mode={self.mode}, weight={self.weight:g}"
+
+
+def _without_padding(maps: Tensor, valid: Tensor | None) -> Tensor:
+    """Zero where pixels are not real: multiplied by zero, what the padding holds could still be NaN."""
+    return maps if valid is None else maps.masked_fill(~valid, 0.0)
