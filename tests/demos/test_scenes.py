@@ -8,20 +8,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from demos.scene_items import DRAWN, clutter, fractal_noise
+from demos import scenes
+from demos.scene_items import DRAWN, Item, fractal_noise
 from demos.scenes import CLASSES, render_scene, write_scenes
 from PIL import Image
 from pycocotools.coco import COCO
 
 
 @functools.cache
-def _scenes(count: int, width: int = 128, height: int = 128) -> list:
+def _scenes(count: int, width: int = 96, height: int = 96) -> list:
     return [render_scene(np.random.default_rng(seed), width, height) for seed in range(count)]
 
 
-@pytest.mark.parametrize(("width", "height"), [(128, 128), (96, 160)])
+@pytest.mark.parametrize(("width", "height"), [(96, 96), (80, 128)])
 def test_boxes_lie_in_the_image_and_hold_their_pixels(width: int, height: int) -> None:
-    for image, objects in _scenes(40 if width == 128 else 10, width, height):
+    for image, objects in _scenes(40 if width == 96 else 10, width, height):
         assert image.shape == (height, width, 3)
         assert image.dtype == np.uint8
         for thing in objects:
@@ -32,26 +33,36 @@ def test_boxes_lie_in_the_image_and_hold_their_pixels(width: int, height: int) -
 
 
 def test_scenes_are_varied() -> None:
-    scenes = _scenes(40)
-    objects = [thing for _, found in scenes for thing in found]
+    drawn = _scenes(60)
+    objects = [thing for _, found in drawn for thing in found]
     assert {thing.category for thing in objects} == set(range(len(CLASSES)))
     sides = [max(thing.box[2] - thing.box[0], thing.box[3] - thing.box[1]) for thing in objects]
-    assert np.percentile(sides, 95) > 2.5 * np.percentile(sides, 5)
-    assert len({len(found) for _, found in scenes}) > 3
+    assert np.percentile(sides, 95) > 1.6 * np.percentile(sides, 5)
+    assert len({len(found) for _, found in drawn}) == scenes.MOST_ITEMS
     # never flat: the pixels of the corners, which mostly show the ground, differ within a scene
-    assert all(image[:24, :24].astype(float).std(axis=(0, 1)).max() > 2.0 for image, _ in scenes)
+    assert all(image[:24, :24].astype(float).std(axis=(0, 1)).max() > 2.0 for image, _ in drawn)
 
 
-def test_some_objects_are_partly_hidden_and_none_is_mostly() -> None:
-    """Boxes of different objects overlap somewhere, and every object that is annotated stays recognisable."""
-    overlapping = 0
-    for _, found in _scenes(40):
-        for index, first in enumerate(found):
-            for second in found[index + 1 :]:
-                wide = min(first.box[2], second.box[2]) - max(first.box[0], second.box[0])
-                high = min(first.box[3], second.box[3]) - max(first.box[1], second.box[1])
-                overlapping += wide > 0 and high > 0
-    assert overlapping > 10
+def test_no_object_covers_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    painted: list[np.ndarray] = []
+
+    def paint(colours: np.ndarray, item: Item, window: tuple[slice, slice], light: float) -> None:
+        painted.append(np.zeros(colours.shape[:2], dtype=int))
+        painted[-1][window] = item.alpha > 0.5
+
+    monkeypatch.setattr(scenes, "_paint", paint)
+    for seed in range(20):
+        painted.clear()
+        _, found = render_scene(np.random.default_rng(seed))
+        assert [thing.area for thing in found] == [mask.sum() for mask in painted]
+        assert np.sum(painted, axis=0).max() == 1
+
+
+@pytest.mark.parametrize("category", range(len(CLASSES)))
+def test_the_largest_items_fit_into_a_scene(category: int) -> None:
+    for seed in range(100):
+        item = DRAWN[category](np.random.default_rng(seed), 96 * scenes.RADIUS[1], 0.0)
+        assert max(item.alpha.shape) <= 96
 
 
 def test_the_same_seed_gives_the_same_scene() -> None:
@@ -72,8 +83,7 @@ def test_items_are_whole_and_have_a_texture(category: int, radius: float) -> Non
         assert np.isfinite(item.colours).all()
         assert item.alpha.min() >= 0.0
         assert item.alpha.max() <= 1.0
-        rim = np.concatenate([item.alpha[0], item.alpha[-1], item.alpha[:, 0], item.alpha[:, -1]])
-        assert (rim < 0.5).all(), "the canvas cuts it off"
+        assert all(line.max() > 0 for line in (item.alpha[0], item.alpha[-1], item.alpha[:, 0], item.alpha[:, -1]))
         inside = item.colours[item.alpha > 0.5]
         assert len(inside) > 0.2 * radius**2
         assert inside.std(axis=0).max() > 0.03
@@ -82,14 +92,7 @@ def test_items_are_whole_and_have_a_texture(category: int, radius: float) -> Non
 def test_edges_are_anti_aliased() -> None:
     item = DRAWN[0](np.random.default_rng(0), 30.0, 0.0)
     partial = (item.alpha > 0.05) & (item.alpha < 0.95)
-    assert 60 < partial.sum() < 0.2 * item.alpha.size
-
-
-def test_clutter_is_drawn_in_all_its_forms() -> None:
-    for seed in range(40):
-        item = clutter(np.random.default_rng(seed), 20.0, 0.3)
-        assert np.isfinite(item.colours).all()
-        assert item.alpha.max() > 0.5
+    assert 60 < partial.sum() < 0.25 * item.alpha.size
 
 
 def test_noise_fills_its_range_smoothly() -> None:
@@ -125,12 +128,3 @@ def test_a_longer_split_starts_with_a_shorter_one(tmp_path: Path) -> None:
         assert (short / name).read_bytes() == (long / name).read_bytes()
     other = write_scenes(tmp_path / "other", {"train": 1}, seed=4)["train"][1]
     assert (short / "000000.jpg").read_bytes() != (other / "000000.jpg").read_bytes()
-
-
-def test_workers_change_nothing(tmp_path: Path) -> None:
-    alone = write_scenes(tmp_path / "alone", {"train": 3, "test": 2}, seed=2, width=64, height=64)
-    shared = write_scenes(tmp_path / "shared", {"train": 3, "test": 2}, seed=2, width=64, height=64, workers=2)
-    for split in ("train", "test"):
-        assert alone[split][0].read_text() == shared[split][0].read_text()
-        for path in sorted(alone[split][1].iterdir()):
-            assert path.read_bytes() == (shared[split][1] / path.name).read_bytes()

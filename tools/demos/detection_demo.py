@@ -123,8 +123,7 @@ class Demo:
             def show(done: int, total: int) -> None:
                 bar.update(done - bar.n)
 
-            workers = min(os.cpu_count() or 1, 8)
-            scenes.write_scenes(folder, sizes, self.seed, width=SIDE, height=SIDE, progress=show, workers=workers)
+            scenes.write_scenes(folder, sizes, self.seed, side=SIDE, progress=show)
         _finish(folder, {})
 
     def train(self, stage: Stage) -> dict[str, Any]:

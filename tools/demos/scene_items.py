@@ -1,4 +1,4 @@
-"""The things that lie in a rendered scene: six annotated kinds, and clutter.
+"""Draws the six kinds of items of a rendered scene.
 
 An item is drawn in its own coordinates u, v (about -1 to 1, v pointing down), which are turned, stretched and scaled,
 so one drawing serves all sizes and angles. A part is an implicit function, negative inside, with a colour a pixel.
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-__all__ = ["CLASSES", "DRAWN", "Item", "clutter", "fractal_noise", "palette"]
+__all__ = ["CLASSES", "DRAWN", "Item", "fractal_noise", "palette"]
 
 Array = np.ndarray
 Random = np.random.Generator
@@ -31,17 +31,20 @@ class Item:
 
 
 def palette(
-    rng: Random, count: int, saturation: tuple[float, float] = (0.35, 0.95), value: tuple[float, float] = (0.35, 1.0)
+    rng: Random,
+    hue: float,
+    count: int,
+    saturation: tuple[float, float] = (0.55, 0.95),
+    value: tuple[float, float] = (0.4, 1.0),
 ) -> list[Array]:
-    """Colours (3,) of random hue, each of another brightness than the one before."""
+    """Colours (3,) near a hue, each of another brightness than the one before."""
     colours: list[Array] = []
-    brightness = rng.uniform(*value)
-    for _ in range(count):
-        colours.append(
-            np.array(colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(*saturation), brightness), dtype=np.float32)
-        )
-        span = value[1] - value[0]
-        brightness = value[0] + (brightness - value[0] + rng.uniform(0.35, 0.65) * span) % span
+    brightness, low, span = rng.uniform(*value), value[0], value[1] - value[0]
+    hue += rng.uniform(-0.04, 0.04)
+    for place in range(count):
+        rgb = colorsys.hsv_to_rgb((hue + 0.08 * place) % 1.0, rng.uniform(*saturation), brightness)
+        colours.append(np.array(rgb, dtype=np.float32))
+        brightness = low + (brightness - low + rng.uniform(0.35, 0.65) * span) % span
     return colours
 
 
@@ -58,7 +61,7 @@ def fractal_noise(rng: Random, shape: tuple[int, ...], cell: float) -> Array:
             return np.clip(noise / total, 0.0, 1.0)
 
 
-def _grid(rng: Random, radius: float, turn: float, stretch: float = 0.2) -> tuple[Array, Array]:
+def _grid(rng: Random, radius: float, turn: float, stretch: float = 0.15) -> tuple[Array, Array]:
     """u, v (h, w) of an item with ``radius`` pixels, turned by up to ``turn`` radians, mirrored and stretched."""
     half = int(np.ceil(radius * 1.5)) + 2
     y, x = np.mgrid[-half : half + 1, -half : half + 1] / radius
@@ -88,10 +91,6 @@ def _ellipse(u: Array, v: Array, x: float, y: float, rx: float, ry: float, angle
     return (np.hypot(p / rx, q / ry) - 1.0) * min(rx, ry)
 
 
-def _box(u: Array, v: Array, x: float, y: float, rx: float, ry: float) -> Array:
-    return np.maximum(np.abs(u - x) - rx, np.abs(v - y) - ry)
-
-
 def _stack(u: Array, v: Array, parts: list[tuple[Array, Array]], light: float, rng: Random) -> Item:
     """Paint parts (implicit (h, w), colour (3,) or (h, w, 3)) over each other, then grain and a slope of light."""
     colours, alpha = np.zeros((*u.shape, 3), dtype=np.float32), np.zeros(u.shape, dtype=np.float32)
@@ -104,7 +103,9 @@ def _stack(u: Array, v: Array, parts: list[tuple[Array, Array]], light: float, r
     x = np.linspace(-1.5, 1.5, u.shape[0], dtype=np.float32)
     slope = x[None, :] * math.cos(light) + x[:, None] * math.sin(light)
     lit = 1.0 + 0.22 * slope + 0.18 * (fractal_noise(rng, u.shape, 5.0) - 0.5)
-    return Item(np.clip(colours * lit[..., None], 0.0, 1.0), alpha)
+    rows, columns = np.nonzero(alpha > 0)
+    drawn = slice(rows.min(), rows.max() + 1), slice(columns.min(), columns.max() + 1)
+    return Item(np.clip(colours * lit[..., None], 0.0, 1.0)[drawn], alpha[drawn])
 
 
 def _mix(first: Array, second: Array, share: Array) -> Array:
@@ -129,7 +130,7 @@ def _spots(u: Array, v: Array, period: float, size: float) -> Array:
 def _ball(rng: Random, radius: float, light: float) -> Item:
     """A ball of gores, as on a beach, with a highlight."""
     u, v = _grid(rng, radius * 0.9, np.pi, stretch=0.05)
-    first, second = palette(rng, 2)
+    first, second = palette(rng, 0.0, 2)
     distance = np.hypot(u, v)
     depth = np.sqrt(np.clip(1.0 - distance**2, 0.02, 1.0))
     tilt = rng.uniform(-0.5, 0.5)
@@ -142,7 +143,7 @@ def _ball(rng: Random, radius: float, light: float) -> Item:
 def _butterfly(rng: Random, radius: float, light: float) -> Item:
     """Four wings with dark edges and spots, a thin body."""
     u, v = _grid(rng, radius, np.pi)
-    wing, spot, body = palette(rng, 3)
+    wing, spot, body = palette(rng, 0.6, 3)
     side = np.abs(u)
     fold = rng.uniform(0.75, 1.0)
     upper = _ellipse(side / fold, v, 0.55, -0.35, 0.62, 0.42, -0.6)
@@ -162,7 +163,7 @@ def _butterfly(rng: Random, radius: float, light: float) -> Item:
 def _fish(rng: Random, radius: float, light: float) -> Item:
     """A scaled body with a forked tail, fins and an eye."""
     u, v = _grid(rng, radius, 0.7)
-    body, fin, belly = palette(rng, 3)
+    body, fin, belly = palette(rng, 0.08, 3)
     height = rng.uniform(0.38, 0.52)
     hull = _ellipse(u, v, 0.12, 0.0, 0.82, height)
     spread = 0.12 + 0.75 * np.clip(-u - 0.55, 0.0, 1.0)
@@ -183,7 +184,7 @@ def _fish(rng: Random, radius: float, light: float) -> Item:
 def _leaf(rng: Random, radius: float, light: float) -> Item:
     """A pointed blade with a midrib, side veins and a stalk."""
     u, v = _grid(rng, radius, np.pi)
-    blade, vein = palette(rng, 2)
+    blade, vein = palette(rng, 0.3, 2)
     width = rng.uniform(0.38, 0.55)
     bend = u + 0.15 * np.sin(2.0 * v)
     along = np.clip((v + 0.95) / 1.7, 0.0, 1.0)
@@ -198,7 +199,7 @@ def _leaf(rng: Random, radius: float, light: float) -> Item:
 def _mug(rng: Random, radius: float, light: float) -> Item:
     """A banded cylinder seen from above its rim, with a handle."""
     u, v = _grid(rng, radius, 0.35, stretch=0.12)
-    body, band, inside = palette(rng, 3)
+    body, band, inside = palette(rng, 0.47, 3)
     left, right, taper = -0.75, 0.45, 0.08 * v
     middle, half = (left + right) / 2, (right - left) / 2
     around = np.clip((u - middle) / (half - taper), -1.0, 1.0)
@@ -221,8 +222,8 @@ def _mug(rng: Random, radius: float, light: float) -> Item:
 def _mushroom(rng: Random, radius: float, light: float) -> Item:
     """A dotted cap on a pale stem."""
     u, v = _grid(rng, radius, 0.5)
-    cap, dot = palette(rng, 2)
-    stem_colour = palette(rng, 1, saturation=(0.05, 0.25), value=(0.6, 0.95))[0]
+    cap, dot = palette(rng, 0.8, 2)
+    stem_colour = palette(rng, 0.1, 1, saturation=(0.05, 0.25), value=(0.6, 0.95))[0]
     girth = rng.uniform(0.18, 0.26)
     stem = np.maximum(np.abs(u) - girth - 0.08 * np.clip(v, 0, 1) ** 2, np.abs(v - 0.4) - 0.55)
     dome = np.maximum(_ellipse(u, v, 0.0, 0.05, 0.95, 0.92), v - 0.12 - 0.06 * np.cos(3 * u))
@@ -241,28 +242,3 @@ CLASSES = ("ball", "butterfly", "fish", "leaf", "mug", "mushroom")
 
 DRAWN: tuple[Callable[[Random, float, float], Item], ...] = (_ball, _butterfly, _fish, _leaf, _mug, _mushroom)
 """What draws each of :data:`CLASSES`: random state, radius in pixels, direction of the light in radians -> item."""
-
-
-# ---- clutter
-
-
-def clutter(rng: Random, radius: float, light: float) -> Item:
-    """An unnamed thing: a lump, a plank, a ring or a wedge with a texture that annotated kinds have too."""
-    u, v = _grid(rng, radius, np.pi, stretch=0.35)
-    first, second = palette(rng, 2)
-    texture = [
-        lambda: _wave(u, rng.uniform(0.25, 0.6), 4.0),
-        lambda: _spots(u, v, rng.uniform(0.25, 0.5), 0.35),
-        lambda: _wave(v + 0.75 * np.abs(u), 0.27, 3.0),
-        lambda: fractal_noise(rng, u.shape, 10.0),
-        lambda: np.clip(0.5 + 0.5 * u, 0.0, 1.0),
-    ][int(rng.integers(5))]()
-    angle = np.arctan2(v, u)
-    lumps = sum(rng.uniform(0.04, 0.14) * np.sin(k * angle + rng.uniform(0, 6.28)) for k in (2, 3, 5))
-    form = [
-        lambda: np.hypot(u, v) - 0.75 - lumps,
-        lambda: _box(u, v, 0.0, 0.0, 1.0, rng.uniform(0.15, 0.4)),
-        lambda: np.abs(np.hypot(u, v) - 0.7) - rng.uniform(0.1, 0.2),
-        lambda: np.maximum(np.abs(u) - 0.4 * (v + 0.9), v - 0.7),
-    ][int(rng.integers(4))]()
-    return _stack(u, v, [(form, _mix(first, second, texture))], light, rng)
