@@ -1,6 +1,6 @@
 """Speed and memory, side by side with the floor and the alternatives (`make bench`), from the root of the repository:
 
-    python -m benchmarks.run [--quick] [--only solve,data] [--reference DIR] [--output benchmarks/results/speed]
+    python -m benchmarks.run [--quick] [--only solve,data | gpu] [--reference DIR] [--output benchmarks/results/speed]
 
 Writes a json file and a Markdown page, and a plot of how time grows with the maps.
 """
@@ -9,36 +9,48 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.speed import classification, data, detection, kernels, profiling, scaling
+from benchmarks.speed import classification, data, detection, kernels, memory, profiling, scaling
 from benchmarks.speed.measure import CLOCKS, Row, as_table, machine, use_clock
 from benchmarks.speed.reference import Published
 
-__all__ = ["main"]
-
 RESULTS = Path(__file__).resolve().parent / "results"
-_BESIDE = ("scaling", "profile")  # beside the rows of the table
+_BESIDE = ("scaling", "profile")  # sections after the table
 
 
-def _parts(quick: bool, published: Published | None) -> dict[str, Callable[[], list[Row]]]:
+def _parts(quick: bool, published: Published | None) -> dict[str, Callable[[], Iterable[Row]]]:
     steps = None if published is None else published.steps
     solve = None if published is None else published.solve
     return {
         "solve": lambda: kernels.solve_rows(quick, solve),
+        "loss": lambda: kernels.loss_rows("cpu", quick),
         "classification": lambda: classification.rows(quick, steps),
+        "memory": lambda: memory.rows(quick),
         "detection": lambda: detection.rows(quick),
-        "loss": lambda: [kernels.loss_row(quick=quick)],
         "data": lambda: [data.row(quick)],
+        "gpu_loss": lambda: kernels.loss_rows("cuda", quick),
+        "gpu_classification": lambda: classification.gpu_rows(quick),
+        "gpu_detection": lambda: detection.gpu_rows(quick),
     }
+
+
+def _obstacle(part: str) -> str:
+    """Return why a part cannot run on this machine, or an empty string."""
+    if part.startswith("gpu_") and not torch.cuda.is_available():
+        return f"{part} (no GPU)"
+    if part.endswith("detection") and importlib.util.find_spec("detectron2") is None:
+        return f"{part} (no Detectron2)"
+    return ""
 
 
 def _commit() -> str:
@@ -72,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--quick", action="store_true", help="tiny sizes: whether everything runs; its times mean nothing"
     )
-    parser.add_argument("--only", default=",".join(names), help=f"some of: {','.join(names)}")
+    parser.add_argument("--only", default=",".join(names), help=f"some of: {','.join(names)}; gpu: all gpu_*")
     parser.add_argument("--reference", type=Path, help="checkout of the published implementation, to be timed too")
     parser.add_argument("--output", type=Path, default=RESULTS / "speed", help="path without suffix of the two files")
     parser.add_argument("--threads", type=int, help="of torch; by default one a core")
@@ -81,7 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="cpu: the time that the process had a processor, for a busy machine; with one thread",
     )  # fmt: skip
     options = parser.parse_args(arguments)
-    chosen = options.only.split(",")
+    gpu = [name for name in names if name.startswith("gpu_")]
+    chosen = [name for word in options.only.split(",") for name in (gpu if word == "gpu" else [word])]
     unknown = [name for name in chosen if name not in names]
     if unknown:
         parser.error(f"--only: no benchmark {', '.join(unknown)}; there are: {', '.join(names)}.")
@@ -103,9 +116,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "quick": options.quick,
         "clock": options.clock,
         "machine": machine(),
+        "left_out": [reason for reason in map(_obstacle, chosen) if reason],
         "rows": [],
     }
     for name in chosen:
+        if _obstacle(name):
+            continue
         print(f"{name} ...", file=sys.stderr, flush=True)
         if name == "scaling":
             result["scaling"] = scaling.measure_scaling(options.quick)
@@ -113,8 +129,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif name == "profile":
             result["profile"] = profiling.profile_step(options.quick)
         else:
-            result["rows"] += [dataclasses.asdict(row) for row in parts[name]()]
-        _write(result, options.output)  # what is measured stays, should the next part be stopped
+            for row in parts[name]():
+                result["rows"].append(dataclasses.asdict(row))
+                _write(result, options.output)  # rows stay if a later one fails
+        _write(result, options.output)
     print(_page(result, options.output))
     return 0
 

@@ -1,58 +1,64 @@
-"""RetinaNet R50 teaches RetinaNet R18, at the FPN levels and at the backbone stages, by the shipped configs.
+"""RetinaNet R50 teaches RetinaNet R18, at the FPN levels and at the backbone stages, with the shipped configs.
 
 The floor is the plain student's losses, backward and optimiser step, and the plain teacher's backbone without a graph.
+On a GPU both are in channels_last and everything runs in bfloat16.
 """
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from benchmarks.speed.measure import NOT_ON_A_GPU, Row, in_turn, ratio_row
-
-__all__ = ["rows"]
+from benchmarks.speed.measure import Row, in_turn, ratio_row
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "RetinaNet"
 _KINDS = {"FPN levels": "mgd_levels_R_50_R_18_FPN_1x.yaml", "backbone stages": "mgd_stages_R_50_R_18_FPN_1x.yaml"}
 
 
-def rows(quick: bool) -> list[Row]:
-    """A row for each kind of feature, on the CPU and on the GPU."""
-    try:
-        import detectron2  # noqa: F401
-    except ImportError:
-        return [Row("step, detection, CPU / floor", 1.06, note="Detectron2 is not installed")]
-    found = []
+def rows(quick: bool) -> Iterator[Row]:
+    """Yield the rows of the CPU, for each kind of feature."""
+    sizes, rounds = (((96, 128),), 1) if quick else (((320, 480), (320, 416)), 7)
     for kind, config in _KINDS.items():
-        batch, sizes, rounds = (1, ((96, 128),), 1) if quick else (2, ((320, 480), (320, 416)), 7)
-        found.append(_row(kind, config, "cpu", 1.06, sizes[:batch], rounds))
-        name = f"step, detection, {kind}, GPU, bf16, batch 16 / floor"
-        if torch.cuda.is_available():
-            found.append(_row(kind, config, "cuda", 1.04, ((800, 1216),) * 16, 5 if quick else 20))
-        else:
-            found.append(Row(name, 1.04, note=NOT_ON_A_GPU))
-    return found
+        yield from _rows(_Step(config, "cpu", sizes), f"{kind}, CPU", 0.75, rounds, 1)
 
 
-def _row(kind: str, config: str, device: str, goal: float, sizes: Any, rounds: int) -> Row:
-    step = _Step(config, device, sizes)
-    seconds = in_turn({"floor": step.floor, "distilled": step.distilled}, rounds)
-    where = "CPU" if device == "cpu" else "GPU, bf16, batch 16"
-    note = f"RetinaNet R50 to R18, {config}, images of {', '.join(f'{h}x{w}' for h, w in dict.fromkeys(sizes))}"
-    return ratio_row(f"step, detection, {kind}, {where} / floor", goal, seconds, "distilled", "floor", note)
+def gpu_rows(quick: bool, device: str = "cuda") -> Iterator[Row]:
+    """Yield the rows of a GPU, for each kind of feature."""
+    sizes, rounds, calls = (((96, 128),), 1, 1) if quick else (((800, 1216),) * 16, 7, 3)
+    for kind, config in _KINDS.items():
+        step = _Step(config, device, sizes, bfloat16=True)
+        yield from _rows(step, f"{kind}, GPU, bf16, batch {len(sizes)}", 0.9, rounds, calls)
+
+
+def _rows(step: _Step, where: str, goal: float, rounds: int, calls: int) -> Iterator[Row]:
+    things = {"floor": step.floor, "distilled": step.distilled, "student alone": step.student_alone}
+    seconds = in_turn(things, rounds, warmup=2 if calls > 1 else 1, calls=calls)
+    sizes = dict.fromkeys(f"{sample['height']}x{sample['width']}" for sample in step.batch)
+    note = f"RetinaNet R50 to R18, {step.config}, images of {', '.join(sizes)}"
+    yield ratio_row(f"step, detection, {where} / floor", goal, seconds, "distilled", "floor", note)
+    name = f"step, detection, {where} / student alone"
+    yield ratio_row(name, None, seconds, "distilled", "student alone", note)
 
 
 class _Step:
-    def __init__(self, config: str, device: str, sizes: Any) -> None:
+    """Both networks plain, and the same two in the distilling model.
+
+    Args:
+        config: file name of the model's config.
+        device: of networks and images.
+        sizes: (height, width) of each image of the batch.
+        bfloat16: run all in bfloat16, and the floor in channels_last.
+    """
+
+    def __init__(self, config: str, device: str, sizes: tuple[tuple[int, int], ...], bfloat16: bool = False) -> None:
         from detectron2.config import get_cfg
-        from detectron2.modeling import META_ARCH_REGISTRY
-        from detectron2.structures import Boxes, Instances
         from detectron2.utils.events import EventStorage
 
-        from d2_mgd.detection import add_mgd_config
+        from d2_mgd.detection import TeacherStudentDetector, add_mgd_config
         from d2_mgd.detection.config_files import merge_file
 
         cfg = get_cfg()
@@ -60,44 +66,54 @@ class _Step:
         merge_file(cfg, str(CONFIGS / config), allow_unsafe=False)
         cfg.merge_from_list(["MODEL.WEIGHTS", "", "MODEL.DEVICE", device, "MGD.TEACHER.WEIGHTS", "untrained"])
         torch.manual_seed(0)
-        self.model = META_ARCH_REGISTRY.get("TeacherStudentDetector")(cfg).train()
-        fresh = META_ARCH_REGISTRY.get("TeacherStudentDetector")(cfg)
-        self.plain_student = fresh.student.train()
-        fresh._watched.detach()
-        self.plain_student.load_state_dict(copy.deepcopy(self.model.student.state_dict()))
-        teacher = fresh.teacher.model.backbone
-        self.plain_teacher = teacher if "levels" in config else teacher.bottom_up
-        self.device = device
-        self.batch = []
-        for height, width in sizes:
-            instances = Instances((height, width))
-            instances.gt_boxes = Boxes(torch.tensor([[8.0, 8.0, width / 2, height / 2]], device=device))
-            instances.gt_classes = torch.zeros(1, dtype=torch.int64, device=device)
-            image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8, device=device)
-            self.batch.append({"image": image, "instances": instances, "height": height, "width": width})
+        self.config, self.device, self.bfloat16 = config, device, bfloat16
+        self.model = TeacherStudentDetector(cfg).train()
+        parts = TeacherStudentDetector.from_config(cfg)  # the same networks without hooks
+        backbone = parts["teacher"].model.backbone
+        self.plain_teacher: nn.Module = backbone if "levels" in config else backbone.bottom_up
+        self.plain_student: Any = parts["student"].train()
+        if bfloat16:
+            for network in (self.plain_teacher, self.plain_student):
+                network.to(memory_format=torch.channels_last)
+        self.batch = [_sample(height, width, device) for height, width in sizes]
+        self.pixels = self.plain_student.preprocess_image(self.batch).tensor
         self.storage = EventStorage()
         self.optimizers = {
-            name: torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-5, momentum=0.9)
-            for name, model in (("distilled", self.model), ("floor", self.plain_student))
+            id(model): torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-5, momentum=0.9)
+            for model in (self.model, self.plain_student)
         }
-        with self.storage:
+        with self.storage, self._precision():
             self.model.distiller.observe(*self.model.extract_maps(self.batch))
         self.model.distiller.rematch()
 
     def floor(self) -> None:
         with torch.no_grad(), self._precision():
-            self.plain_teacher(self.plain_student.preprocess_image(self.batch).tensor)
-        self._optimise(self.plain_student, "floor")
+            self.plain_teacher(self.pixels)
+        self.student_alone()
+
+    def student_alone(self) -> None:
+        self._optimise(self.plain_student)
 
     def distilled(self) -> None:
-        self._optimise(self.model, "distilled")
+        self._optimise(self.model)
 
-    def _optimise(self, model: Any, name: str) -> None:
+    def _optimise(self, model: Any) -> None:
         with self.storage, self._precision():
             losses = model(self.batch)
-        self.optimizers[name].zero_grad(set_to_none=True)
+        optimizer = self.optimizers[id(model)]
+        optimizer.zero_grad(set_to_none=True)
         sum(losses.values()).backward()
-        self.optimizers[name].step()
+        optimizer.step()
 
-    def _precision(self) -> Any:
-        return torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.device != "cpu")
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.bfloat16)
+
+
+def _sample(height: int, width: int, device: str) -> dict[str, Any]:
+    from detectron2.structures import Boxes, Instances
+
+    instances = Instances((height, width))
+    instances.gt_boxes = Boxes(torch.tensor([[8.0, 8.0, width / 2, height / 2]], device=device))
+    instances.gt_classes = torch.zeros(1, dtype=torch.int64, device=device)
+    image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8, device=device)
+    return {"image": image, "instances": instances, "height": height, "width": width}

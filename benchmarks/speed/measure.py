@@ -1,4 +1,4 @@
-"""Timing in turn, ratios with their spread, and what a result has to say about the machine."""
+"""Timing in turns, ratios with their spread, the machine, and the table of all rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from torch.profiler import ProfilerActivity, profile
 
 __all__ = [
     "CLOCKS",
-    "NOT_ON_A_GPU",
     "Row",
     "as_table",
     "in_turn",
@@ -27,7 +26,6 @@ __all__ = [
     "use_clock",
 ]
 
-NOT_ON_A_GPU = "not run on a GPU"
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 _clock = CLOCKS["wall"]
 _PACKAGES = ("torch", "torchvision", "detectron2", "numpy", "ortools", "scipy")
@@ -39,16 +37,17 @@ class Row:
 
     Args:
         name: what is measured.
-        goal: what its value should be at most, or, where ``at_least``, at least.
-        value: median; None if it was not measured.
+        goal: upper bound of the value, or lower bound if ``at_least``; None without a goal.
+        value: median of the ratio, or whatever the name says.
         low, high: quartiles.
-        seconds: median seconds of each of the things compared.
-        note: conditions, or why there is no value.
+        seconds: median seconds of each thing that was compared.
+        note: conditions.
+        at_least: whether larger is better.
     """
 
     name: str
-    goal: float | None = None
-    value: float | None = None
+    goal: float | None
+    value: float
     low: float | None = None
     high: float | None = None
     seconds: dict[str, float] = field(default_factory=dict)
@@ -57,25 +56,30 @@ class Row:
 
 
 def use_clock(name: str) -> None:
-    """What :func:`in_turn` reads by default: a name of ``CLOCKS``.
+    """Set the default clock of :func:`in_turn`, a name of ``CLOCKS``.
 
-    ``cpu`` is the time that this process had a processor, all its threads together, and so nearly the same on a busy
-    machine as on an idle one; it says nothing of what other processes or a GPU do for it.
+    ``cpu`` is the processor time of this process, all threads together. It is nearly the same on a busy machine as on
+    an idle one. It does not count other processes or a GPU.
     """
     global _clock
     _clock = CLOCKS[name]
 
 
 def in_turn(
-    things: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 1, clock: Callable[[], float] | None = None
+    things: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    warmup: int = 1,
+    clock: Callable[[], float] | None = None,
+    calls: int = 1,
 ) -> dict[str, list[float]]:
-    """Seconds of each thing in each round; things take turns, so that a change of the machine's load meets all.
+    """Return the seconds of one call of each thing in each round. Things take turns, so the machine's load meets all.
 
     Args:
         things: name -> what to time.
-        rounds: how many are timed.
-        warmup: how many before them are not.
-        clock: what tells the seconds; that of :func:`use_clock` by default.
+        rounds: number of timed rounds.
+        warmup: number of rounds before them that are not timed.
+        clock: returns seconds; that of :func:`use_clock` by default.
+        calls: number of calls between two synchronisations with the GPU; a training does not synchronise in a step.
     """
     clock = clock or _clock
     seconds: dict[str, list[float]] = {name: [] for name in things}
@@ -83,17 +87,18 @@ def in_turn(
         for name, thing in things.items():
             _finish()
             start = clock()
-            thing()
+            for _ in range(calls):
+                thing()
             _finish()
             if index >= warmup:
-                seconds[name].append(clock() - start)
+                seconds[name].append((clock() - start) / calls)
     return seconds
 
 
 def ratio_row(
     name: str, goal: float | None, seconds: Mapping[str, list[float]], over: str, under: str, note: str
 ) -> Row:
-    """The ratio of two of the things, round by round."""
+    """Return the ratio of two of the things, computed in each round."""
     ratios = [a / b for a, b in zip(seconds[over], seconds[under])]
     low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
     medians = {thing: statistics.median(values) for thing, values in seconds.items()}
@@ -101,7 +106,7 @@ def ratio_row(
 
 
 def peak_tensor_bytes(thing: Callable[[], Any]) -> int:
-    """Most bytes of tensors that a call holds at a time, beyond those that were there before."""
+    """Return the largest number of bytes of CPU tensors that a call holds at a time, beyond those from before."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
@@ -115,7 +120,7 @@ def peak_tensor_bytes(thing: Callable[[], Any]) -> int:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, load, GPU and versions."""
+    """Return processor, cores, load, GPU and versions."""
     versions: dict[str, str] = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -133,7 +138,7 @@ def machine() -> dict[str, Any]:
 
 
 def as_table(result: Mapping[str, Any]) -> str:
-    """A Markdown table of rows, under a line on the machine."""
+    """Return a Markdown table of the rows, under a line on the machine."""
     about = result["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     load = ", ".join(f"{value:.1f}" for value in (about["load_average"][0], result["load_average_after"][0]))
@@ -147,11 +152,13 @@ def as_table(result: Mapping[str, Any]) -> str:
         "| --- | --- | --- | --- | --- |",
     ]
     lines += [_line(row) for row in result["rows"]]
+    if result["left_out"]:
+        lines += ["", f"Not measured on this machine: {'; '.join(result['left_out'])}."]
     return "\n".join(lines) + "\n"
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    value = "-" if row["value"] is None else f"{row['value']:.3f}"
+    value = f"{row['value']:.3f}"
     if row["low"] is not None:
         value += f" ({row['low']:.3f} to {row['high']:.3f})"
     sign = ">=" if row["at_least"] else "<="

@@ -10,11 +10,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks.speed.classification import Pair
-
-__all__ = ["as_markdown", "profile_step"]
+from benchmarks.speed.pair import Pair
 
 # part -> names in the profile whose time it is; the backward pass is split by the node of the distillation's loss
 _FORWARD = {
@@ -22,6 +21,7 @@ _FORWARD = {
     "student, forward": "part:student",
     "distiller, forward": "part:distiller",
 }
+_BACKWARD = "autograd::engine::evaluate_function: "
 _DISTILLER_NODES = ("_SumOfSquaresBackward",)
 
 
@@ -42,15 +42,17 @@ def profile_step(quick: bool = False) -> dict[str, Any]:
         with profile(activities=activities) as recorded:
             for _ in range(rounds):
                 _step(pair)
-    averages = {average.key: average for average in recorded.key_averages()}
+    on_host = [average for average in recorded.key_averages() if average.device_type == DeviceType.CPU]
+    averages = {average.key: average for average in on_host}  # the operators, with the time of their kernels
     seconds = _seconds_of(averages, on_gpu, rounds)
-    whole = seconds("part:step")
     shares = {part: seconds(name) for part, name in _FORWARD.items()}
     shares["student, forward"] -= shares["distiller, forward"]  # which compares maps while the student makes them
-    of_distiller = sum(seconds(f"autograd::engine::evaluate_function: {node}") for node in _DISTILLER_NODES)
-    shares["distiller, backward"] = of_distiller
-    shares["student, backward"] = seconds("part:backward") - of_distiller
+    backward = sum(seconds(name) for name in averages if name.startswith(_BACKWARD))
+    shares["distiller, backward"] = sum(seconds(f"{_BACKWARD}{node}") for node in _DISTILLER_NODES)
+    shares["student, backward"] = backward - shares["distiller, backward"]
     shares["optimiser"] = seconds("part:optimiser")
+    # a GPU's backward pass is launched by another thread, outside of the step's range
+    whole = seconds("part:step") + (backward if on_gpu else 0.0)
     shares["everything else"] = whole - sum(shares.values())
     inner = [average for key, average in averages.items() if key.startswith("aten::")]
     inner.sort(key=lambda average: _own(average, on_gpu), reverse=True)
@@ -84,12 +86,10 @@ def as_markdown(found: dict[str, Any]) -> str:
 def _step(pair: Pair) -> None:
     with record_function("part:step"):
         pair.step.train()
-        with pair._precision():
-            output = pair.step(pair.images, pair.targets)
+        output = pair.step(pair.images, pair.targets)
         loss = torch.stack(list(output.losses.values())).sum() / pair.images.shape[0]
         pair.optimizer.zero_grad(set_to_none=True)
-        with record_function("part:backward"):
-            loss.backward()
+        loss.backward()
         with record_function("part:optimiser"):
             pair.optimizer.step()
 

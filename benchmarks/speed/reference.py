@@ -16,9 +16,7 @@ import torch
 import torch.nn.functional as F
 from ortools.graph.python import linear_sum_assignment
 
-from benchmarks.speed.classification import Pair
-
-__all__ = ["Published"]
+from benchmarks.speed.pair import Pair
 
 
 class _LinearSumAssignment:

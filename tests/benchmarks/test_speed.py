@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import time
@@ -13,9 +14,11 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from benchmarks.run import main
-from benchmarks.speed.classification import Pair, _in_a_process
-from benchmarks.speed.kernels import copied_rows, loss_row
-from benchmarks.speed.measure import CLOCKS, NOT_ON_A_GPU, in_turn, peak_tensor_bytes, ratio_row
+from benchmarks.speed import classification, detection
+from benchmarks.speed.kernels import _distiller, _PlainLoss, _shipped, copied_rows
+from benchmarks.speed.measure import CLOCKS, in_turn, peak_tensor_bytes, ratio_row
+from benchmarks.speed.memory import in_a_process
+from benchmarks.speed.pair import Pair
 from benchmarks.speed.profiling import profile_step
 from benchmarks.speed.reference import Published
 from benchmarks.speed.scaling import growth
@@ -53,17 +56,34 @@ def test_the_floor_trains_the_same_student_as_the_distilled_step() -> None:
 
 
 def test_a_run_writes_both_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--quick", "--only", "solve,loss,scaling", "--output", str(tmp_path / "speed")]) == 0
+    assert main(["--quick", "--only", "solve,loss,scaling,gpu_loss", "--output", str(tmp_path / "speed")]) == 0
     result = json.loads((tmp_path / "speed.json").read_text())
     table = (tmp_path / "speed.md").read_text()
     assert table.strip() in capsys.readouterr().out
     assert result["machine"]["versions"]["torch"] == torch.__version__.split("+")[0]
     for row in result["rows"]:
-        assert row["name"] in table
-        assert row["value"] is not None or row["note"] == NOT_ON_A_GPU
+        assert row["name"] in table and row["value"] > 0
     assert (tmp_path / "speed_scaling.png").stat().st_size > 1000 and "speed_scaling.png" in table
     assert {record["axis"] for record in result["scaling"]} == {"T", "G", "H", "N"}
-    assert loss_row("cpu", quick=True).value > 0  # type: ignore[operator]
+    assert torch.cuda.is_available() or "Not measured on this machine: gpu_loss (no GPU)." in table
+
+
+def test_the_rows_of_a_gpu_run_in_bfloat16() -> None:
+    """On the CPU here, in small sizes: the same code."""
+    rows = list(classification.gpu_rows(quick=True, device="cpu"))
+    if importlib.util.find_spec("detectron2") is not None:
+        rows += detection.gpu_rows(quick=True, device="cpu")
+    assert all(row.value > 0 and "bf16" in row.name for row in rows)
+    pair = Pair(2, 64, dtype=torch.bfloat16)
+    maps, _ = pair.teacher(pair.images)
+    assert maps["stage4"].dtype == pair.student.maps(pair.images)["stage4"].dtype == torch.bfloat16
+
+
+def test_the_shipped_loss_equals_its_plain_operators() -> None:
+    student, teacher = torch.randn(2, 4, 6, 6), torch.randn(2, 12, 6, 6)
+    distiller = _distiller(student, teacher, "bn")
+    plain = _PlainLoss(4, next(iter(distiller.features.values())).groups)
+    torch.testing.assert_close(_shipped(distiller, student, teacher), plain(student, teacher))
 
 
 def test_peak_counts_what_is_held_at_once() -> None:
@@ -83,7 +103,7 @@ def test_a_process_whose_freed_blocks_are_returned_holds_less() -> None:
     before = dict(os.environ)
     pair = Pair(4, 64)
     pair.floor()
-    returned = _in_a_process("floor", 4, 64, returned=True)
+    returned = in_a_process("floor", 4, 64, returned=True)
     assert dict(os.environ) == before
     assert 0 < returned < 4 * peak_tensor_bytes(pair.floor)
 
