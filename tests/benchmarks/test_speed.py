@@ -131,6 +131,6 @@ def test_parts_of_a_step_are_all_of_it() -> None:
 def test_bad_input_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--only", "speed"])
-    assert "no benchmark speed; there are: solve, classification" in capsys.readouterr().err
+    assert "no benchmark speed; there are: solve, loss, classification" in capsys.readouterr().err
     with pytest.raises(FileNotFoundError, match=r"no mgd/builder\.py in it"):
         Published(tmp_path)
