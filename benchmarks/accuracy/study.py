@@ -61,7 +61,7 @@ class Method:
 
     Args:
         features: stages to compare; None is all that both networks have, () is none.
-        align, reducer, loss, metric, mode, norm, reduction, spatial, tie: see
+        align, reducer, loss, metric, mode, norm, reduction, spatial, tie, balance: see
             :class:`~d2_mgd.distill.MatchingGuidedDistiller`.
         weight: of the compared features. With the reduction ``image_sum`` the deepest has all of it, each one before
             half of the next (Heo et al., ICCV 2019; their CIFAR weight is 1e-3), else each has all of it.
@@ -82,6 +82,7 @@ class Method:
     reduction: str = "image_sum"
     spatial: str = "all"
     tie: tuple[tuple[str, ...], ...] = ()
+    balance: str = "fixed"
     weight: float = 1e-3
     logits: Mapping[str, Any] | None = None
     task_weight: float = 1.0
@@ -416,4 +417,5 @@ def new_distiller(
         reduction=method.reduction,
         spatial=method.spatial,
         tie=method.tie,
+        balance=method.balance,
     )

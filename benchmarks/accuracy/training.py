@@ -74,7 +74,7 @@ class Outcome:
         seconds: of training and evaluation, without reading data.
         rematches: for each feature of each rematch, see :meth:`_Distillation.measure_and_rematch`.
         projections: for each feature of a learned projection, see :meth:`_Distillation.measure_projections`.
-        metrics: whatever else a command line reported at its end, by name.
+        metrics: what else was reported at the end, by name: by a command line, or by the balance of a distiller.
         trouble: what could not be measured beside the accuracy, and why.
     """
 
@@ -134,6 +134,8 @@ def train(run: Run, split: Split, engine: Engine, weights: WeightStore) -> Outco
     outcome.seconds = time.perf_counter() - start
     weights.save(run, network)
     if distillation is not None:
+        if distillation.distiller is not None:
+            outcome.metrics.update(distillation.distiller.balance_report())
         _look_at_projections(distillation, training)
     return outcome
 
@@ -266,6 +268,8 @@ class _Distillation:
         if method.compares_features:
             try:
                 margins = _margins(method, teacher)
+                if engine.compiled is not None and method.balance != "fixed":
+                    raise ValueError("--compile hides the task's gradient at the maps from a balance: use --graphs.")
                 self.distiller = new_distiller(method, student.widths, teacher.widths, margins).to(engine.device)
             except ValueError as error:
                 raise StudyError(str(error)) from error
@@ -280,10 +284,13 @@ class _Distillation:
             images, labels: (N, 3, P, P) and (N,).
             factor: () of all that the teacher says.
         """
+        if self.distiller is not None:
+            self.distiller.update_balance()  # of the step before this one
         student_maps, logits, teacher_maps, teacher_logits = self._forward(images)
         total = self.method.task_weight * F.cross_entropy(logits.float(), labels)
         if self.distiller is not None:
-            total = total + factor * torch.stack([*self.distiller(student_maps, teacher_maps).values()]).sum()
+            losses = self.distiller(student_maps, teacher_maps, factor=factor)
+            total = total + torch.stack([*losses.values()]).sum()
         if self.logits is not None:
             total = total + factor * self.logits(logits, teacher_logits, labels)
         return total, {name: found.detach() for name, found in student_maps.items()}, teacher_maps

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from d2_mgd.distill.balance import BALANCES, Balance, mean_square
 from d2_mgd.distill.checks import check_names, check_weights, checked_mode, checked_ties
 from d2_mgd.distill.feature import ALIGNMENTS, MATCHED_ALIGNMENTS, FeatureDistiller
 from d2_mgd.distill.losses import FEATURE_LOSSES, REDUCTIONS
@@ -53,7 +54,10 @@ class MatchingGuidedDistiller(nn.Module):
             random start (FitNets, Romero et al., ICLR 2015; Heo et al., ICCV 2019); ``none`` compares channel by
             channel and needs equal widths.
         norm: of the student's map before it is compared: ``bn``, ``sync_bn``, ``gn``, ``none``.
-        weights: feature name -> factor of its loss; 1 by default.
+        weights: feature name -> factor of its loss, after the balance; 1 by default.
+        balance: ``fixed`` leaves the losses to their weights. ``auto``, or a rule in ``BALANCES``, scales each
+            feature's loss by what the gradients at the student's map ask for, whatever the scale of the loss and of the
+            teacher's maps; then call :meth:`update_balance` once after each step of the optimiser.
         margins: feature name -> (T,) lower bounds of the teacher's pre-activations for ``partial_l2``, from
             :func:`~d2_mgd.distill.batch_norm_margin`. Without them the teacher's map is not bounded.
         reduction: ``mean`` over real elements, or ``image_sum`` as published (see ``published_weights``).
@@ -85,6 +89,7 @@ class MatchingGuidedDistiller(nn.Module):
         spatial: str = "all",
         strides: Mapping[str, float] | None = None,
         tie: Sequence[Sequence[str]] = (),
+        balance: str = "fixed",
     ) -> None:
         super().__init__()
         if not channels:
@@ -93,6 +98,9 @@ class MatchingGuidedDistiller(nn.Module):
             raise ValueError(f"unknown alignment {align!r}; there are: {', '.join(ALIGNMENTS)}.")
         if reduction not in REDUCTIONS:
             raise ValueError(f"unknown reduction {reduction!r}; there are: {', '.join(REDUCTIONS)}.")
+        rule = None if balance == "fixed" else balance
+        if rule not in (None, "auto"):
+            lookup(BALANCES, "balance", balance)
         losses = dict.fromkeys(channels, loss) if isinstance(loss, str) else dict(loss)
         weights = dict(weights or {})
         margins = dict(margins or {})
@@ -102,6 +110,9 @@ class MatchingGuidedDistiller(nn.Module):
         check_weights(weights)
         self.channels = {name: (int(student), int(teacher)) for name, (student, teacher) in channels.items()}
         self.align = align
+        self.weights = {name: float(weights.get(name, 1.0)) for name in self.channels}
+        self.balance = Balance(rule, len(self.channels))
+        self._indices = {name: index for index, name in enumerate(self.channels)}
         self.ties = checked_ties(tie, self.channels, align)
         self.features = nn.ModuleDict()
         self.costs: dict[str, ChannelCost] = {}
@@ -123,7 +134,6 @@ class MatchingGuidedDistiller(nn.Module):
                 else None,
                 loss=lookup(FEATURE_LOSSES, "loss", losses[name]),
                 norm=norm,
-                weight=weights.get(name, 1.0),
                 margin=margins.get(name),
                 reduction=reduction,
                 spatial=lookup(SPATIAL_WEIGHTS, "spatial weight", spatial),
@@ -162,6 +172,7 @@ class MatchingGuidedDistiller(nn.Module):
         teacher_maps: Mapping[str, Tensor],
         valid: Masks | None = None,
         boxes: Boxes | None = None,
+        factor: float | Tensor = 1.0,
     ) -> dict[str, Tensor]:
         """Losses of one batch.
 
@@ -171,6 +182,8 @@ class MatchingGuidedDistiller(nn.Module):
             valid: feature name -> (N, 1, H, W) boolean mask of real pixels at the student's map, or None.
             boxes: for each image (B, 4) ground-truth boxes x1, y1, x2, y2 in pixels of the input; the spatial weight
                 ``boxes`` needs them.
+            factor: of all losses in this step, such as that of a :class:`~d2_mgd.distill.WeightSchedule`. It belongs
+                here, because a balance would undo a factor that the losses are multiplied by later.
 
         Returns:
             dict: ``loss_distill/<feature>`` -> scalar, its weight included.
@@ -181,25 +194,62 @@ class MatchingGuidedDistiller(nn.Module):
             RuntimeError: no :meth:`rematch` yet.
         """
         return {
-            f"loss_distill/{name}": self._compare(name, *self._maps(name, student_maps, teacher_maps, valid), boxes)
+            f"loss_distill/{name}": self._compare(
+                name, *self._maps(name, student_maps, teacher_maps, valid), boxes, factor
+            )
             for name in self.channels
         }
 
     def compare(
-        self, name: str, student: Tensor, teacher: Tensor, valid: Tensor | None = None, boxes: Boxes | None = None
+        self,
+        name: str,
+        student: Tensor,
+        teacher: Tensor,
+        valid: Tensor | None = None,
+        boxes: Boxes | None = None,
+        factor: float | Tensor = 1.0,
     ) -> Tensor:
         """The loss of one feature, a scalar with its weight included: for maps that are compared as they come.
 
         Arguments, of this feature alone, and errors as in :meth:`forward`.
         """
-        return self._compare(name, *self._maps(name, {name: student}, {name: teacher}, {name: valid}), boxes)
+        return self._compare(name, *self._maps(name, {name: student}, {name: teacher}, {name: valid}), boxes, factor)
 
     def _compare(
-        self, name: str, student: Tensor, teacher: Tensor, valid: Tensor | None, boxes: Boxes | None
+        self,
+        name: str,
+        student: Tensor,
+        teacher: Tensor,
+        valid: Tensor | None,
+        boxes: Boxes | None,
+        factor: float | Tensor,
     ) -> Tensor:
         if self.needs_matching and not self._feature(name).has_matching:
             raise RuntimeError(f"feature {name} has no matching yet: observe some images and rematch first.")
-        return self._feature(name)(student, teacher, valid, boxes)
+        index, rescale = self._indices[name], None
+        watch = self.balance.watch(index, student)
+        if self.balance.rule is not None:
+            rescale = self.balance.rescale_teacher(index, mean_square(teacher, valid))
+        loss: Tensor = self._feature(name)(watch.map, teacher, valid, boxes, rescale)
+        watch.scale = self.balance.factor(index, loss) * (self.weights[name] * factor)
+        return watch.scale * loss
+
+    def update_balance(self, group: Any = None, reduced: bool = False) -> None:
+        """Make the next step's factors from what the backward passes of this one have measured.
+
+        A collective under ``torch.distributed``, see :meth:`Balance.update <d2_mgd.distill.balance.Balance.update>`.
+        """
+        self.balance.update(group, reduced)
+
+    def balance_report(self) -> dict[str, float]:
+        """``ratio/<feature>``, the norm of the distillation's gradient at the map to the task's, and, where a rule
+        balances, ``balance/<feature>``, its factor. Waits for the device."""
+        ratios = self.balance.ratios.tolist()
+        report = {f"ratio/{name}": ratio for name, ratio in zip(self.channels, ratios)}
+        if self.balance.rule is not None:
+            factors = self.balance.factors.tolist()
+            report.update({f"balance/{name}": factor for name, factor in zip(self.channels, factors)})
+        return report
 
     def no_losses(self, device: torch.device) -> dict[str, Tensor]:
         """Zeros on ``device``, for a step in which nothing is compared.

@@ -52,7 +52,6 @@ class FeatureDistiller(nn.Module):
         mode: str | None,
         loss: FeatureLoss,
         norm: str,
-        weight: float,
         margin: Tensor | None,
         reduction: str,
         spatial: SpatialWeight,
@@ -73,7 +72,6 @@ class FeatureDistiller(nn.Module):
         self.matches = align in MATCHED_ALIGNMENTS
         self.mode = mode
         self.loss = loss
-        self.weight = weight
         self.reduction = reduction
         self.spatial = spatial
         self.stride = stride
@@ -129,37 +127,55 @@ class FeatureDistiller(nn.Module):
             )
         return F.interpolate(teacher.float(), size=student.shape[2:], mode="bilinear", align_corners=False)
 
-    def forward(self, student: Tensor, teacher: Tensor, valid: Tensor | None, boxes: Boxes | None = None) -> Tensor:
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        valid: Tensor | None,
+        boxes: Boxes | None = None,
+        rescale: Tensor | None = None,
+    ) -> Tensor:
+        """The loss, a scalar without its weight; the teacher's map and its margins are multiplied by ``rescale`` ()."""
         with torch.autocast(student.device.type, enabled=False):
+            margin = self.margin
+            if rescale is not None:
+                teacher = teacher * rescale
+                margin = None if margin is None else margin * rescale
             student = student.to(self._compared_dtype(student))
             if self.project is not None:
                 student = self.project(_without_padding(student, valid))
             with torch.no_grad():
                 spatial_weight = self.spatial(teacher, boxes, self.stride, valid)
             if can_fuse(self.loss, self.reducer):
-                return self._fused(student, teacher, valid, spatial_weight)
+                return self._fused(student, teacher, margin, valid, spatial_weight)
             student = self.norm(student, valid)
-            guided, margin = self._guided(teacher)
+            guided, margin = self._guided(teacher, margin)
             guided = guided.to(student.dtype)
             if self.loss not in BLIND_TO_PADDING:
                 student, guided = _without_padding(student, valid), _without_padding(guided, valid)
             elements = self.loss(student, guided, margin, valid)
-            return self.weight * reduce_loss(elements, valid, self.reduction, spatial_weight)
+            return reduce_loss(elements, valid, self.reduction, spatial_weight)
 
-    def _fused(self, student: Tensor, teacher: Tensor, valid: Tensor | None, spatial_weight: Tensor | None) -> Tensor:
+    def _fused(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        margin: Tensor | None,
+        valid: Tensor | None,
+        spatial_weight: Tensor | None,
+    ) -> Tensor:
         groups = None if self.reducer is None else self.groups
-        comparison = Comparison(teacher, self.reducer, groups, self.margin, self.loss, valid, spatial_weight)
+        comparison = Comparison(teacher, self.reducer, groups, margin, self.loss, valid, spatial_weight)
         norm = fused_norm(self.norm, student, valid)
         if norm is None:
             student = self.norm(student, valid)
-        total = sum_of_squares(student, comparison, norm)
-        return total * (self.weight / loss_divisor(student, valid, self.reduction))
+        return sum_of_squares(student, comparison, norm) / loss_divisor(student, valid, self.reduction)
 
     @torch.no_grad()
-    def _guided(self, teacher: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _guided(self, teacher: Tensor, margin: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if self.reducer is None:
-            return teacher, self.margin
-        return self.reducer(teacher, self.groups, self.margin, None)
+            return teacher, margin
+        return self.reducer(teacher, self.groups, margin, None)
 
     def _compared_dtype(self, student: Tensor) -> torch.dtype:
         """That of the parameters; without any, float32, or float64 where the maps are."""
@@ -194,7 +210,7 @@ class FeatureDistiller(nn.Module):
         return ""
 
     def extra_repr(self) -> str:
-        return f"S={self.num_student}, T={self.num_teacher}, mode={self.mode}, weight={self.weight:g}"
+        return f"S={self.num_student}, T={self.num_teacher}, mode={self.mode}"
 
 
 def _without_padding(maps: Tensor, valid: Tensor | None) -> Tensor:
