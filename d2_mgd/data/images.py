@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-__all__ = ["ImageFacts", "eight_bits", "inspect_image", "needs_preparation", "prepared", "resized"]
+__all__ = ["ImageFacts", "eight_bits", "inspect_image", "needs_preparation", "prepared", "resized", "upright_size"]
 
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 _SIXTEEN_BIT_FILES = ("PNG", "PPM")  # their numbers have 16 bits at most, also where Pillow says "I"
@@ -94,6 +94,17 @@ def resized(height: int, width: int, shortest: int, longest: int) -> tuple[int, 
         return height, width
     scale = min(shortest / min(height, width), longest / max(height, width))
     return int(height * scale + 0.5), int(width * scale + 0.5)
+
+
+def upright_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """(width, height) of an image file after it is turned as its EXIF says; pixels are not decoded."""
+    with Image.open(path) as image:
+        width, height = image.size
+        if image.format == "TIFF":  # Pillow's size of one depends on its version
+            width, height = image.tag_v2[ExifTags.Base.ImageWidth], image.tag_v2[ExifTags.Base.ImageLength]
+        # A PNG without EXIF before its pixels is not asked for it, since that would decode them.
+        turned = (image.format != "PNG" or "exif" in image.info) and _orientation(image) >= 5
+    return (height, width) if turned else (width, height)
 
 
 @dataclass(frozen=True)
