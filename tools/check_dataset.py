@@ -1,7 +1,8 @@
 #!/usr/bin/env python
-"""Says what is wrong with data sets in COCO format, before a training finds out.
+"""Says what is wrong with data sets in COCO, YOLO or Pascal VOC format, before a training finds out.
 
     python tools/check_dataset.py fish/train.json fish/images
+    python tools/check_dataset.py --register-yolo fish fish/data.yaml
     python tools/check_dataset.py --register-coco fish_train fish/train.json fish/images \\
         --register-coco fish_valid fish/valid.json fish/images --config-file configs/small/retinanet_R_18_FPN.yaml
 
@@ -29,18 +30,18 @@ from typing import Any, NamedTuple
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # works without an installation too
 
 from d2_mgd.data.coco import ERROR, NOTE, WARNING, CocoError, Finding, Inspection
-from d2_mgd.data.inspection import OUTSIDE, inspect_pixels, inspect_set
+from d2_mgd.data.formats import LabelFiles, add_dataset_arguments, coco_files, label_files
+from d2_mgd.data.inspection import OUTSIDE, inspect_content, inspect_pixels
+from d2_mgd.errors import UserError
 
 BAD_INPUT = 2  # exit status, as argparse has it
 _DETECTRON2_SIZES = ((800, 1333),)  # its defaults
 
 
-class CocoSet(NamedTuple):
+class CheckedSet(NamedTuple):
     """A data set and what it is used for."""
 
-    name: str
-    json_file: str
-    image_root: str
+    files: LabelFiles
     wanted: Inspection
     allow_outside: bool
 
@@ -53,14 +54,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="JSON IMAGES | KEY VALUE",
         help="a set's annotations and image folder; or with --config-file, overrides of the config",
     )
-    built.add_argument(
-        "--register-coco",
-        nargs=3,
-        action="append",
-        default=[],
-        metavar=("NAME", "JSON", "IMAGES"),
-        help="a data set with a name; any number of times",
-    )
+    add_dataset_arguments(built)
     built.add_argument("--config-file", default="", metavar="FILE", help="of the training that the sets are for")
     built.add_argument(
         "--allow-outside-root",
@@ -73,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     return built
 
 
-def chosen_sets(args: argparse.Namespace) -> list[CocoSet]:
+def chosen_sets(args: argparse.Namespace) -> list[CheckedSet]:
     """The sets that a command line names.
 
     Raises:
@@ -83,19 +77,21 @@ def chosen_sets(args: argparse.Namespace) -> list[CocoSet]:
         raise ValueError(f"--workers must be at least 1, got {args.workers}.")
     if args.config_file:
         return _sets_of_config(args)
-    sets = list(args.register_coco)
+    sets = [*(coco_files(*one) for one in args.register_coco), *label_files(args)]
     if len(args.words) == 2 and not sets:
-        sets.append([os.path.splitext(os.path.basename(args.words[0]))[0], *args.words])
+        sets.append(coco_files(os.path.splitext(os.path.basename(args.words[0]))[0], *args.words))
     elif args.words:
         raise ValueError(f"give JSON IMAGES alone, or --register-coco NAME JSON IMAGES, not {' '.join(args.words)}.")
     if not sets:
-        raise ValueError("there is nothing to check: give JSON IMAGES, or --register-coco NAME JSON IMAGES.")
+        raise ValueError(
+            "there is nothing to check: give JSON IMAGES, --register-coco, --register-yolo or --register-voc."
+        )
     wanted = Inspection(train=True, sizes=_DETECTRON2_SIZES)
-    return [CocoSet(name, path, root, wanted, args.allow_outside_root) for name, path, root in sets]
+    return [CheckedSet(files, wanted, args.allow_outside_root) for files in sets]
 
 
-def _sets_of_config(args: argparse.Namespace) -> list[CocoSet]:
-    """The sets in COCO's format of a config's DATASETS."""
+def _sets_of_config(args: argparse.Namespace) -> list[CheckedSet]:
+    """The sets of a config's DATASETS that are in a format that can be checked."""
     from train_net import build_config
 
     from d2_mgd.detection.datasets import register_coco, registered, wanted_of
@@ -106,11 +102,16 @@ def _sets_of_config(args: argparse.Namespace) -> list[CocoSet]:
     told = argparse.Namespace(config_file=args.config_file, opts=args.words, eval_only=True, eval_teacher=False)
     cfg: Any = build_config(told)
     allowed = args.allow_outside_root or cfg.MGD.DATA.ALLOW_OUTSIDE_ROOT
+    others = {files.name: files for files in label_files(args)}
     sets = []
     for name in dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]):
+        if name in others:
+            sets.append(CheckedSet(others[name], wanted_of(cfg, name), allowed))
+            continue
         known = registered(name)
         if known.get("evaluator_type") == "coco":
-            sets.append(CocoSet(name, known.json_file, known.image_root, wanted_of(cfg, name), allowed))
+            files = coco_files(name, known.json_file, known.image_root)
+            sets.append(CheckedSet(files, wanted_of(cfg, name), allowed))
         else:
             print(f"{name} is not in COCO's format and is not checked.")
     if not sets:
@@ -120,30 +121,35 @@ def _sets_of_config(args: argparse.Namespace) -> list[CocoSet]:
     return sets
 
 
-def check(one: CocoSet, workers: int) -> tuple[list[Finding], int]:
+def check(one: CheckedSet, workers: int) -> tuple[list[Finding], int]:
     """Everything found in one set, and the number of its images whose files are there.
 
     Raises:
-        CocoError: it is not in COCO's format at all.
+        CocoError, UserError: it is not in its format at all.
     """
-    findings, images = inspect_set(one.json_file, one.image_root, one.wanted, one.allow_outside)
-    return [*findings, *inspect_pixels(one.image_root, images, workers, progress=True)], len(images)
+    labelled = one.files.read()
+    root = labelled.image_root
+    findings, images = inspect_content(labelled.content, labelled.source, root, one.wanted, one.allow_outside)
+    pixels = inspect_pixels(root, images, workers, progress=True)
+    return [*labelled.findings, *findings, *pixels], len(images)
 
 
-def report(one: CocoSet, findings: Sequence[Finding], num_images: int) -> str:
+def report(one: CheckedSet, findings: Sequence[Finding], num_images: int) -> str:
     """What was found as text: errors first, then warnings, then notes; and a last line that counts the kinds."""
-    lines = [f"{one.name}: {one.json_file} with {num_images:,} images in {one.image_root}"]
+    name = one.files.name
+    lines = [f"{name}: {one.files.source} with {num_images:,} images in {one.files.image_root}"]
     for severity in (ERROR, WARNING, NOTE):
         for finding in findings:
             if finding.severity == severity:
-                lines += _lines(finding)
+                lines += lines_of(finding)
     numbers = Counter(finding.severity for finding in findings)
     kinds = ", ".join(f"{numbers[severity]} of {severity}s" for severity in (ERROR, WARNING, NOTE))
-    lines.append(f"{one.name}: kinds found: {kinds}")
+    lines.append(f"{name}: kinds found: {kinds}")
     return "\n".join(lines)
 
 
-def _lines(finding: Finding) -> list[str]:
+def lines_of(finding: Finding) -> list[str]:
+    """A finding as text: its kind and count, then the examples."""
     head = f"{finding.severity}: {finding.kind}"
     if finding.things:
         head += f": {finding.count:,} of {finding.of:,} {finding.things}"
@@ -169,8 +175,8 @@ def main(arguments: list[str] | None = None) -> int:
     for one in sets:
         try:
             findings, num_images = check(one, args.workers)
-        except CocoError as error:
-            print(f"{one.name}: error: {' '.join(str(error).split())}.")
+        except (CocoError, UserError) as error:
+            print(f"{one.files.name}: error: {' '.join(str(error).split()).rstrip('.')}.")
             failed = True
             continue
         print(report(one, findings, num_images))

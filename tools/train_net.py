@@ -41,12 +41,19 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 from torch.multiprocessing.spawn import ProcessExitedException
 
+from d2_mgd.data.formats import add_dataset_arguments, label_files
 from d2_mgd.detection import Trainer, add_mgd_config
 from d2_mgd.detection.agreement import first_failure
 from d2_mgd.detection.checkpoint import TrainingCheckpointer, load_weights
 from d2_mgd.detection.config import student_config, validate_config, validate_running
 from d2_mgd.detection.config_files import merge_file, merge_overrides
-from d2_mgd.detection.datasets import DatasetError, check_classes, check_datasets_once, register_coco
+from d2_mgd.detection.datasets import (
+    DatasetError,
+    check_classes,
+    check_datasets_once,
+    register_coco,
+    register_label_files,
+)
 from d2_mgd.detection.hooks import RematchError
 from d2_mgd.detection.loader import SampleError
 from d2_mgd.detection.nonfinite import NonFiniteError
@@ -67,14 +74,7 @@ def parser() -> argparse.ArgumentParser:
     built = default_argument_parser()
     built.description = __doc__
     built.set_defaults(dist_url="auto")  # a free port, so that two trainings on one machine do not meet
-    built.add_argument(
-        "--register-coco",
-        nargs=3,
-        action="append",
-        default=[],
-        metavar=("NAME", "JSON", "IMAGES"),
-        help="name a COCO-format data set, for DATASETS.TRAIN and DATASETS.TEST; any number of times",
-    )
+    add_dataset_arguments(built)
     built.add_argument(
         "--eval-teacher", action="store_true", help="evaluate the teacher alone on DATASETS.TEST, and train nothing"
     )
@@ -131,10 +131,11 @@ def set_up(args: argparse.Namespace, claims: ExitStack) -> CfgNode:
         trust(local_weights_file(file))
     cfg = build_config(args)
     trains = not (args.eval_only or args.eval_teacher)
-    check_datasets_once(cfg, train=trains)
     _check_output(cfg.OUTPUT_DIR)
     if trains:
         _claim(cfg.OUTPUT_DIR, claims)
+    register_label_files(label_files(args), cfg)
+    check_datasets_once(cfg, train=trains)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2_mgd")
     default_setup(cfg, args)
     if cfg.MODEL.DEVICE == "cpu":

@@ -7,26 +7,29 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from d2_mgd.data.coco import read_coco
 from d2_mgd.data.labels import LabelledSet
 from d2_mgd.data.voc import read_voc
 from d2_mgd.data.yolo import YoloFile, read_yolo
 from d2_mgd.errors import UserError
 
-__all__ = ["LabelFiles", "add_dataset_arguments", "label_files"]
+__all__ = ["LabelFiles", "add_dataset_arguments", "coco_files", "label_files"]
 
 
 @dataclass(frozen=True)
 class LabelFiles:
-    """A data set in another format than COCO's, not read yet.
+    """A data set that is not read yet.
 
     Args:
         name: what DATASETS.TRAIN and DATASETS.TEST call it.
-        source: its file or folder.
+        source: its json, data.yaml or folder.
+        image_root: the folder that its file names are relative to.
         read: reads it.
     """
 
     name: str
     source: str
+    image_root: str
     read: Callable[[], LabelledSet]
 
 
@@ -58,6 +61,13 @@ def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def coco_files(name: str, json_file: str, image_root: str) -> LabelFiles:
+    """A data set in COCO's own format; reading it raises CocoError."""
+    return LabelFiles(
+        name, json_file, image_root, lambda: LabelledSet(json_file, read_coco(json_file), image_root, findings=[])
+    )
+
+
 def label_files(args: argparse.Namespace) -> list[LabelFiles]:
     """The sets of --register-yolo and --register-voc.
 
@@ -67,9 +77,11 @@ def label_files(args: argparse.Namespace) -> list[LabelFiles]:
     found: list[LabelFiles] = []
     for name, path in args.register_yolo:
         file = YoloFile.open(path)
-        found += [LabelFiles(f"{name}_{split}", path, partial(read_yolo, file, split)) for split in file.splits]
+        found += [
+            LabelFiles(f"{name}_{split}", path, file.root, partial(read_yolo, file, split)) for split in file.splits
+        ]
     for name, folder, split in args.register_voc:
-        found.append(LabelFiles(name, folder, partial(read_voc, folder, split)))
+        found.append(LabelFiles(name, folder, folder, partial(read_voc, folder, split)))
     names = [one.name for one in found] + [name for name, *_ in args.register_coco]
     twice = next((name for name in names[: len(found)] if names.count(name) > 1), None)
     if twice is not None:

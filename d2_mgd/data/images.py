@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 __all__ = ["ImageFacts", "eight_bits", "inspect_image", "needs_preparation", "prepared", "resized", "upright_size"]
 
@@ -100,7 +101,7 @@ def upright_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     """(width, height) of an image file after it is turned as its EXIF says; pixels are not decoded."""
     with Image.open(path) as image:
         width, height = image.size
-        if image.format == "TIFF":  # Pillow's size of one depends on its version
+        if isinstance(image, TiffImageFile):  # its ``size`` depends on Pillow's version
             width, height = image.tag_v2[ExifTags.Base.ImageWidth], image.tag_v2[ExifTags.Base.ImageLength]
         # A PNG without EXIF before its pixels is not asked for it, since that would decode them.
         turned = (image.format != "PNG" or "exif" in image.info) and _orientation(image) >= 5

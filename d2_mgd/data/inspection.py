@@ -13,7 +13,7 @@ from d2_mgd.data.coco import NOTE, CocoError, Finding, Findings, Inspection, ins
 from d2_mgd.data.files import find_files
 from d2_mgd.data.images import ImageFacts, inspect_image
 
-__all__ = ["OUTSIDE", "inspect_pixels", "inspect_set"]
+__all__ = ["OUTSIDE", "inspect_content", "inspect_pixels", "inspect_set"]
 
 OUTSIDE = "images outside their folder"  # the kind of finding that an option allows
 
@@ -37,10 +37,16 @@ def inspect_set(
     Raises:
         CocoError: the json is not in COCO's format, or the folder does not exist.
     """
-    content = read_coco(json_file)
+    return inspect_content(read_coco(json_file), json_file, image_root, wanted, allow_outside)
+
+
+def inspect_content(
+    content: dict[str, Any], source: str, image_root: str, wanted: Inspection, allow_outside: bool = False
+) -> tuple[list[Finding], list[dict[str, Any]]]:
+    """:func:`inspect_set` of the content of a json, which sentences call ``source``."""
     if not os.path.isdir(image_root):
         raise CocoError(f"its image folder {image_root} does not exist")
-    inspected, images = inspect_coco(content, json_file, wanted)
+    inspected, images = inspect_coco(content, source, wanted)
     files = find_files(image_root, [image["file_name"] for image in images], allow_outside)
     found = Findings()
     for name, path in files.outside.items():

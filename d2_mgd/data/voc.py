@@ -50,8 +50,8 @@ def read_voc(folder: str, split: str) -> LabelledSet:
     """The images and labels of one split of a folder in Pascal VOC's format, in COCO form.
 
     Classes are those of ``FOLDER/classes.txt`` in its order, or else all that the folder's xml files name, sorted, so
-    that every split of a folder has the same. Objects marked difficult become crowds: evaluation ignores them, as Pascal
-    VOC's own does, and training leaves them out.
+    that every split of a folder has the same. Objects marked difficult become crowds: evaluation ignores them, as
+    Pascal VOC's own does, and training leaves them out.
 
     Raises:
         UserError: the folder has neither layout, or no class.

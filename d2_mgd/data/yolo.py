@@ -1,8 +1,8 @@
 """Data sets in YOLO's format: a data.yaml, images, and a text file of labels for each image.
 
-A row of a label file is ``class x_center y_center width height`` or a polygon ``class x1 y1 x2 y2 x3 y3 ...``, in shares
-of the image's width and height. The label file of ``.../images/a.jpg`` is ``.../labels/a.txt``; where no folder is
-named images, it stands beside the image.
+A row of a label file is ``class x_center y_center width height`` or a polygon ``class x1 y1 x2 y2 x3 y3 ...``, in
+shares of the image's width and height. The label file of ``.../images/a.jpg`` is ``.../labels/a.txt``; where no folder
+is named images, it is beside the image.
 """
 
 from __future__ import annotations

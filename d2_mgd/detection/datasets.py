@@ -6,7 +6,9 @@ that leave their image by rounding, boxes without area, is no error.
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 from collections.abc import Iterable, Sequence
 
 import detectron2.utils.comm as comm
@@ -17,8 +19,11 @@ from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from d2_mgd.data.coco import ERROR, WARNING, CocoError, Inspection
+from d2_mgd.data.formats import LabelFiles
 from d2_mgd.data.inspection import OUTSIDE, inspect_set
 from d2_mgd.detection.agreement import first_failure
+from d2_mgd.errors import UserError
+from d2_mgd.training import write_atomically
 
 __all__ = [
     "DatasetError",
@@ -28,6 +33,7 @@ __all__ = [
     "check_datasets",
     "check_datasets_once",
     "register_coco",
+    "register_label_files",
     "registered",
     "wanted_of",
 ]
@@ -60,6 +66,46 @@ def register_coco(name: str, json_file: str, image_root: str) -> None:
             raise DatasetError(f"there is already a data set {name!r}; register yours under another name.")
         return
     register_coco_instances(name, {}, json_file, image_root)
+
+
+def register_label_files(sets: Iterable[LabelFiles], cfg: CfgNode) -> None:
+    """Write sets of other formats as COCO-format json to ``OUTPUT_DIR/datasets``, and register those. A collective.
+
+    Args:
+        sets: those in DATASETS.TRAIN or DATASETS.TEST are read, by the first process of each machine.
+        cfg: the config.
+
+    Raises:
+        DatasetError: an error in a set's label files; one sentence.
+    """
+    folder = os.path.join(cfg.OUTPUT_DIR, "datasets")
+    used = {one.name: one for one in sets if one.name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)}
+    paths = {name: os.path.join(folder, f"{name.replace(os.sep, '_')}.json") for name in used}
+    failure = ""
+    if comm.get_world_size() == 1 or comm.get_local_rank() == 0:
+        try:
+            for name, one in used.items():
+                _write_json(one, paths[name])
+        except UserError as error:
+            failure = str(error)
+    failure = first_failure(failure)
+    if failure:
+        raise DatasetError(failure)
+    for name, one in used.items():
+        register_coco(name, paths[name], one.image_root)
+
+
+def _write_json(files: LabelFiles, path: str) -> None:
+    labelled = files.read()
+    for finding in labelled.findings:
+        if finding.severity == ERROR:
+            raise UserError(f"data set {files.name!r}: {finding}.")
+        logger.log(
+            logging.WARNING if finding.severity == WARNING else logging.INFO, "data set %r: %s.", files.name, finding
+        )
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    write_atomically(path, lambda file: file.write(json.dumps(labelled.content).encode()))
+    logger.info("data set %r: %s as COCO-format json is in %s", files.name, files.source, path)
 
 
 def check_datasets(cfg: CfgNode, train: bool = True) -> None:
@@ -104,7 +150,8 @@ def registered(name: str) -> Metadata:
     """
     if name not in DatasetCatalog.list():
         raise DatasetError(
-            f"there is no data set {name!r}; a set in COCO's format is named by --register-coco {name} JSON IMAGES."
+            f"there is no data set {name!r}; name yours by --register-coco {name} JSON IMAGES, --register-voc {name} "
+            "FOLDER SPLIT, or --register-yolo NAME DATA_YAML, which makes NAME_train, NAME_val and NAME_test."
         )
     return MetadataCatalog.get(name)
 

@@ -86,7 +86,9 @@ def coco(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.mark.parametrize("form", ["yolo", "voc"])
 def test_images_boxes_and_classes_are_those_of_coco(tmp_path: Path, coco: tuple[Path, Path], form: str) -> None:
-    labelled = yolo(write_yolo(tmp_path, *coco)) if form == "yolo" else read_voc(str(write_voc(tmp_path, *coco)), "train")
+    labelled = (
+        yolo(write_yolo(tmp_path, *coco)) if form == "yolo" else read_voc(str(write_voc(tmp_path, *coco)), "train")
+    )
     expected = json.loads(coco[0].read_text())
     assert not errors(labelled) and not labelled.findings
     assert labelled.content["categories"] == expected["categories"]
@@ -229,7 +231,9 @@ def test_classes_are_those_of_all_splits_unless_listed(tmp_path: Path) -> None:
     (folder / "classes.txt").write_text("cat\nbee\nant\n")
     assert [one["name"] for one in read_voc(str(folder), "train").content["categories"]] == ["cat", "bee", "ant"]
     (folder / "classes.txt").write_text("bee\n")
-    assert "a.xml, object 1, has the class 'cat', which is not in classes.txt" in errors(read_voc(str(folder), "train"))[0]
+    assert (
+        "a.xml, object 1, has the class 'cat', which is not in classes.txt" in errors(read_voc(str(folder), "train"))[0]
+    )
 
 
 def test_an_image_without_xml_is_background(tmp_path: Path) -> None:
@@ -244,7 +248,10 @@ XMLS = {
     "no xml": ("<annotation>", "a.xml cannot be read: no element found"),
     "entities": (ENTITIES, "a.xml cannot be read: it declares a document type"),
     "box": (XML.replace("bndbox", "box").format(**VALUES), "object 1, has no box of four finite numbers: xmin None"),
-    "text": (XML.format(**{**VALUES, "xmin": "left"}), "object 1, has no box of four finite numbers: xmin left, ymin 6"),
+    "text": (
+        XML.format(**{**VALUES, "xmin": "left"}),
+        "object 1, has no box of four finite numbers: xmin left, ymin 6",
+    ),
     "name": (XML.format(**{**VALUES, "name": ""}), "object 1, has no name"),
     "negative": (XML.format(**{**VALUES, "xmin": 40}), "has a box that is not finite or has a negative side"),
 }

@@ -308,7 +308,7 @@ def test_names_that_leave_the_folder_are_refused_unless_allowed(tmp_path: Path, 
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ([], "there is nothing to check: give JSON IMAGES, or --register-coco NAME JSON IMAGES."),
+        ([], "there is nothing to check: give JSON IMAGES, --register-coco, --register-yolo or --register-voc."),
         (["a.json"], "give JSON IMAGES alone"),
         (["a.json", "b", "--register-coco", "n", "j", "i"], "give JSON IMAGES alone"),
         (["a.json", "b", "--workers", "0"], "--workers must be at least 1, got 0."),
