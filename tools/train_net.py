@@ -134,9 +134,9 @@ def set_up(args: argparse.Namespace, claims: ExitStack) -> CfgNode:
     _check_output(cfg.OUTPUT_DIR)
     if trains:
         _claim(cfg.OUTPUT_DIR, claims)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2_mgd")
     register_label_files(label_files(args), cfg)
     check_datasets_once(cfg, train=trains)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2_mgd")
     default_setup(cfg, args)
     if cfg.MODEL.DEVICE == "cpu":
         logger.info("No GPU is used: the model is on the CPU")
