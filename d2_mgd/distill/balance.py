@@ -24,7 +24,7 @@ AUTO = "norm"
 
 _MEMORY = 0.01  # weight of the newest step in a running mean, once 100 steps are known
 _FIRST = 50  # steps whose mean loss is the loss at the start
-_UNMEASURED = 1e-3  # what a feature's loss is scaled to in its first step, which only measures
+_UNMEASURED = 1e-3  # what a feature's loss is scaled to in its first two steps, which only measure
 
 
 class Statistics(NamedTuple):
@@ -114,10 +114,11 @@ class Watch:
 class Balance(nn.Module):
     """Measures the gradients at the maps of K features and keeps their factors.
 
+    The first step measures the teacher's mean square, the second the gradients, and the third is balanced.
     Everything stays on the device, without a branch on a value. A step in which a gradient is zero or not finite
     changes nothing. Loss scaling and gradient accumulation multiply both gradients alike, so only their quotients are
-    kept. ``torch.compile`` of a student and its distiller as one function hides the task's gradient: compile the student
-    alone.
+    kept. ``torch.compile`` of a student and its distiller as one function hides the task's gradient; compile the
+    student alone.
 
     Args:
         rule: name in ``BALANCES``; None measures only, and all factors are 1.
@@ -166,7 +167,7 @@ class Balance(nn.Module):
         self.measured[_Column.LOSS, index] += value
         self.measured[_Column.PASSES, index] += 1.0
         first = _UNMEASURED / value.clamp(min=torch.finfo(value.dtype).tiny)
-        return torch.where(self.steps[index] > 0, self.factors[index], first)
+        return torch.where(self.steps[index] > 1, self.factors[index], first)
 
     @torch.no_grad()
     def update(self, group: Any = None, reduced: bool = False) -> None:
@@ -192,9 +193,10 @@ class Balance(nn.Module):
             ]
         )
         valid = torch.isfinite(found).all(dim=0)
-        newest = 1.0 / (self.steps + 1.0)
-        share = newest.clamp(min=_MEMORY).repeat(_Row.NUMBER, 1)
-        share[_Row.FIRST_LOSS] = torch.where(self.steps < _FIRST, newest, torch.zeros_like(newest))
+        share = torch.reciprocal(self.steps.clamp(min=1.0)).clamp(min=_MEMORY) * (self.steps > 0)
+        share = share.repeat(_Row.NUMBER, 1)
+        share[_Row.FIRST_LOSS] *= self.steps <= _FIRST
+        share[_Row.TEACHER] = torch.reciprocal(self.steps + 1.0).clamp(min=_MEMORY)
         self.running.copy_(torch.where(valid, torch.lerp(self.running, found, share), self.running))
         self.steps += valid
         self.measured.zero_()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from d2_mgd.distill import BALANCES, MatchingGuidedDistiller
+from d2_mgd.distill import BALANCES, FEATURE_LOSSES, FeatureTaps, MatchingGuidedDistiller
 from d2_mgd.distill.registry import names
 
 CHANNELS = {"a": (6, 12), "b": (4, 8)}
@@ -68,33 +72,157 @@ class Training:
         return torch.cat([parameter.detach().flatten() for parameter in self.student.parameters()])
 
 
-def trained(
-    rule: str, steps: int = 6, rate: float = 0.05, options: dict[str, Any] | None = None, **scales: Any
-) -> Training:
-    training = Training(rule, rate, **(options or {}))
+def trained(rule: str, steps: int = 6, rate: float = 0.05, **scales: Any) -> Training:
+    training = Training(rule, rate)
     for seed in range(steps):
         training.step(images(seed), **scales)
     return training
 
 
+def gradients_at(training: Training, feature: str, batch: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the distillation loss and of the task."""
+    maps, task = training.student(batch)
+    loss = training.distiller(maps, teacher(batch))[f"loss_distill/{feature}"]
+    own, of_task = (torch.autograd.grad(of, maps[feature], retain_graph=True)[0] for of in (loss, task))
+    return own, of_task
+
+
 def test_the_gradient_at_the_map_is_a_share_of_the_tasks() -> None:
-    training = trained("norm", steps=4, rate=0.0, options={"weights": {"b": 0.5}})
+    training = Training("norm", rate=0.0, weights={"b": 0.5})
     for _ in range(3):
-        batch = images(0)
-        maps, task = training.student(batch)
-        losses = training.distiller(maps, teacher(batch))
-        own, of_task = (
-            torch.autograd.grad(loss, maps["b"], retain_graph=True)[0] for loss in (losses["loss_distill/b"], task)
-        )
-        assert float(own.norm() / of_task.norm()) == pytest.approx(0.5 * 0.3, rel=0.2)  # a mean over other batches
+        training.step(images(0))
+    own, of_task = gradients_at(training, "b", images(0))
+    assert float(own.norm() / of_task.norm()) == pytest.approx(0.5 * 0.3, rel=1e-4)
     report = training.distiller.balance_report()
-    assert report["ratio/b"] > 0.0 and list(report) == ["ratio/a", "ratio/b", "balance/a", "balance/b"]
+    assert list(report) == ["ratio/a", "ratio/b", "balance/a", "balance/b"]
+    assert 0.0 < report["ratio/b"] < 0.15  # the geometric mean with the first step, which only measures
+
+
+def test_the_ratio_is_measured_without_a_balance_too() -> None:
+    training = Training("fixed", rate=0.0, weights={"b": 3.0})
+    for _ in range(2):
+        training.step(images(0))
+    own, of_task = gradients_at(training, "b", images(0))
+    report = training.distiller.balance_report()
+    assert list(report) == ["ratio/a", "ratio/b"]
+    assert report["ratio/b"] == pytest.approx(float(own.norm() / of_task.norm()), rel=1e-4)
+    assert not any("balance" in name for name in training.distiller.state_dict())
+
+
+@FEATURE_LOSSES.register()
+def hundredfold_mse(
+    student: Tensor, guided: Tensor, margin: Tensor | None = None, valid: Tensor | None = None
+) -> Tensor:
+    return 100.0 * (student - guided).square()
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_a_constant_factor_of_the_loss_or_of_the_teacher_changes_nothing(rule: str) -> None:
+def test_a_constant_factor_changes_nothing(rule: str) -> None:
     plain = trained(rule).weights()
-    # from the second step on: the first one measures, and its loss of a thousandth is scaled alike by the outside
+    other = Training(rule, loss="hundredfold_mse")
+    for seed in range(6):
+        other.step(images(seed))
+    torch.testing.assert_close(other.weights(), plain, rtol=1e-4, atol=1e-6)
     for scales in ({"of_teacher": 8.0}, {"of_all": 2.0**16}):
         torch.testing.assert_close(trained(rule, **scales).weights(), plain, rtol=1e-4, atol=1e-6)
     assert not torch.allclose(trained("fixed", of_teacher=8.0).weights(), plain, rtol=1e-2)
+
+
+@pytest.mark.parametrize("rule", ["norm", "loss", "relative"])
+def test_a_batch_in_parts_gives_the_same_factors(rule: str) -> None:
+    whole, parts = Training(rule, rate=0.0), Training(rule, rate=0.0)
+    for seed in range(3):
+        whole.step(images(seed))
+        parts.step(*images(seed).chunk(2))
+    torch.testing.assert_close(parts.distiller.balance.factors, whole.distiller.balance.factors)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_steps_without_a_gradient_or_with_one_that_is_not_finite_change_nothing(rule: str) -> None:
+    training = trained(rule, steps=3, rate=0.0)
+    factors = training.distiller.balance.factors.clone()
+    assert torch.isfinite(factors).all() and (factors > 0).all()
+    training.distiller.update_balance()  # nothing was measured
+    maps, task = training.student(images(0))
+    sum(training.distiller(maps, teacher(images(0)), factor=torch.zeros(())).values()).add(task).backward()
+    training.distiller.update_balance()
+    training.step(images(0), of_teacher=math.nan)
+    maps, _ = training.student(images(0))
+    sum(training.distiller(maps, teacher(images(0))).values()).backward()  # without a task
+    training.distiller.update_balance()
+    assert torch.equal(training.distiller.balance.factors, factors)
+
+
+def test_the_factor_of_a_schedule_is_not_balanced_away() -> None:
+    training = trained("norm", steps=3, rate=0.0)
+    factors = training.distiller.balance.factors.clone()
+    for factor in (0.5, torch.tensor(0.25)):
+        maps, task = training.student(images(2))
+        losses = training.distiller(maps, teacher(images(2)), factor=factor)
+        (sum(losses.values()) + task).backward()
+        training.distiller.update_balance()
+    again = trained("norm", steps=3, rate=0.0)
+    again.step(images(2))
+    again.step(images(2))
+    # of the last feature, since the others' task includes what comes from it
+    found, expected = (run.distiller.balance_report()["balance/b"] for run in (training, again))
+    assert found == pytest.approx(expected, rel=1e-5) and found != pytest.approx(factors[1].item(), rel=1e-3)
+
+
+def test_a_copy_that_taps_made_is_measured_at_its_original() -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Conv2d(3, 6, 3)
+
+        def forward(self, batch: Tensor) -> Tensor:
+            return nn.functional.relu_(self.a(batch)).square().mean()
+
+    network = InPlace()
+    distiller = MatchingGuidedDistiller({"a": (6, 12)}, loss="mse", norm="none")
+    taps = FeatureTaps(network, {"a": "a"})
+    guides = {"a": teacher(images(0))["a"]}
+    distiller.observe({"a": network.a(images(0))}, guides)
+    distiller.rematch()
+    for _ in range(2):  # the first forward finds out that the map changes
+        task = network(images(0))
+        (task + distiller(taps.collect(), guides)["loss_distill/a"]).backward()
+        distiller.update_balance()
+    maps = network.a(images(0))
+    own = torch.autograd.grad(distiller({"a": maps}, guides)["loss_distill/a"], maps)[0]
+    of_task = torch.autograd.grad(maps.relu().square().mean(), maps)[0]
+    assert distiller.balance_report()["ratio/a"] == pytest.approx(float(own.norm() / of_task.norm()), rel=1e-4)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_resumed_training_continues_to_the_bit(rule: str) -> None:
+    straight = trained(rule, steps=4)
+    first = trained(rule, steps=2)
+    resumed = Training(rule)
+    resumed.student.load_state_dict(first.student.state_dict())
+    resumed.distiller.load_state_dict(first.distiller.state_dict())
+    for seed in (2, 3):
+        resumed.step(images(seed))
+    assert torch.equal(resumed.weights(), straight.weights())
+    torch.testing.assert_close(resumed.distiller.state_dict(), straight.distiller.state_dict(), rtol=0, atol=0)
+
+
+def _rank(rank: int, world: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    training = Training("norm", rate=0.0)
+    for seed in range(3):
+        training.step(images(seed).chunk(world)[rank])
+    torch.save(training.distiller.balance.factors, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_ranks_equal_one(tmp_path: Path) -> None:
+    mp.spawn(_rank, args=(2, str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    torch.testing.assert_close(first, trained("norm", steps=3, rate=0.0).distiller.balance.factors)
+
+
+def test_an_unknown_rule_is_refused() -> None:
+    with pytest.raises(ValueError, match="unknown balance 'best'; there are: blend"):
+        MatchingGuidedDistiller(CHANNELS, balance="best")
