@@ -46,10 +46,10 @@ from benchmarks.meter import Meter, loopback_bytes, raise_loopback, tensor_bytes
 from benchmarks.speed.measure import machine
 from classification.assembly import TeacherNetwork, make_trainer
 from classification.data import find_folders
-from classification.distributed import Process
 from classification.features import pair_features
 from classification.models import build, measure_features
 from classification.options import parse_mgd
+from classification.processes import Process
 from d2_mgd.distill import load_reports
 from d2_mgd.distill.norms import MaskedBatchNorm
 

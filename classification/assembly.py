@@ -6,7 +6,6 @@ Shape shorthand: S student channels, T teacher channels, K classes.
 from __future__ import annotations
 
 import argparse
-import inspect
 import logging
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,11 +15,11 @@ from torch import nn
 
 from classification.data import Folder, ImageDataset, image_statistics, renormalize
 from classification.distillation import DistillationStep, Precision, Student, Teacher
-from classification.distributed import Process, first_then_others, synchronised_norms
 from classification.engine import Trainer
 from classification.features import FeaturePair, margins, pair_features, published_factors
 from classification.models import architecture, build, measure_features
 from classification.options import SUMMED_LOSSES, logit_loss
+from classification.processes import Process
 from classification.weights import (
     digest,
     load_file,
@@ -30,7 +29,9 @@ from classification.weights import (
     pretrained_teacher,
 )
 from d2_mgd.distill import MatchingGuidedDistiller
+from d2_mgd.distill.norms import MaskedBatchNorm
 from d2_mgd.errors import UserError, user_errors
+from d2_mgd.training.processes import distributed, one_rank_first
 
 __all__ = ["TeacherNetwork", "make_student", "make_teacher", "make_trainer"]
 
@@ -60,7 +61,7 @@ def make_student(process: Process, options: argparse.Namespace, num_classes: int
     """The student with its first weights, on the CPU; its head has the data's K classes."""
     name = options.arch
     if options.use_pretrained:
-        with first_then_others(process):
+        with one_rank_first():
             return pretrained_network(name, num_classes)
     network = build(name, num_classes)
     if options.student_resume is not None:
@@ -89,7 +90,7 @@ def make_teacher(process: Process, options: argparse.Namespace, num_classes: int
         network, classes = network_from_file(name, path, num_classes, what, features_only)
         record = {"arch": name, "file": str(path.resolve()), "sha256": digest(path)}
     else:
-        with first_then_others(process):
+        with one_rank_first():
             network, classes, source = pretrained_teacher(name)
         record = {"arch": name, "file": source}
     if classes != num_classes and not features_only:
@@ -178,13 +179,7 @@ def _make_distiller(
 def _wrapped(process: Process, options: argparse.Namespace, student: Student, teacher: Teacher | None) -> nn.Module:
     """One module that a batch goes through, on one device, in one of several processes, or over several GPUs."""
     if process.world > 1:
-        devices = [process.device] if process.device.type == "cuda" else None
-        known = inspect.signature(nn.parallel.DistributedDataParallel.__init__).parameters
-        buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # new and old name
-        # Running statistics are averaged when somebody reads them, not sent around at every step.
-        kept: dict[str, Any] = {buffers: False}
-        wrapped = nn.parallel.DistributedDataParallel(student, device_ids=devices, gradient_as_bucket_view=True, **kept)
-        return DistillationStep(wrapped, teacher)
+        return DistillationStep(distributed(student, gradient_as_bucket_view=True), teacher)
     step = DistillationStep(student, teacher)
     if (
         process.device.type == "cuda"
@@ -198,6 +193,23 @@ def _wrapped(process: Process, options: argparse.Namespace, student: Student, te
         )
         return nn.DataParallel(step)
     return step
+
+
+def synchronised_norms(module: nn.Module, device: torch.device) -> nn.Module:
+    """Every batch-norm with the statistics of all ranks' images; the same parameters under the same names.
+
+    On GPUs these are PyTorch's own synchronised batch-norms, which do not work on CPUs; there the distiller's.
+    """
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    if isinstance(module, nn.BatchNorm2d) and not isinstance(module, MaskedBatchNorm):
+        replacement = MaskedBatchNorm(module.num_features, sync=True)
+        replacement.eps, replacement.momentum = module.eps, module.momentum
+        replacement.load_state_dict(module.state_dict())
+        return replacement
+    for name, child in module.named_children():
+        setattr(module, name, synchronised_norms(child, device))
+    return module
 
 
 def _data_sets(options: argparse.Namespace, train: Folder, valid: Folder) -> dict[str, ImageDataset]:

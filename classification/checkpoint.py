@@ -39,7 +39,7 @@ CHECKPOINT = "checkpoint.pth"
 STUDENT_LAST = "student_last.pth"
 STUDENT_BEST = "student_best.pth"
 
-_FORMAT = 2
+_FORMAT = 3
 
 
 def save_atomically(content: dict[str, Any], path: Path) -> None:

@@ -26,18 +26,20 @@ from classification.data import (
     renormalize,
 )
 from classification.distillation import Classifier, Student
-from classification.distributed import Process, average_buffers, fail_together, largest, union_over_processes
 from classification.evaluation import Evaluation, Intake, evaluate, progress_bar, raise_if_interrupted
 from classification.metrics import Journal, Sums, Throughput
 from classification.nonfinite import dump_step
 from classification.options import rematch_schedule, weight_schedule
+from classification.processes import Process
 from classification.records import write_checkpoint, write_epoch, write_matching
-from classification.state import random_state, restore_training, training_state
+from classification.state import restore_training, training_state
 from classification.steps import FINE, Gradients, Stepper
 from d2_mgd.distill import MatchingGuidedDistiller, RematchSchedule, WeightSchedule
 from d2_mgd.errors import CommonError, UserError, user_errors
 from d2_mgd.matching import SolverError
 from d2_mgd.training import Interrupted, received_signal
+from d2_mgd.training.processes import all_gather, average_buffers, failing_together, largest
+from d2_mgd.training.randomness import random_state
 
 __all__ = ["Progress", "Trainer", "learning_rate_factor"]
 
@@ -212,7 +214,7 @@ class Trainer:
             if options.mgd_update_source == "pass" or not self.distiller.matched:
                 self._observe_pass(epoch + 1)
             line.update(self._rematch(epoch + 1))
-        line["broken_images"] = len(union_over_processes(self.intake.broken))
+        line["broken_images"] = len(set().union(*all_gather(self.intake.broken)))
         line["skipped_steps"] = self.progress.skipped
         line["seconds"] = round(clock.seconds, 1)
         self._finish(line)
@@ -231,7 +233,8 @@ class Trainer:
             line["epoch"], self.options.epochs, line["err1"], line["err5"],
             progress.best["err1"], progress.best["epoch"], line["seconds"],
         )  # fmt: skip
-        fail_together(write_epoch(self, line, is_best))
+        with failing_together():
+            write_epoch(self, line, is_best)
         self.save()
 
     def _train(self, epoch: int, clock: Throughput) -> None:
@@ -259,7 +262,7 @@ class Trainer:
             CommonError: something is not finite, and that is not to be skipped.
             Interrupted: a rank received a signal.
         """
-        random = random_state(self.process.device)
+        random = random_state()
         factor = self.weight.factor(self.finished_steps / self.order.steps)
         gradients = self.stepper.backward(batch, factor > 0.0 and self._observing(), factor)
         # In one exchange: whether to leave, and the first that is not finite, of all processes. To read it is to wait
@@ -290,9 +293,7 @@ class Trainer:
         self.progress.skipped_in_row = 0
         return {name: value / gradients.images for name, value in losses.items()}
 
-    def _not_finite(
-        self, batch: Batch, gradients: Gradients, random: dict[str, Tensor], offence: int, rank: int
-    ) -> None:
+    def _not_finite(self, batch: Batch, gradients: Gradients, random: dict[str, Any], offence: int, rank: int) -> None:
         """Skip the step if that is allowed, else stop; in all processes alike."""
         progress, allowed = self.progress, self.options.skip_nonfinite
         what = self.stepper.name_of(offence, gradients.losses)
@@ -412,7 +413,8 @@ class Trainer:
             )  # fmt: skip
             kept[f"matching/{name}/mean_cost"] = report.mean_cost
             kept[f"matching/{name}/changed"] = report.changed
-        fail_together(write_matching(self, epoch, reports))
+        with failing_together():
+            write_matching(self, epoch, reports)
         return kept
 
     # ---- checkpoints
@@ -424,7 +426,8 @@ class Trainer:
             CommonError: the disk refuses.
         """
         state = training_state(self)
-        fail_together(write_checkpoint(self, state))
+        with failing_together():
+            write_checkpoint(self, state)
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from what :meth:`save` wrote.

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from classification.data import IMAGENET, Batch, Normalize, Statistics
-from classification.distributed import largest
 from classification.metrics import Sums, errors
 from d2_mgd.errors import UserError
 from d2_mgd.training import Interrupted, received_signal
+from d2_mgd.training.processes import largest
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from classification.checkpoint import replace_file
-from classification.distributed import sum_over_processes
+from d2_mgd.training.processes import sum_over_ranks
 
 __all__ = ["Journal", "Sums", "Throughput", "errors", "table"]
 
@@ -49,7 +49,7 @@ class Sums:
 
     def totals(self, names: Sequence[str]) -> tuple[int, dict[str, float]]:
         """Number of images, and the sums, of all processes (collective; all give the same names)."""
-        images, *totals = sum_over_processes(self._packed(names)).tolist()
+        images, *totals = sum_over_ranks(self._packed(names)).tolist()
         return round(images), dict(zip(names, totals))
 
     def means(self, names: Sequence[str]) -> dict[str, float]:

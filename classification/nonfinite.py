@@ -26,7 +26,7 @@ __all__ = ["dump_step"]
 logger = logging.getLogger(__name__)
 
 
-def dump_step(trainer: Trainer, batch: Batch, losses: Mapping[str, Tensor], random: dict[str, Tensor]) -> Path:
+def dump_step(trainer: Trainer, batch: Batch, losses: Mapping[str, Tensor], random: dict[str, Any]) -> Path:
     """Write what is needed to repeat the step in progress; where the disk refuses, that is a warning.
 
     Args:

@@ -1,6 +1,6 @@
-"""What the first process writes for all: checkpoints, the student's files, metrics and matchings.
+"""What rank 0 writes for all: checkpoints, the student's files, metrics and matchings.
 
-Each of these returns what the disk said against it, as a sentence for all processes; None where all went well.
+Each raises a :class:`UserError` where the disk refuses.
 """
 
 from __future__ import annotations
@@ -19,17 +19,13 @@ if TYPE_CHECKING:
 __all__ = ["write_checkpoint", "write_epoch", "write_matching"]
 
 
-def write_checkpoint(trainer: Trainer, state: dict[str, Any]) -> str | None:
+def write_checkpoint(trainer: Trainer, state: dict[str, Any]) -> None:
     """Write the state of a training, and move the pointer to it."""
     if not trainer.process.is_main:
-        return None
+        return
     progress = trainer.progress
     step = f"_step_{progress.step:06d}" if progress.step else ""
-    try:
-        trainer.checkpoints.write(state, f"checkpoint_epoch_{progress.epoch:04d}{step}.pth", _position(trainer))
-    except UserError as error:
-        return str(error)
-    return None
+    trainer.checkpoints.write(state, f"checkpoint_epoch_{progress.epoch:04d}{step}.pth", _position(trainer))
 
 
 def _position(trainer: Trainer) -> int:
@@ -39,7 +35,7 @@ def _position(trainer: Trainer) -> int:
     return progress.epoch * (images + 1) + done
 
 
-def write_epoch(trainer: Trainer, line: Mapping[str, Any], is_best: bool) -> str | None:
+def write_epoch(trainer: Trainer, line: Mapping[str, Any], is_best: bool) -> None:
     """Write the student's files and the metrics of a finished epoch.
 
     Args:
@@ -48,7 +44,7 @@ def write_epoch(trainer: Trainer, line: Mapping[str, Any], is_best: bool) -> str
         is_best: whether the student is the best so far.
     """
     if trainer.journal is None:
-        return None
+        return
     content = {
         "arch": trainer.options.arch,
         "classes": list(trainer.data["train"].folder.classes),
@@ -58,25 +54,20 @@ def write_epoch(trainer: Trainer, line: Mapping[str, Any], is_best: bool) -> str
         "err5": line["err5"],
         "state_dict": trainer.student.network.state_dict(),
     }
-    try:
-        for name in [STUDENT_LAST, *([STUDENT_BEST] if is_best else [])]:
-            path = trainer.options.output_dir / name
-            save_atomically(content, path)
-            if trainer.options.safetensors:
-                save_safetensors(content, path.with_suffix(".safetensors"))
-        trainer.journal.epoch(trainer.progress.history, trainer.finished_steps)
-    except UserError as error:
-        return str(error)
-    return None
+    for name in [STUDENT_LAST, *([STUDENT_BEST] if is_best else [])]:
+        path = trainer.options.output_dir / name
+        save_atomically(content, path)
+        if trainer.options.safetensors:
+            save_safetensors(content, path.with_suffix(".safetensors"))
+    trainer.journal.epoch(trainer.progress.history, trainer.finished_steps)
 
 
-def write_matching(trainer: Trainer, epoch: int, reports: Mapping[str, RematchReport]) -> str | None:
+def write_matching(trainer: Trainer, epoch: int, reports: Mapping[str, RematchReport]) -> None:
     """Write what a rematch after ``epoch`` epochs found."""
     if not trainer.process.is_main:
-        return None
+        return
     path = trainer.options.output_dir / "matching" / f"epoch_{epoch:04d}.npz"
     try:
         save_reports(path, reports)
     except OSError as error:
-        return f"{path} could not be written ({system_reason(error)}); the checkpoints are intact."
-    return None
+        raise UserError(f"{path} could not be written ({system_reason(error)}); the checkpoints are intact.") from error

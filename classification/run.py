@@ -11,7 +11,6 @@ import shlex
 import shutil
 import signal
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -29,21 +28,23 @@ from classification.checkpoint import (
     replace_file,
 )
 from classification.data import find_classes, find_folders
-from classification.distributed import Process, fail_together, from_main, largest, launch, say
 from classification.engine import Progress, Trainer
 from classification.metrics import table
 from classification.models import architecture
 from classification.options import as_values, gives_student
+from classification.processes import Process, launch
 from d2_mgd.errors import CommonError, UserError
 from d2_mgd.training import (
-    FolderInUse,
     Interrupted,
     StopRequest,
-    claimed_folder,
+    claimed_for_all_ranks,
     lasting_output,
     remove_leftovers,
     restarted,
 )
+from d2_mgd.training.launch import report
+from d2_mgd.training.processes import failing_together, from_main, largest
+from d2_mgd.training.randomness import seed_all
 from d2_mgd.training.weights_files import trust
 
 __all__ = ["main"]
@@ -74,7 +75,7 @@ def main(options: argparse.Namespace) -> int:
     try:
         _check(options)
     except UserError as error:
-        return say(error)
+        return report(error)
     return launch(_work, options)
 
 
@@ -107,7 +108,7 @@ def _work(process: Process, options: argparse.Namespace) -> None:
     classes = list(folders[0].classes)
     resume = None if options.evaluate else _agreed_resume(process, options)
     state = None if resume is None else read_training_state(resume, options.arch, classes)
-    torch.manual_seed(options.seed)
+    seed_all(options.seed)
     network = make_student(process, options, len(classes))  # before the teacher: every method starts from the same
     teacher = make_teacher(process, options, len(classes))
     trainer = make_trainer(process, options, network, teacher, folders)
@@ -115,13 +116,12 @@ def _work(process: Process, options: argparse.Namespace) -> None:
     if options.evaluate:
         _evaluate(trainer, teacher, len(classes))
         return
-    with ExitStack() as claims, StopRequest(confirm=process.is_main):
-        _claim(process, options.output_dir, claims)
+    with claimed_for_all_ranks(options.output_dir), StopRequest(confirm=process.is_main):
         if process.is_main:
             _open_folder(options, anew=state is None)
         if state is None:
             _look_at(trainer, teacher, len(classes))
-            torch.manual_seed(options.seed + 1 + process.rank)
+            seed_all(options.seed + 1 + process.rank)
         else:
             if process.is_main:
                 _compare_options(state, options, trainer.teacher)
@@ -155,14 +155,11 @@ def _check_process(process: Process, options: argparse.Namespace) -> None:
 
 def _agreed_resume(process: Process, options: argparse.Namespace) -> Path | None:
     """The checkpoint to go on from, which the first process chooses for all (collective)."""
-    chosen, failure = None, None
-    restart = largest(torch.tensor([int(restarted())], device=process.device)) == [1]
-    if process.is_main:
-        try:
+    chosen = None
+    restart = largest([restarted()]) == [1]
+    with failing_together():
+        if process.is_main:
             chosen = _find_resume(options, restart)
-        except UserError as error:
-            failure = str(error)
-    fail_together(failure)
     chosen = from_main(chosen)
     if chosen is not None and not chosen.is_file():
         raise UserError(
@@ -190,20 +187,6 @@ def _find_resume(options: argparse.Namespace, restart: bool) -> Path | None:
     if options.resume is not None:
         logger.info("%s does not exist yet: starting anew.", own)
     return None
-
-
-def _claim(process: Process, folder: Path, claims: ExitStack) -> None:
-    """Keep other runs out of the folder, by the first process for all (collective)."""
-    failure = None
-    if process.is_main:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            claims.enter_context(claimed_folder(folder))
-        except FolderInUse as error:
-            failure = str(error)
-        except OSError as error:
-            failure = f"--output-dir {folder} cannot be written to: {error.strerror}."
-    fail_together(failure)
 
 
 def _open_folder(options: argparse.Namespace, anew: bool) -> None:

@@ -14,30 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from classification.distributed import averaged_buffers, gather_objects, sum_over_processes
 from classification.options import as_values
+from d2_mgd.training.processes import averaged_buffers, gather, sum_over_ranks
+from d2_mgd.training.randomness import random_state, set_random_state
 
 if TYPE_CHECKING:
     from classification.engine import Trainer
 
-__all__ = ["random_state", "restore_training", "set_random_state", "training_state"]
-
 logger = logging.getLogger(__name__)
-
-
-def random_state(device: torch.device) -> dict[str, Tensor]:
-    """What torch's generators of this process stand at."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
-    """Go on from :func:`random_state`."""
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def training_state(trainer: Trainer) -> dict[str, Any]:
@@ -45,10 +29,10 @@ def training_state(trainer: Trainer) -> dict[str, Any]:
 
     The student's running statistics are the mean over processes. Within an epoch, each process's own are beside them.
     """
-    student, device = trainer.student, trainer.process.device
+    student = trainer.student
     data = trainer.options.data
     own: dict[str, Any] = {
-        "random": random_state(device),
+        "random": random_state(),
         "sums": trainer.sums.state_dict(),
         "broken": sorted(os.path.relpath(path, data) for path in trainer.intake.broken),
     }
@@ -68,7 +52,7 @@ def training_state(trainer: Trainer) -> dict[str, Any]:
         "costs": None if student.distiller is None else _summed_costs(trainer),
         "optimizer": trainer.stepper.optimizer.state_dict(),
         "scaler": trainer.stepper.scaler.state_dict(),
-        "processes": gather_objects(own),
+        "processes": gather(own),
     }
 
 
@@ -94,7 +78,7 @@ def _summed_costs(trainer: Trainer) -> dict[str, Any]:
         if state["similarity"] is not None:
             packed[:-1] = state["similarity"].flatten()
         packed[-1] = state["count"]
-        sum_over_processes(packed)
+        sum_over_ranks(packed)
         count = float(packed[-1])
         summed[name] = {"similarity": packed[:-1].view(shape) if count else None, "count": count}
     return summed
@@ -123,7 +107,7 @@ def restore_training(trainer: Trainer, state: Mapping[str, Any]) -> None:
         buffers = dict(trainer.student.named_buffers())
         for name, buffer in own.get("buffers", {}).items():
             buffers[name].copy_(buffer)
-        set_random_state(own["random"], trainer.process.device)
+        set_random_state(own["random"])
         return
     logger.warning(
         "the checkpoint is of %d processes and these are %d: the run goes on, but not exactly the same.",

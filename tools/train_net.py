@@ -13,11 +13,10 @@ import logging
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # works without an installation too
 
@@ -28,22 +27,19 @@ except ModuleNotFoundError as error:
 
     raise SystemExit(f"train_net.py needs Detectron2, which is not installed: {DETECTRON2_INSTALL}") from error
 import torch
-import torch.distributed as dist
 import yaml
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import MetadataCatalog
-from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
 from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 from torch import nn
-from torch.multiprocessing.spawn import ProcessExitedException
 
 from d2_mgd.data.formats import add_dataset_arguments, label_files
 from d2_mgd.detection import Trainer, add_mgd_config
-from d2_mgd.detection.agreement import first_failure
 from d2_mgd.detection.checkpoint import TrainingCheckpointer, load_weights
 from d2_mgd.detection.config import student_config, validate_config, validate_running
 from d2_mgd.detection.config_files import merge_file, merge_overrides
@@ -59,13 +55,14 @@ from d2_mgd.detection.loader import SampleError
 from d2_mgd.detection.nonfinite import NonFiniteError
 from d2_mgd.detection.teacher import build_teacher
 from d2_mgd.detection.weights import local_weights_file
-from d2_mgd.training import FolderInUse, claimed_folder, forwarded_signals, join_processes, lasting_output, restarted
+from d2_mgd.errors import UserError
+from d2_mgd.training import claimed_for_all_ranks, lasting_output, restarted
+from d2_mgd.training.launch import rank_status, start_ranks, under_launcher
+from d2_mgd.training.processes import local_rank, process_group, share_cores
 from d2_mgd.training.weights_files import trust
 
 logger = logging.getLogger("d2_mgd.train_net")
 
-BAD_INPUT = 2  # exit status, as argparse has it
-_PATIENCE = 10.0  # seconds
 _NAMED = 3  # weights in an error
 
 
@@ -133,14 +130,14 @@ def set_up(args: argparse.Namespace, claims: ExitStack) -> CfgNode:
     trains = not (args.eval_only or args.eval_teacher)
     _check_output(cfg.OUTPUT_DIR)
     if trains:
-        _claim(cfg.OUTPUT_DIR, claims)
+        claims.enter_context(claimed_for_all_ranks(cfg.OUTPUT_DIR))
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2_mgd")
     register_label_files(label_files(args), cfg)
     check_datasets_once(cfg, train=trains)
     default_setup(cfg, args)
     if cfg.MODEL.DEVICE == "cpu":
         logger.info("No GPU is used: the model is on the CPU")
-        _share_cores()
+        share_cores(comm.get_local_size())
     if trains and comm.is_main_process():
         _write_student_config(cfg)
         _write_places(cfg)
@@ -167,11 +164,13 @@ def _run(args: argparse.Namespace, claims: ExitStack) -> Any:
     except (ValueError, FileNotFoundError, AssertionError, KeyError, SampleError) as error:
         if " " not in str(error):  # no sentence: not somebody's input, but a mistake in the program
             raise
-        _refuse(error)
+        # Detectron2 finds what a config has wrong about a model by assertions and missing keys.
+        text = str(error.args[0]) if isinstance(error, (AssertionError, KeyError)) else str(error)
+        raise UserError(text) from error
     try:
         return trainer.train()
     except (DatasetError, SampleError, RematchError, NonFiniteError, OSError) as error:
-        _refuse(error)
+        raise UserError(str(error)) from error
 
 
 def evaluate_student(cfg: CfgNode, resume: bool) -> Any:
@@ -218,19 +217,6 @@ def _check_output(folder: str) -> None:
         raise ValueError(f"OUTPUT_DIR '{folder}' cannot be written: {error.strerror}.") from error
 
 
-def _claim(folder: str, claims: ExitStack) -> None:
-    """Keep other trainings out, by the first process for all. A collective."""
-    failure = ""
-    if comm.is_main_process():
-        try:
-            claims.enter_context(claimed_folder(folder))
-        except FolderInUse as error:
-            failure = str(error)
-    failure = first_failure(failure)
-    if failure:
-        raise FolderInUse(failure)
-
-
 def _write_student_config(cfg: CfgNode) -> None:
     """``student.yaml``, with which Detectron2's own tools/train_net.py evaluates the trained student."""
     plain = student_config(cfg)
@@ -253,12 +239,6 @@ def _write_places(cfg: CfgNode) -> None:
         json.dump(places, file, indent=2)
 
 
-def _share_cores() -> None:
-    """Processes on one machine share its cores, unless the user has said how."""
-    if comm.get_world_size() > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // comm.get_local_size()))
-
-
 def _is_of_detectron2(path: str) -> bool:
     """Whether a file is one of the model zoo's, where Detectron2 is installed."""
     return Path(model_zoo.__file__).resolve().parent in Path(path).resolve().parents
@@ -275,39 +255,8 @@ def _named(source: str) -> Iterator[None]:
         raise ValueError(f"{source}: {error}.") from error
 
 
-def _refuse(error: BaseException) -> NoReturn:
-    """Say what is wrong in one sentence and leave.
-
-    Mostly all processes find the same: the others give the first of a machine time to say it and to end the run. Who is
-    still there then has an error of its own.
-    """
-    if (comm.get_local_rank() if comm.get_world_size() > 1 else int(os.environ.get("LOCAL_RANK", 0))) != 0:
-        time.sleep(_PATIENCE)
-    # Detectron2 finds what a config has wrong about a model by assertions and missing keys.
-    text = str(error.args[0]) if isinstance(error, (AssertionError, KeyError)) else str(error)
-    print(f"train_net.py: error: {' '.join(text.split())}", file=sys.stderr, flush=True)
-    raise SystemExit(BAD_INPUT) from error
-
-
-def _run_under_torchrun(args: argparse.Namespace) -> Any:
-    """One process of many, started by torchrun; how many and which is in the environment."""
-    local_rank = int(os.environ["LOCAL_RANK"])
-    try:
-        with_gpus = _wants_gpus(args)
-    except ValueError as error:
-        _refuse(error)
-    if with_gpus:
-        torch.cuda.set_device(local_rank)
-    join_processes("nccl" if with_gpus else "gloo")
-    comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
-    try:
-        return run(args)
-    finally:
-        dist.destroy_process_group()
-
-
 def _wants_gpus(args: argparse.Namespace) -> bool:
-    """Whether the processes of a run work on GPUs, each on its own."""
+    """Whether the ranks of a run compute on GPUs, each on its own."""
     return torch.cuda.is_available() and build_config(args).MODEL.DEVICE.startswith("cuda")
 
 
@@ -318,38 +267,53 @@ def main(arguments: list[str] | None = None) -> Any:
         arguments: of the command line; by default those of this process.
 
     Returns:
-        What the last evaluation found, if it ran in this process.
+        The metrics of the last evaluation, if it ran in this process.
 
     Raises:
-        SystemExit: 2 after one sentence to stderr, for input that cannot work; 143 or 130 after a checkpoint, for
-            SIGTERM or Ctrl-C.
+        SystemExit: 2 after an error message, for input that cannot work; 143 or 130 after a checkpoint, for SIGTERM or
+            Ctrl-C.
     """
     args = parser().parse_args(arguments)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "LOCAL_RANK" in os.environ:
-        return _run_under_torchrun(args)
-    processes = args.num_gpus * args.num_machines
-    if processes > 1:
-        _check_processes(args)
-    try:
-        with forwarded_signals() if processes > 1 else nullcontext():
-            return launch(run, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,))
-    except ProcessExitedException as error:  # that process has said why
-        raise SystemExit(error.exit_code) from error
+    results: list[Any] = []
+    if under_launcher() or args.num_gpus * args.num_machines <= 1:
+        status = rank_status(lambda: results.append(_run_rank(args)))
+    else:
+        status = rank_status(lambda: _start_ranks(args))
+    if status:
+        raise SystemExit(status)
+    return results[0] if results else None
 
 
-def _check_processes(args: argparse.Namespace) -> None:
-    """Several processes: enough GPUs, and a place to meet. On CPUs, --num-gpus is the number of processes."""
-    try:
-        with_gpus = _wants_gpus(args)
-        if with_gpus and args.num_gpus > torch.cuda.device_count():
-            raise ValueError(f"--num-gpus is {args.num_gpus}, but this machine has {torch.cuda.device_count()} GPUs.")
-        if args.num_machines > 1 and args.dist_url == "auto":
-            raise ValueError("--num-machines needs --dist-url, such as tcp://FIRST_MACHINE:29500, the same on all.")
-    except ValueError as error:
-        _refuse(error)
-    if not with_gpus:
-        # Detectron2 chooses NCCL wherever it sees a GPU, and the model is on the CPU.
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+def _start_ranks(args: argparse.Namespace) -> None:
+    """Several ranks on this machine, one per GPU. On CPUs, --num-gpus is the number of ranks."""
+    if _wants_gpus(args) and args.num_gpus > torch.cuda.device_count():
+        raise UserError(f"--num-gpus is {args.num_gpus}, but this machine has {torch.cuda.device_count()} GPUs.")
+    status = start_ranks(
+        _rank,
+        (args,),
+        ranks=args.num_gpus,
+        machines=args.num_machines,
+        machine=args.machine_rank,
+        url="" if args.dist_url == "auto" else args.dist_url,
+    )
+    if status:
+        raise SystemExit(status)
+
+
+def _rank(args: argparse.Namespace) -> int:
+    return rank_status(lambda: _run_rank(args))
+
+
+def _run_rank(args: argparse.Namespace) -> Any:
+    """This process's part of the run; under a launcher, the environment says which of how many ranks it is."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return run(args)
+    with_gpus = _wants_gpus(args)
+    if with_gpus:
+        torch.cuda.set_device(local_rank())
+    with process_group("nccl" if with_gpus else "gloo"):
+        comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
+        return run(args)
 
 
 if __name__ == "__main__":

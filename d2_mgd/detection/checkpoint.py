@@ -16,10 +16,10 @@ import detectron2.utils.comm as comm
 import torch
 from torch import nn
 
-from d2_mgd.detection.agreement import first_failure
 from d2_mgd.detection.manifest import CheckpointManifest, write_atomically
 from d2_mgd.detection.weights import SafeCheckpointer, file_digest, load_weights, local_weights_file, read_tensors
 from d2_mgd.training import remove_leftovers, system_reason
+from d2_mgd.training.processes import first_failure
 
 __all__ = [
     "CheckpointError",

@@ -21,9 +21,9 @@ from torch import nn
 from d2_mgd.data.coco import ERROR, WARNING, CocoError, Inspection
 from d2_mgd.data.formats import LabelFiles
 from d2_mgd.data.inspection import OUTSIDE, inspect_set
-from d2_mgd.detection.agreement import first_failure
 from d2_mgd.errors import UserError
 from d2_mgd.training import write_atomically
+from d2_mgd.training.processes import first_failure
 
 __all__ = [
     "DatasetError",

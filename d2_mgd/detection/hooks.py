@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from d2_mgd.detection.loader import PassLoader
-from d2_mgd.detection.state import preserved_modes, preserved_randomness
+from d2_mgd.detection.state import preserved_modes
 from d2_mgd.distill import MatchingGuidedDistiller, RematchReport, RematchSchedule, save_reports
 from d2_mgd.matching import SolverError
 from d2_mgd.matching.cost import collective_device
 from d2_mgd.training import Interrupted
+from d2_mgd.training.randomness import preserved_randomness
 
 __all__ = ["CheckpointHook", "MatchingHook", "RematchError", "gather_costs"]
 

@@ -22,11 +22,11 @@ from detectron2.data.common import DatasetFromList
 from detectron2.data.samplers import InferenceSampler
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from d2_mgd.detection.agreement import first_failure, largest
 from d2_mgd.detection.images import ImageMapper
-from d2_mgd.detection.state import seeded_randomness
 from d2_mgd.detection.weights import local_weights_file, read_pickled_arrays
 from d2_mgd.training import Interrupted, loader_process_signals, received_signal
+from d2_mgd.training.processes import first_failure, largest
+from d2_mgd.training.randomness import seeded_randomness
 
 __all__ = [
     "EvaluationLoader",
@@ -278,7 +278,7 @@ def _to_the_end(batches: Iterator[list[Sample]]) -> Iterator[list[Sample]]:
         yield batch
         batch, error = _next(batches)
     _raise_in_all(error)
-    number = largest(received_signal())
+    number = largest([received_signal()])[0]
     if number:
         raise Interrupted(number)
 

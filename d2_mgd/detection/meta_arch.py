@@ -15,7 +15,6 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from d2_mgd.detection.agreement import FailedElsewhere, first_failure, synchronises
 from d2_mgd.detection.config import (
     LAST_NORMS,
     MARGIN_LOSSES,
@@ -37,9 +36,10 @@ from d2_mgd.detection.features import (
     valid_masks,
 )
 from d2_mgd.detection.heads import HeadDistiller, head_options
-from d2_mgd.detection.norms import make_trainable
+from d2_mgd.detection.norms import FailedElsewhere, make_trainable, synchronises
 from d2_mgd.detection.teacher import FrozenTeacher
 from d2_mgd.distill import MatchingGuidedDistiller, WeightSchedule
+from d2_mgd.training.processes import first_failure
 
 __all__ = ["TeacherStudentDetector"]
 

@@ -19,8 +19,9 @@ from detectron2.layers import FrozenBatchNorm2d
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
-from d2_mgd.detection.state import module_numbers, random_state, set_module_numbers
+from d2_mgd.detection.state import module_numbers, set_module_numbers
 from d2_mgd.training import system_reason, write_atomically
+from d2_mgd.training.randomness import random_state
 
 __all__ = ["NonFiniteError", "NonFinitePolicy", "StepMemory", "StepReport"]
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from detectron2.layers import FrozenBatchNorm2d, NaiveSyncBatchNorm
 from torch import Tensor, nn
 
-__all__ = ["TrainableAffineNorm", "TrainableSyncNorm", "export_student_state", "make_trainable"]
+from d2_mgd.distill.norms import MaskedBatchNorm
 
 
 class _LoadsAsFrozen(nn.BatchNorm2d):
@@ -91,3 +91,13 @@ def export_student_state(student: nn.Module) -> dict[str, Tensor]:
     detached tensors that share its memory.
     """
     return {name: value.detach() for name, value in student.state_dict().items()}
+
+
+class FailedElsewhere(FloatingPointError):
+    """Predictions are not finite on another rank, whose message says what they are."""
+
+
+def synchronises(module: nn.Module) -> bool:
+    """Whether forward and backward passes wait for other ranks, in a norm with the statistics of all."""
+    kinds = (nn.SyncBatchNorm, NaiveSyncBatchNorm)
+    return any(isinstance(one, kinds) or (isinstance(one, MaskedBatchNorm) and one.sync) for one in module.modules())

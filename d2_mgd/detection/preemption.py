@@ -13,8 +13,8 @@ from typing import NoReturn
 
 from detectron2.engine import HookBase
 
-from d2_mgd.detection.agreement import largest
 from d2_mgd.training import StopRequest, received_signal
+from d2_mgd.training.processes import largest
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class PreemptionHook(HookBase):
 
     def after_step(self) -> None:
         self._stepped = True
-        received = largest(received_signal())
+        received = largest([received_signal()])[0]
         if (
             received and self.trainer.iter + 1 < self.trainer.max_iter
         ):  # else all is done but what follows the last step

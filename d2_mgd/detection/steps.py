@@ -15,8 +15,9 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from d2_mgd.detection.agreement import FailedElsewhere, first_failure, largest, synchronises
 from d2_mgd.detection.nonfinite import NonFinitePolicy, StepReport
+from d2_mgd.detection.norms import FailedElsewhere, synchronises
+from d2_mgd.training.processes import first_failure, largest
 
 __all__ = ["Precision", "StepTrainer", "predict_in_float32"]
 
@@ -123,7 +124,7 @@ class StepTrainer(SimpleTrainer):
         self.policy.remember()
         self.optimizer.zero_grad()
         report = self._backward(batch)
-        if largest(not report.finite):
+        if largest([not report.finite])[0]:
             self.policy.handle(self.iter, report, batch)
             return
         self.policy.passed()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import math
@@ -19,9 +18,7 @@ from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.utils.env import seed_all_rng
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from d2_mgd.detection.agreement import largest
 from d2_mgd.detection.checkpoint import TrainingCheckpointer, check_same_teacher, load_weights
 from d2_mgd.detection.config import META_ARCHITECTURE, rematch_schedule, student_config, validate_config
 from d2_mgd.detection.datasets import check_classes, check_datasets_once
@@ -41,15 +38,14 @@ from d2_mgd.detection.state import (
     changed_numbers,
     module_numbers,
     preserved_modes,
-    preserved_randomness,
-    random_state,
     run_seed,
     set_module_numbers,
-    set_random_state,
 )
 from d2_mgd.detection.steps import Precision, StepTrainer, predict_in_float32
 from d2_mgd.distill import MATCHED_ALIGNMENTS
 from d2_mgd.training import Interrupted
+from d2_mgd.training.processes import distributed, largest
+from d2_mgd.training.randomness import preserved_randomness, random_state, set_random_state
 
 __all__ = ["Trainer"]
 
@@ -99,7 +95,7 @@ class Trainer(DefaultTrainer):
             predict_in_float32(self.student)
         folder = os.path.join(cfg.OUTPUT_DIR, "nonfinite")
         self._trainer = StepTrainer(
-            _distribute(model),
+            model if comm.get_world_size() == 1 else distributed(model),
             loader,
             optimizer,
             policy=NonFinitePolicy(model, cfg.MGD.NONFINITE.SKIP, folder, self._state_before_step),
@@ -285,7 +281,7 @@ class Trainer(DefaultTrainer):
             FileNotFoundError: no such weights.
             ValueError: the checkpoint is of another student, teacher, or kind of training than the config describes.
         """
-        resume = bool(largest(resume))
+        resume = bool(largest([resume])[0])
         found = comm.all_gather(resume and self.checkpointer.has_checkpoint())
         if len(set(found)) > 1:
             raise ValueError(
@@ -384,18 +380,6 @@ def _check_supported(cfg: CfgNode) -> None:
             f"SOLVER.IMS_PER_BATCH is {images}, which {processes} processes share; the {images // processes} images of "
             f"each cannot be cut into MGD.ACCUMULATE {parts} equal parts."
         )
-
-
-def _distribute(model: nn.Module) -> nn.Module:
-    """Wrap the trainable parts where there are several processes. The teacher is no submodule of ``model``."""
-    if comm.get_world_size() == 1:
-        return model
-    device = next(model.parameters()).device
-    devices = [device] if device.type == "cuda" else None
-    known = inspect.signature(DistributedDataParallel.__init__).parameters
-    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # new and old name
-    options: dict[str, Any] = {buffers: False}
-    return DistributedDataParallel(model, device_ids=devices, **options)
 
 
 def _inference_dir(cfg: CfgNode, dataset_name: str) -> str:

@@ -3,11 +3,11 @@
 Knows no network, no Detectron2.
 """
 
-from d2_mgd.training.claims import FolderInUse, claimed_folder
+from d2_mgd.training.claims import claimed_folder, claimed_for_all_ranks
 from d2_mgd.training.files import file_digest, remove_leftovers, system_reason, write_atomically
 from d2_mgd.training.manifest import CheckpointManifest
 from d2_mgd.training.output import lasting_output
-from d2_mgd.training.restarts import join_processes, restarted
+from d2_mgd.training.restarts import restarted
 from d2_mgd.training.signals import (
     Interrupted,
     StopRequest,
@@ -19,13 +19,12 @@ from d2_mgd.training.signals import (
 
 __all__ = [
     "CheckpointManifest",
-    "FolderInUse",
     "Interrupted",
     "StopRequest",
     "claimed_folder",
+    "claimed_for_all_ranks",
     "file_digest",
     "forwarded_signals",
-    "join_processes",
     "lasting_output",
     "loader_process_signals",
     "raised_signals",

@@ -5,34 +5,31 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+
+from d2_mgd.errors import UserError
+from d2_mgd.training.processes import failing_together, rank
 
 try:
     import fcntl
 except ImportError:  # a system without POSIX locks, where nothing is claimed
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["FolderInUse", "claimed_folder"]
-
 _NAME = ".in_use"
-
-
-class FolderInUse(ValueError):
-    """Another process trains in the folder; the message is one sentence."""
 
 
 @contextmanager
 def claimed_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Within, no other process can claim the folder; nor on other machines, where its file system shares locks.
+    """Context in which no other process can claim the folder; on other machines too, if its file system shares locks.
 
     The claim ends with the process, however that ends; the file ``.in_use`` stays, and claims nothing by itself.
-    Loading processes that are forked meanwhile do not have the claim.
+    Forked dataloader workers do not have the claim.
 
     Args:
         folder: exists and can be written to.
 
     Raises:
-        FolderInUse: another process has claimed it.
+        UserError: another process has claimed it.
     """
     if fcntl is None:
         yield
@@ -45,12 +42,26 @@ def claimed_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
         os.close(descriptor)
 
 
+@contextmanager
+def claimed_for_all_ranks(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Context in which rank 0 has claimed the folder for all ranks; the folder is made (collective at its begin)."""
+    with ExitStack() as claims:
+        with failing_together():
+            if rank() == 0:
+                try:
+                    os.makedirs(folder, exist_ok=True)
+                    claims.enter_context(claimed_folder(folder))
+                except OSError as error:
+                    raise UserError(f"{os.fspath(folder)} cannot be written to: {error.strerror}.") from error
+        yield
+
+
 def _lock(descriptor: int, folder: str | os.PathLike[str]) -> None:
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
-        raise FolderInUse(
+        raise UserError(
             f"{os.fspath(folder)} is in use by {holder}: two trainings would overwrite each other, so stop that one or "
             "name another folder."
         ) from None

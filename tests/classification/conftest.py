@@ -19,6 +19,7 @@ from PIL import Image
 from torch import nn
 
 from classification import main_base, main_mgd
+from d2_mgd.training import launch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CLASSES = ("ant", "bee", "cat")
@@ -158,6 +159,7 @@ def in_processes(words: list[object], world: int, script: Callable[[list[str]], 
 
 
 def _rank(script: Callable[[list[str]], int], words: list[str], place: dict[str, object]) -> None:
+    launch._PATIENCE = 0.0  # without a launcher, nothing ends the other ranks after the first
     os.environ.update({name: str(value) for name, value in place.items()})
     sys.exit(script(words))
 
@@ -169,7 +171,7 @@ def flat(value: object, name: str = "") -> dict[str, object]:
     """Nested containers as one level of names."""
     if isinstance(value, dict):
         return {key: v for k, inner in value.items() for key, v in flat(inner, f"{name}/{k}").items()}
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return {key: v for k, inner in enumerate(value) for key, v in flat(inner, f"{name}/{k}").items()}
     return {name: value}
 

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from classification import main_base
 from classification.checkpoint import Checkpoints
-from classification.distributed import fail_together
 from d2_mgd.errors import CommonError, UserError
+from d2_mgd.training.processes import failing_together
 from tests.classification.conftest import SMALL, Run, assert_same_run, command, free_port
 
 METHOD = ["--arch", "shufflenet_v2_x0_5", "--checkpoint-freq", 2, "--lr", 0.01]
@@ -185,7 +185,9 @@ def test_a_full_disk_stops_the_run_with_that_sentence(data: Path, tmp_path: Path
 def _fail(rank: int, url: str, folder: Path) -> None:
     torch.distributed.init_process_group("gloo", init_method=url, rank=rank, world_size=2)
     try:
-        fail_together("the disk is full." if rank == 0 else None)
+        with failing_together():
+            if rank == 0:
+                raise UserError("the disk is full.")
     except CommonError as error:
         (folder / str(rank)).write_text(str(error))
     torch.distributed.destroy_process_group()

@@ -11,18 +11,19 @@ from torch import nn
 
 import d2_mgd.distill.distiller as distiller_module
 from classification import main_base
-from classification.assembly import TeacherNetwork, make_trainer
+from classification.assembly import TeacherNetwork, make_trainer, synchronised_norms
 from classification.data import find_folders
 from classification.distillation import Student
-from classification.distributed import Process, average_buffers, gather_objects, sum_over_processes, synchronised_norms
 from classification.engine import Trainer
 from classification.metrics import Sums
 from classification.models import build
 from classification.options import parse_mgd
+from classification.processes import Process
 from d2_mgd.distill import MatchingGuidedDistiller, Tap, load_reports
 from d2_mgd.distill.norms import MaskedBatchNorm
 from d2_mgd.errors import CommonError
 from d2_mgd.matching import SolverError
+from d2_mgd.training.processes import average_buffers, gather, sum_over_ranks
 from tests.classification.conftest import (
     CLASSES,
     SMALL,
@@ -164,7 +165,7 @@ def test_what_ends_one_process_ends_the_others_without_a_traceback(
     said = capfd.readouterr().err
     assert sorted(statuses) == [1, 2]
     assert "bee/2.png cannot be read" in said
-    assert "another process ended, which says why" in said
+    assert "another rank ended, whose error says why" in said
     assert "Traceback" not in said
 
 
@@ -195,7 +196,7 @@ def test_a_port_in_use(mgd: Run, data: Path, resnet18_file: Path, capsys: pytest
         teacher = ["--teacher-arch", "resnet18", "--teacher-resume", resnet18_file]
         for flags in (spawn_flags(port), ["--world-size", 2, "--rank", 0, "--dist-url", f"tcp://localhost:{port}"]):
             assert mgd(data, *METHOD, *teacher, *flags) == 2
-            assert f"port {port} of --dist-url" in capsys.readouterr().err
+            assert f"--dist-url tcp://localhost:{port} cannot be used" in capsys.readouterr().err
     assert mgd(data, *METHOD, *teacher, "--multiprocessing-distributed", "--dist-url", "tcp://localhost") == 2
     assert "is not of the form tcp://ADDRESS:PORT" in capsys.readouterr().err
 
@@ -219,8 +220,8 @@ def test_synchronised_norms_keep_weights_and_names() -> None:
 
 def test_a_single_process_needs_no_group() -> None:
     assert Process(0, 1, 0, 1, torch.device("cpu")).is_main
-    assert gather_objects("a") == ["a"]
-    assert torch.equal(sum_over_processes(torch.ones(2)), torch.ones(2))
+    assert gather("a") == ["a"]
+    assert torch.equal(sum_over_ranks(torch.ones(2)), torch.ones(2))
     norm = nn.BatchNorm2d(2)
     average_buffers(norm)
     sums = Sums(torch.device("cpu"))

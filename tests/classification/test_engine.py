@@ -15,11 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from classification.assembly import TeacherNetwork, make_trainer
 from classification.data import IMAGENET, find_folders
 from classification.distillation import DistillationStep, Forward, Precision
-from classification.distributed import Process
 from classification.engine import Trainer, learning_rate_factor
 from classification.metrics import Sums, errors, table
 from classification.models import build
 from classification.options import parse_base, parse_mgd
+from classification.processes import Process
 from tests.classification.conftest import CLASSES, SMALL, settled
 
 CPU = torch.device("cpu")

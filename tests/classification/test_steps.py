@@ -13,14 +13,15 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from classification.assembly import TeacherNetwork, make_trainer
 from classification.data import Batch, find_folders
 from classification.distillation import DistillationStep, Precision, Student, Teacher
-from classification.distributed import Process, largest
 from classification.engine import Trainer
 from classification.evaluation import Intake
 from classification.models import build
 from classification.options import parse_mgd
+from classification.processes import Process
 from classification.steps import Stepper, parts_of
 from d2_mgd.distill import LogitLoss, MatchingGuidedDistiller, Tap
 from d2_mgd.errors import CommonError
+from d2_mgd.training.processes import largest
 from tests.classification.conftest import CLASSES, SMALL, Run, free_port, settled
 
 CPU = torch.device("cpu")

@@ -16,9 +16,9 @@ from training_runs import in_process_trainer, same_tensors
 import d2_mgd.distill.distiller as distiller_module
 from d2_mgd.detection.hooks import MatchingHook, RematchError
 from d2_mgd.detection.loader import TrainLoader
-from d2_mgd.detection.state import random_state
 from d2_mgd.distill import load_reports
 from d2_mgd.matching import SolverError
+from d2_mgd.training.randomness import random_state
 
 
 def hook_of(trainer: Any) -> MatchingHook:

@@ -19,7 +19,7 @@ from detectron2.data.samplers import TrainingSampler
 from d2_mgd.detection import add_mgd_config
 from d2_mgd.detection.datasets import register_coco
 from d2_mgd.detection.loader import PassLoader, SampleError, TrainLoader, build_pass_loader, build_train_loader
-from d2_mgd.detection.state import random_state
+from d2_mgd.training.randomness import random_state
 
 RECORDS = [{"file_name": f"{i}.png", "width": 96 if i % 3 else 64, "height": 64 if i % 3 else 96} for i in range(11)]
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from d2_mgd.training import FolderInUse, claimed_folder
+from d2_mgd.errors import UserError
+from d2_mgd.training import claimed_folder
 
 HOLDER = """
 import sys, time
@@ -26,7 +27,7 @@ def test_another_process_is_named_and_its_end_frees_the_folder(tmp_path: Path) -
     words = [sys.executable, "-c", HOLDER, str(tmp_path)]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None and holder.stdout.readline() == "claimed\n"
-        named = pytest.raises(FolderInUse, match=f"is in use by process {holder.pid} on .*: two trainings")
+        named = pytest.raises(UserError, match=f"is in use by process {holder.pid} on .*: two trainings")
         with named, claimed_folder(tmp_path):
             pass
         holder.send_signal(signal.SIGKILL)

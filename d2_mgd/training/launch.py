@@ -1,0 +1,132 @@
+"""Start the ranks of this machine with PyTorch's elastic launcher, the one behind torchrun, and report how they ended.
+
+Ranks find their place in the same environment variables as under torchrun, so that there is one way to join.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from d2_mgd.errors import CommonError, UserError
+from d2_mgd.training.processes import local_rank
+
+BAD_INPUT = 2  # exit status, as argparse has it
+_PATIENCE = 10.0  # seconds
+_SAVING = "600"  # seconds that the ranks have, after a signal, to write a checkpoint
+
+
+def under_launcher() -> bool:
+    """Whether this process is a rank that torchrun, or :func:`start_ranks`, has started."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def start_ranks(
+    work: Callable[..., int], args: tuple[Any, ...], *, ranks: int, machines: int = 1, machine: int = 0, url: str = ""
+) -> int:
+    """Run ``work`` in several processes of this machine; SIGTERM and Ctrl-C are passed on to them.
+
+    Args:
+        work: a function of a module, called with ``args``; returns the exit status of its process.
+        ranks: processes of this machine.
+        machines, machine: number of machines, and of this one.
+        url: ``tcp://ADDRESS:PORT`` of machine 0; "" for a free port, with one machine.
+
+    Returns:
+        0, the exit status of the rank that failed first, or 128 + the number of the signal that this process received.
+
+    Raises:
+        UserError: the address is malformed, in use, or does not answer.
+    """
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _SAVING)
+    where: dict[str, Any] = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0", "local_addr": "localhost"}
+    if url:
+        where = {"rdzv_backend": "static", "rdzv_endpoint": _endpoint(url), "rdzv_configs": {"rank": machine}}
+    elif machines > 1:
+        raise UserError("several machines need --dist-url tcp://ADDRESS_OF_MACHINE_0:PORT, the same on all.")
+    config = LaunchConfig(machines, machines, ranks, run_id="d2_mgd", max_restarts=0, monitor_interval=0.1, **where)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    logging.disable(logging.ERROR)  # the launcher's reports; the ranks print their own errors
+    try:
+        elastic_launch(config, _rank)(work, args)
+    except ChildFailedError as error:
+        status = error.get_first_failure()[1].exitcode
+        return status if status >= 0 else 128 - status
+    except SignalException as error:
+        return 128 + error.sigval
+    except dist.DistNetworkError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"--dist-url {url} cannot be used ({reason}): check the address or choose another port."
+        ) from error
+    finally:
+        logging.disable(logging.NOTSET)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return 0
+
+
+def _rank(work: Callable[..., int], args: tuple[Any, ...]) -> None:
+    status = work(*args)
+    if status:
+        sys.exit(status)
+
+
+def _endpoint(url: str) -> str:
+    parsed = urlsplit(url)
+    if parsed.scheme != "tcp" or parsed.hostname is None or parsed.port is None:
+        raise UserError(f"--dist-url {url} is not of the form tcp://ADDRESS:PORT.")
+    return f"{parsed.hostname}:{parsed.port}"
+
+
+def rank_status(work: Callable[[], Any]) -> int:
+    """Run one rank, or a program of one process, and return its exit status.
+
+    Returns:
+        0; 2 after a :class:`UserError`, whose message is printed; 130 after a Ctrl-C before there was anything to save;
+        1 where another rank ended.
+    """
+    try:
+        work()
+    except UserError as error:
+        return report(error)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        reason = str(error).splitlines()[0][:200]
+        _print(f"rank {os.environ.get('RANK', 0)}: another rank ended, whose error says why ({reason}).")
+        time.sleep(3 * _PATIENCE)  # longer than report(): the launcher's status is that of the rank that ends first
+        return 1
+    return 0
+
+
+def report(error: UserError) -> int:
+    """Print a user's mistake on standard error and return the exit status.
+
+    Mostly all ranks find the same mistake. The launcher ends the other ranks of a machine when the first has failed,
+    so all but one give that one time to print it.
+    """
+    local = local_rank()
+    if local:
+        time.sleep(_PATIENCE)
+    if not (local and isinstance(error, CommonError)):
+        _print(f"rank {os.environ.get('RANK')}: {error}" if local else str(error))
+    return BAD_INPUT
+
+
+def _print(message: str) -> None:
+    program = os.path.basename(sys.argv[0])
+    print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
