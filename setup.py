@@ -9,6 +9,13 @@ ROOT = Path(__file__).resolve().parent
 VERSION = runpy.run_path(str(ROOT / "d2_mgd" / "__init__.py"))["__version__"]
 DETECTRON2_URL = runpy.run_path(str(ROOT / "d2_mgd" / "_install.py"))["DETECTRON2_URL"]
 
+EXTRAS = {
+    "timm": ["timm>=1.0"],
+    "export": ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.1"],
+    "wandb": ["wandb>=0.17"],
+    "mlflow": ["mlflow-skinny>=2.14"],
+}
+
 setup(
     name="d2-mgd",
     version=VERSION,
@@ -18,8 +25,18 @@ setup(
     author="MGD Detectron2 contributors",
     license="MIT",
     python_requires=">=3.10",
-    packages=find_packages(include=["d2_mgd", "d2_mgd.*"]),
-    package_data={"d2_mgd": ["py.typed"]},
+    packages=[*find_packages(include=["d2_mgd", "d2_mgd.*", "classification"]), "d2_mgd._configs", "d2_mgd_tools"],
+    # A package "tools" would be Detectron2's.
+    package_dir={"d2_mgd._configs": "configs", "d2_mgd_tools": "tools"},
+    package_data={"d2_mgd": ["py.typed"], "d2_mgd._configs": ["*.yaml", "*/*.yaml"]},
+    entry_points={
+        "console_scripts": [
+            "d2-mgd-train = d2_mgd.commands:train",
+            "d2-mgd-classify = classification.main_mgd:main",
+            "d2-mgd-compare = d2_mgd.commands:compare",
+            "d2-mgd-check = d2_mgd.commands:check",
+        ]
+    },
     install_requires=[
         "torch>=2.4",
         "torchvision>=0.19",
@@ -35,6 +52,9 @@ setup(
         "safetensors>=0.4",
     ],
     extras_require={
+        **EXTRAS,
+        # Without Detectron2, which cannot be built in isolation.
+        "all": [requirement for requirements in EXTRAS.values() for requirement in requirements],
         # Needs torch and setuptools beforehand and no build isolation: see DETECTRON2_INSTALL in d2_mgd/_install.py.
         # It imports pkg_resources, which setuptools 82 dropped, and draws with OpenCV without asking for it.
         "detectron2": [f"detectron2 @ {DETECTRON2_URL}", "setuptools<82", "opencv-python-headless>=4.8"],

@@ -38,6 +38,7 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
+from d2_mgd import configs
 from d2_mgd.data.formats import add_dataset_arguments, label_files
 from d2_mgd.detection import Trainer, add_mgd_config
 from d2_mgd.detection.checkpoint import TrainingCheckpointer, load_weights
@@ -100,6 +101,7 @@ def build_config(args: argparse.Namespace) -> CfgNode:
     cfg = get_cfg()
     add_mgd_config(cfg)
     if args.config_file:
+        args.config_file = configs.find(args.config_file)
         with _named(args.config_file):
             # Detectron2's own files hold python expressions and came with its code; a stranger's must not.
             merge_file(cfg, args.config_file, allow_unsafe=_is_of_detectron2(args.config_file))

@@ -14,7 +14,7 @@ import yaml
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 
-import d2_mgd
+from d2_mgd import configs
 from d2_mgd.detection.config_files import check_mgd_types, merge_file, merge_overrides
 from d2_mgd.detection.heads import head_options
 from d2_mgd.distill import (
@@ -51,7 +51,7 @@ PRECISIONS = ("", "float16", "bfloat16")
 _MOST_REMATCHES = 10_000
 MARGIN_LOSSES = ("partial_l2",)  # need a teacher's pre-activations with the margins of their batch-norm
 
-_PROJECT_CONFIGS = Path(d2_mgd.__file__).resolve().parents[1] / "configs"
+_PROJECT_CONFIGS = configs.FOLDER
 
 
 def add_mgd_config(cfg: CfgNode) -> None:

@@ -217,7 +217,7 @@ def test_a_folder_that_another_training_writes_to(workplace: Any, tmp_path: Path
         ("MODEL: {", "config.yaml: "),
         ("MODEL:\n  NONSENSE: 1\n", "MODEL.NONSENSE"),
         ("VERSION: 2\nMODEL: !!python/object/apply:os.system ['true']\n", "asks for python"),
-        (None, "config.yaml: "),
+        (None, "config.yaml does not exist."),
     ],
     ids=["no yaml", "unknown key", "code", "missing"],
 )

@@ -1,0 +1,34 @@
+"""The console commands of an installation: the scripts of ``tools``, which a wheel contains as ``d2_mgd_tools``."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+__all__ = ["check", "compare", "train"]
+
+_BESIDE = Path(__file__).resolve().parents[1]
+
+
+def _main(script: str) -> Any:
+    """``main`` of a script. Scripts import each other by name, so their folder goes to ``sys.path``."""
+    in_wheel = _BESIDE / "d2_mgd_tools"
+    sys.path.insert(0, str(in_wheel if in_wheel.is_dir() else _BESIDE / "tools"))
+    return importlib.import_module(script).main
+
+
+def train() -> None:
+    """Train a detector."""
+    _main("train_net")()
+
+
+def compare() -> int:
+    """Show trainings side by side."""
+    return _main("compare")()
+
+
+def check() -> int:
+    """Check a data set for a detector."""
+    return _main("check_dataset")()
