@@ -1,4 +1,4 @@
-"""docs/results.md, written from the studies and their json lines and from nothing else."""
+"""docs/results.md: the overview, then a table for each study, written from its JSON lines."""
 
 from __future__ import annotations
 
@@ -7,20 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy.results import NOT_RUN, Results, projection_table, rematch_table, table
+from benchmarks.accuracy.results import Results, projection_table, rematch_table, table
 from benchmarks.accuracy.study import AnyStudy, Study, load_study
 
 __all__ = ["report", "write_report"]
 
-_HEAD = f"""# Results
-
-Written by `python -m benchmarks.accuracy report` from the json lines in `benchmarks/accuracy/results`; change it there.
-Accuracies are top-1 in percent on the test images, mean and standard deviation over seeds. *Last epoch* is what counts;
-the best epoch is chosen by the test images and stands beside it because others report it. *Of the gap* is the share of
-the distance between the student alone and its teacher that a method recovers. *{NOT_RUN}* means just that: there is no
-number, measured or guessed. The published numbers are those of each method's authors, for the same pair and schedule.
-[methods.md](methods.md) says what the methods do.
-"""
+_OVERVIEW = Path(__file__).with_name("overview.md")  # the first part of the page, written by hand
 
 
 def write_report(studies: Path, results: Path, output: Path) -> None:
@@ -37,7 +29,10 @@ def report(studies: Path, results: Path) -> str:
     found = {study.name: Results(results / f"{study.name}.jsonl") for study in loaded}
     done = [study for study in loaded if _lines(study, found[study.name])]
     waiting = [study for study in loaded if study not in done]
-    parts = [_HEAD, *(_section(study, found[study.name]) for study in [*done, *waiting])]
+    parts = [
+        _OVERVIEW.read_text(encoding="utf-8"),
+        *(_section(study, found[study.name]) for study in [*done, *waiting]),
+    ]
     return "\n".join(parts)
 
 

@@ -237,7 +237,7 @@ class MatchingGuidedDistiller(nn.Module):
     def update_balance(self, group: Any = None, reduced: bool = False) -> None:
         """Make the next step's factors from what the backward passes of this one have measured.
 
-        A collective under ``torch.distributed``, see :meth:`Balance.update <d2_mgd.distill.balance.Balance.update>`.
+        A collective under ``torch.distributed``, see :meth:`~d2_mgd.distill.balance.Balance.update`.
         """
         self.balance.update(group, reduced)
 

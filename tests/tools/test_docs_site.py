@@ -1,7 +1,9 @@
-"""The documentation as a site: all of it is reachable, nothing is fetched, and what leads nowhere fails the build."""
+"""The documentation as a site: all pages are reachable and load from disk, nothing is fetched, broken links fail."""
 
 from __future__ import annotations
 
+import html
+import json
 import os
 import re
 import shutil
@@ -32,7 +34,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_document_is_a_page_that_leads_to_all_others(site: Path) -> None:
     documents = {path.relative_to(ROOT / "docs").with_suffix(".html") for path in (ROOT / "docs").rglob("*.md")}
-    pages = documents | {Path("front_page.html"), Path("contributing.html"), Path("changelog.html")}
+    pages = documents | {Path("contributing.html"), Path("changelog.html")}
     home = (site / "index.html").read_text(encoding="utf-8")
     navigation = home[home.index('class="md-nav') :]
     for page in pages:
@@ -40,17 +42,17 @@ def test_every_document_is_a_page_that_leads_to_all_others(site: Path) -> None:
         assert page == Path("index.html") or f'href="{page}"' in navigation, f"nothing leads to {page}"
 
 
-def test_links_of_the_front_page_lead_to_pages_and_to_copies_of_files(site: Path) -> None:
-    text = (site / "front_page.html").read_text(encoding="utf-8")
-    assert 'href="core.html#quickstart"' in text
-    copies = re.findall(r'href="(files/[^"]+)"', text)
+def test_links_lead_to_pages_and_to_copies_of_files(site: Path) -> None:
+    assert 'href="core.html#quickstart"' in (site / "index.html").read_text(encoding="utf-8")
+    copies = {
+        link for page in site.glob("*.html") for link in re.findall(r'href="(files/[^"#]+)', page.read_text("utf-8"))
+    }
     assert len(copies) > 5
-    pages = [copy for copy in copies if copy.endswith(".html")]  # documents outside docs/
-    for copy in set(copies) - set(pages):
-        assert (site / copy).read_bytes() == (ROOT / copy.removeprefix("files/")).read_bytes()
-    assert pages == ["files/benchmarks/results/speed.html"]
-    assert (site / "files/benchmarks/results/speed_scaling.png").is_file()  # what it shows comes with it
-    assert 'src="speed_scaling.png"' in (site / pages[0]).read_text(encoding="utf-8")
+    for copy in copies:
+        if not copy.endswith(".html"):  # documents outside docs/ become pages
+            assert (site / copy).read_bytes() == (ROOT / copy.removeprefix("files/")).read_bytes()
+    assert (site / "files/benchmarks/results/speed_scaling.png").is_file()  # a copied page brings its pictures
+    assert 'src="speed_scaling.png"' in (site / "files/benchmarks/results/speed.html").read_text(encoding="utf-8")
 
 
 def test_pages_fetch_nothing_from_elsewhere(site: Path) -> None:
@@ -83,11 +85,69 @@ def test_a_new_page_needs_no_line_in_the_nav(tmp_path: Path) -> None:
     assert home.index("results.html") < home.index("newcomer.html") < home.index("api/index.html", home.index("nav"))
 
 
-def test_what_leads_nowhere_fails_the_build(tmp_path: Path) -> None:
+def test_broken_links_fail_the_build(tmp_path: Path) -> None:
     _copy(tmp_path)
     with open(tmp_path / "docs" / "core.md", "a", encoding="utf-8") as file:
         file.write("\n[gone](gone.md), [file](../configs/gone.yaml), [heading](methods.md#gone)\n")
     run = _build(tmp_path, tmp_path / "site")
     assert run.returncode != 0
-    for offence in ("gone.md", "../configs/gone.yaml", "methods.md#gone"):
-        assert offence in run.stderr, run.stderr
+    for target in ("gone.md", "../configs/gone.yaml", "methods.md#gone"):
+        assert target in run.stderr, run.stderr
+
+
+# Loads every page in a frame as wide as a phone's screen, one of them with a search term; the title becomes the result.
+_LOAD_ALL = """<!DOCTYPE html><meta charset="utf-8"><body><script>
+const pages = PAGES, found = {};
+const wait = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
+async function load(page) {
+  const frame = document.createElement("iframe");
+  frame.style.cssText = "width: 390px; height: 800px; border: 0";
+  const loaded = new Promise((resolve) => frame.addEventListener("load", resolve));
+  frame.src = page;
+  document.body.append(frame);
+  await loaded;
+  const inner = frame.contentDocument;
+  for (let tries = 0; tries < 50 && page.includes("?q=") && !inner.querySelector(".md-search-result__item"); tries++)
+    await wait(100);
+  found[page] = {
+    heading: inner.querySelector("h1")?.textContent ?? "",
+    width: inner.documentElement.scrollWidth,
+    missing: [...inner.images].filter((image) => !image.naturalWidth).map((image) => image.src),
+    results: inner.querySelectorAll(".md-search-result__item").length,
+  };
+  frame.remove();
+}
+(async () => {
+  for (const page of pages) await load(page);
+  document.title = JSON.stringify(found);
+})();
+</script></body>"""
+
+
+def test_every_page_loads_from_disk_in_a_browser_as_wide_as_a_phone(site: Path) -> None:
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("Chromium is not installed")
+    pages = sorted(str(page.relative_to(site)) for page in site.rglob("*.html") if page.name != "404.html")
+    searched = "index.html?q=reducer"
+    (site / "load_all.html").write_text(_LOAD_ALL.replace("PAGES", json.dumps([*pages, searched])), encoding="utf-8")
+    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+    command += [
+        "--allow-file-access-from-files",
+        "--enable-logging=stderr",
+        "--virtual-time-budget=120000",
+        "--dump-dom",
+    ]
+    run = subprocess.run(
+        [*command, (site / "load_all.html").as_uri()], capture_output=True, text=True, timeout=240, check=True
+    )
+    title = re.search(r"<title>(.*?)</title>", run.stdout)
+    assert title, run.stderr[-2000:]
+    found = json.loads(html.unescape(title[1]))
+    assert set(found) == {*pages, searched}
+    for page, state in found.items():
+        assert state["heading"], page
+        assert state["width"] <= 390, f"{page} is {state['width']} px wide"
+        assert not state["missing"], page
+    assert found[searched]["results"] > 0
+    assert not re.findall(r"CONSOLE.*(?:Uncaught|ERR_|Failed to load)[^\n]*", run.stderr)

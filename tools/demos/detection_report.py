@@ -17,12 +17,12 @@ from visualize_matching import add_costs, add_rematches, group_figure
 from d2_mgd import visualize
 from d2_mgd.distill import RematchReport
 from d2_mgd.visualize.report import Bar, Report
+from demos.result_figure import COLOURS, result_figure
 from demos.scenes import CLASSES
 
 if TYPE_CHECKING:
     from demos.detection_demo import Demo, Stage
 
-_COLOURS = {"teacher": "#7F7F7F", "student": "#E69F00", "distilled": "#0072B2"}
 _SHOWN_SCENES = 5
 _LEAST_SCORE = 0.4
 _LEAST_AP = 1.0  # percent; less, of a detector or between two, says nothing on so few scenes
@@ -38,7 +38,7 @@ class Written:
 
 
 def write_report(demo: Demo, results: dict[str, dict[str, Any]]) -> Written:
-    """Write ``report.md`` and ``report.html`` into the demo's folder.
+    """Write ``report.md``, ``report.html`` and ``result.png`` into the demo's folder.
 
     Args:
         demo: with all stages finished.
@@ -48,7 +48,7 @@ def write_report(demo: Demo, results: dict[str, dict[str, Any]]) -> Written:
     report = Report("What a teacher is worth: distillation on rendered scenes", lead=_lead(results))
     report.bars(
         [
-            Bar(stage.caption, results[name]["AP"] or 0.0, f"{_number(results[name]['AP'])} AP", _COLOURS[name])
+            Bar(stage.caption, results[name]["AP"] or 0.0, f"{_number(results[name]['AP'])} AP", COLOURS[name])
             for name, stage in stages.items()
         ],
         "COCO AP of the three detectors",
@@ -59,6 +59,7 @@ def write_report(demo: Demo, results: dict[str, dict[str, Any]]) -> Written:
     _add_detections(report, demo, stages)
     _add_method(report, demo, stages)
     markdown, page = report.write(demo.output)
+    result_figure(results).savefig(demo.output / "result.png")
     return Written(markdown, page, _terminal_table(stages, results))
 
 
@@ -131,7 +132,7 @@ def _terminal_table(stages: dict[str, Stage], results: dict[str, dict[str, Any]]
 def _add_curves(report: Report, demo: Demo, stages: dict[str, Stage]) -> None:
     report.heading("Training")
     runs = {stage.caption: visualize.read_metrics(demo.folder(name) / "metrics.json") for name, stage in stages.items()}
-    colours = {stage.caption: _COLOURS[name] for name, stage in stages.items()}
+    colours = {stage.caption: COLOURS[name] for name, stage in stages.items()}
     panels = {"classification loss": "loss_cls", "box loss": "loss_box_reg", "AP on the test scenes": "bbox/AP"}
     report.figure(
         "curves",
