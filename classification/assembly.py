@@ -30,8 +30,8 @@ from classification.weights import (
 )
 from d2_mgd.distill import MatchingGuidedDistiller
 from d2_mgd.distill.norms import MaskedBatchNorm
-from d2_mgd.errors import UserError, user_errors
 from d2_mgd.training.processes import distributed, one_rank_first
+from d2_mgd.errors import UserError
 
 __all__ = ["TeacherNetwork", "make_student", "make_teacher", "make_trainer"]
 
@@ -160,20 +160,19 @@ def _make_distiller(
         )
     summed = options.loss in SUMMED_LOSSES
     weights = published_factors(every, options.loss_factor) if summed else dict.fromkeys(pairs, options.loss_weight)
-    with user_errors():
-        return MatchingGuidedDistiller(
-            {name: (student_maps[name][0], teacher_maps[name][0]) for name in pairs},
-            reducer=options.mgd_reducer,
-            loss=options.loss,
-            metric=options.mgd_metric,
-            mode=options.mgd_mode,
-            align=options.mgd_align,
-            norm="sync_bn" if options.sync_bn and process.world > 1 else "bn",
-            weights=weights,
-            margins=margins(teacher.name, teacher.network, pairs) if options.loss == "partial_l2" else None,
-            reduction="image_sum" if summed else "mean",
-            spatial=options.mgd_spatial,
-        )
+    return MatchingGuidedDistiller(
+        {name: (student_maps[name][0], teacher_maps[name][0]) for name in pairs},
+        reducer=options.mgd_reducer,
+        loss=options.loss,
+        metric=options.mgd_metric,
+        mode=options.mgd_mode,
+        align=options.mgd_align,
+        norm="sync_bn" if options.sync_bn and process.world > 1 else "bn",
+        weights=weights,
+        margins=margins(teacher.name, teacher.network, pairs) if options.loss == "partial_l2" else None,
+        reduction="image_sum" if summed else "mean",
+        spatial=options.mgd_spatial,
+    )
 
 
 def _wrapped(process: Process, options: argparse.Namespace, student: Student, teacher: Teacher | None) -> nn.Module:

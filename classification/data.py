@@ -27,7 +27,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
 from d2_mgd.data.class_folders import class_names, files_below
-from d2_mgd.data.images import eight_bits
+from d2_mgd.data.images import ImageError, read_rgb
 from d2_mgd.errors import UserError
 from d2_mgd.training import loader_process_signals
 
@@ -208,10 +208,12 @@ class ImageDataset(Dataset[Item]):
         index = key.number
         for attempt in range(self.attempts):
             index = (key.number + attempt) % len(self.folder)
-            image = _read(self.folder.path(index))
-            if image is not None:
-                return Item(self._transformed(image, key.seed), int(self.folder.targets[index]), tuple(broken))
-            broken.append(str(self.folder.path(index)))
+            try:
+                image = read_rgb(self.folder.path(index), upright=False)
+            except ImageError:
+                broken.append(str(self.folder.path(index)))
+                continue
+            return Item(self._transformed(image, key.seed), int(self.folder.targets[index]), tuple(broken))
         return Item(None, int(self.folder.targets[index]), tuple(broken))
 
     def _transformed(self, image: Image.Image, seed: int) -> Tensor:
@@ -234,14 +236,6 @@ def _middle(image: Image.Image) -> Image.Image:
         return image
     left, top = max(0, (width - longest) // 2), max(0, (height - longest) // 2)
     return image.crop((left, top, width - left, height - top))
-
-
-def _read(path: Path) -> Image.Image | None:
-    try:
-        with open(path, "rb") as file, Image.open(file) as image:
-            return eight_bits(image).convert("RGB")
-    except Exception:  # decoders raise whatever they like: OSError, SyntaxError, ValueError, struct.error, ...
-        return None
 
 
 def _collate(items: list[Item]) -> Batch:

@@ -35,7 +35,7 @@ from classification.records import write_checkpoint, write_epoch, write_matching
 from classification.state import restore_training, training_state
 from classification.steps import FINE, Gradients, Stepper
 from d2_mgd.distill import MatchingGuidedDistiller, RematchSchedule, WeightSchedule
-from d2_mgd.errors import CommonError, UserError, user_errors
+from d2_mgd.errors import CommonError, UserError, located
 from d2_mgd.matching import SolverError
 from d2_mgd.training import Interrupted, received_signal
 from d2_mgd.training.processes import all_gather, average_buffers, failing_together, largest
@@ -399,7 +399,7 @@ class Trainer:
         """
         try:
             reports = self.distiller.rematch()
-        except (ValueError, SolverError) as error:  # of the cost or the solver
+        except (UserError, SolverError) as error:  # of the cost or the solver
             if not self.distiller.matched:
                 raise CommonError(f"the first matching cannot be found: {error}") from error
             self._forget_costs()
@@ -435,5 +435,5 @@ class Trainer:
         Raises:
             UserError: the state is of another distiller.
         """
-        with user_errors("the checkpoint does not fit these options: "):
+        with located("the checkpoint does not fit these options: "):
             restore_training(self, state)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from classification.models import Feature, architecture
 from d2_mgd.distill import Tap, batch_norm_margin
-from d2_mgd.errors import UserError, user_errors
+from d2_mgd.errors import UserError, located
 
 __all__ = ["FeaturePair", "margins", "pair_features", "published_factors"]
 
@@ -125,7 +125,7 @@ def margins(name: str, teacher: nn.Module, pairs: dict[str, FeaturePair]) -> dic
     found: dict[str, Tensor] = {}
     for feature, pair in pairs.items():
         if pair.distilled:
-            with user_errors(f"{name}, feature {feature}: "):
+            with located(f"{name}, feature {feature}: "):
                 found[feature] = batch_norm_margin(_norm(teacher, feature, pair))
     return found
 
@@ -134,7 +134,7 @@ def _norm(teacher: nn.Module, feature: str, pair: FeaturePair) -> nn.Module:
     modules = dict(teacher.named_modules())
     if pair.norm is not None:
         if pair.norm not in modules:
-            raise ValueError(f"there is no module {pair.norm!r} to make margins from.")
+            raise UserError(f"there is no module {pair.norm!r} to make margins from.")
         return modules[pair.norm]
     tapped = modules[pair.teacher.module]
     end = tapped
@@ -142,7 +142,7 @@ def _norm(teacher: nn.Module, feature: str, pair: FeaturePair) -> nn.Module:
         end = end[-1]
     norms = [module for module in tapped.modules() if hasattr(module, "running_mean")]
     if not norms or not (pair.teacher.before_activation or end is norms[-1]):
-        raise ValueError(
+        raise UserError(
             f"the output of {pair.teacher.module!r} is not known to be a batch-norm's, so there are no margins for "
             f"partial_l2: tap before an activation ({pair.teacher.module}{_BEFORE}), name the norm "
             f"({feature}=STUDENT_MODULE:{pair.teacher.module}:NORM), or use --loss mse or pearson."

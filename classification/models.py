@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from classification.networks import MobileNetV1, PreActivationShuffleNetV2
 from d2_mgd.distill import FeatureTaps, Tap
-from d2_mgd.errors import UserError, user_errors
+from d2_mgd.errors import UserError, located
 
 __all__ = ["ARCHITECTURES", "Architecture", "Feature", "architecture", "available", "build", "measure_features"]
 
@@ -162,9 +162,7 @@ def architecture(name: str) -> Architecture:
 
 def build(name: str, num_classes: int) -> nn.Module:
     """A network with fresh weights. Errors as in :func:`architecture`."""
-    row = architecture(name)
-    with user_errors(f"{name} with {num_classes} classes cannot be built: "):
-        return row.build(num_classes)
+    return architecture(name).build(num_classes)
 
 
 def _timm_model(name: str, num_classes: int | None, pretrained: bool = False) -> nn.Module:
@@ -193,7 +191,7 @@ def measure_features(
     images = torch.zeros(1, 3, image_size, image_size, device=next(model.parameters()).device)
     model.eval()
     try:
-        with user_errors(f"{name}: "), FeatureTaps(model, taps) as feature_taps:
+        with located(f"{name}: "), FeatureTaps(model, taps) as feature_taps:
             maps: dict[str, Tensor] = feature_taps.run(images)
     except RuntimeError as error:
         raise UserError(f"{name} cannot be tapped with images of {image_size} px: {error}") from error

@@ -22,7 +22,7 @@ from d2_mgd.distill import (
     WeightSchedule,
 )
 from d2_mgd.distill.registry import names
-from d2_mgd.errors import UserError, user_errors
+from d2_mgd.errors import UserError, located
 from d2_mgd.matching import MODES
 from d2_mgd.matching.cost import METRICS
 
@@ -281,14 +281,13 @@ def logit_loss(options: argparse.Namespace) -> LogitLoss:
             raise UserError(f"--kd-options takes NAME=NUMBER, such as beta=8, not {text!r}.") from None
     if "temperature" in own:
         raise UserError("the temperature of the logits is --kd-temperature, not one of the --kd-options.")
-    with user_errors():
-        return LogitLoss(
-            options.kd_loss,
-            weight=options.kd_weight,
-            standardize=bool(options.kd_standardize),
-            temperature=options.kd_temperature,
-            **own,
-        )
+    return LogitLoss(
+        options.kd_loss,
+        weight=options.kd_weight,
+        standardize=bool(options.kd_standardize),
+        temperature=options.kd_temperature,
+        **own,
+    )
 
 
 def rematch_schedule(options: argparse.Namespace) -> RematchSchedule:
@@ -299,9 +298,8 @@ def rematch_schedule(options: argparse.Namespace) -> RematchSchedule:
     """
     if not options.mgd_update_at and not options.mgd_update_log:
         return RematchSchedule([options.mgd_update_freq])
-    with user_errors():
-        spaced = RematchSchedule.log_spaced(*options.mgd_update_log).at if options.mgd_update_log else []
-        return RematchSchedule(at=[*options.mgd_update_at, *spaced])
+    spaced = RematchSchedule.log_spaced(*options.mgd_update_log).at if options.mgd_update_log else []
+    return RematchSchedule(at=[*options.mgd_update_at, *spaced])
 
 
 def weight_schedule(options: argparse.Namespace) -> WeightSchedule:
@@ -311,7 +309,7 @@ def weight_schedule(options: argparse.Namespace) -> WeightSchedule:
         UserError: numbers that do not fit together.
     """
     stop = options.epochs if options.distill_stop is None else options.distill_stop
-    with user_errors("--distill-...: "):
+    with located("--distill-...: "):
         return WeightSchedule(
             options.distill_decay, options.distill_start, stop, options.distill_warmup, options.distill_end
         )

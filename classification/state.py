@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from classification.options import as_values
 from d2_mgd.training.processes import averaged_buffers, gather, sum_over_ranks
 from d2_mgd.training.randomness import random_state, set_random_state
+from d2_mgd.errors import UserError, reason
 
 if TYPE_CHECKING:
     from classification.engine import Trainer
@@ -88,7 +89,7 @@ def restore_training(trainer: Trainer, state: Mapping[str, Any]) -> None:
     """Go on from :func:`training_state`, in every process.
 
     Raises:
-        ValueError: the state is of another distiller.
+        UserError: the state is of another distiller.
     """
     _load_modules(trainer, state)
     if state["costs"] and trainer.process.is_main:
@@ -121,13 +122,13 @@ def restore_training(trainer: Trainer, state: Mapping[str, Any]) -> None:
 def _load_modules(trainer: Trainer, state: Mapping[str, Any]) -> None:
     student = trainer.student
     if (state["distiller"] is None) != (student.distiller is None):
-        raise ValueError("one of the two has a feature distiller, and the other has not.")
+        raise UserError("one of the two has a feature distiller, and the other has not.")
     try:
         student.network.load_state_dict(state["student"])
         if student.distiller is not None:
             student.distiller.load_state_dict(state["distiller"])
     except RuntimeError as error:
-        raise ValueError(" ".join(str(error).split())) from error
+        raise UserError(reason(error)) from error
     _load_momenta(trainer.stepper.optimizer, state["optimizer"])
     if state["scaler"] and trainer.stepper.scaler.is_enabled():
         trainer.stepper.scaler.load_state_dict(state["scaler"])

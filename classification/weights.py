@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchvision.models import WeightsEnum
 
 from classification.models import TIMM, _timm_model, architecture, build
-from d2_mgd.errors import UserError
+from d2_mgd.errors import UserError, reason
 from d2_mgd.training import file_digest as digest
 from d2_mgd.training.weights_files import UntrustedFileError, read_safetensors, read_tensors
 
@@ -174,7 +174,7 @@ def _timm_pretrained(name: str, num_classes: int | None) -> nn.Module:
     try:
         return _timm_model(name, num_classes, pretrained=True)
     except (OSError, RuntimeError) as error:
-        raise UserError(f"the weights of {name} could not be loaded: {_first_line(error)}") from error
+        raise UserError(f"the weights of {name} could not be loaded: {reason(error)}") from error
 
 
 def _with_published(name: str, num_classes: int, weights: WeightsEnum) -> nn.Module:
@@ -216,7 +216,7 @@ def _published_state(name: str, weights: WeightsEnum) -> State:
         ) from error
     except (URLError, OSError, RuntimeError) as error:
         raise UserError(
-            f"the ImageNet weights of {name} are not on this machine and cannot be downloaded ({_first_line(error)}): "
+            f"the ImageNet weights of {name} are not on this machine and cannot be downloaded ({reason(error)}): "
             f"put {file} from {weights.url} into {folder}, or name a file of your own by --teacher-resume (or "
             "--student-resume for the student)."
         ) from error
@@ -249,7 +249,3 @@ def network_from_file(name: str, path: Path, num_classes: int, what: str, other_
         model = build(name, num_classes)
     load_weights(model, state, name, f"{what} {path}")
     return model, num_classes
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

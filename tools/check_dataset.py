@@ -74,16 +74,16 @@ def chosen_sets(args: argparse.Namespace) -> list[CheckedSet]:
         ValueError: it names none, or some in a way that is not understood; one sentence.
     """
     if args.workers < 1:
-        raise ValueError(f"--workers must be at least 1, got {args.workers}.")
+        raise UserError(f"--workers must be at least 1, got {args.workers}.")
     if args.config_file:
         return _sets_of_config(args)
     sets = [*(coco_files(*one) for one in args.register_coco), *label_files(args)]
     if len(args.words) == 2 and not sets:
         sets.append(coco_files(os.path.splitext(os.path.basename(args.words[0]))[0], *args.words))
     elif args.words:
-        raise ValueError(f"give JSON IMAGES alone, or --register-coco NAME JSON IMAGES, not {' '.join(args.words)}.")
+        raise UserError(f"give JSON IMAGES alone, or --register-coco NAME JSON IMAGES, not {' '.join(args.words)}.")
     if not sets:
-        raise ValueError(
+        raise UserError(
             "there is nothing to check: give JSON IMAGES, --register-coco, --register-yolo or --register-voc."
         )
     wanted = Inspection(train=True, sizes=_DETECTRON2_SIZES)
@@ -100,7 +100,7 @@ def _sets_of_config(args: argparse.Namespace) -> list[CheckedSet]:
         register_coco(*one)
     # evaluation's config: nothing of a teacher is needed to look at data
     told = argparse.Namespace(config_file=args.config_file, opts=args.words, eval_only=True, eval_teacher=False)
-    cfg: Any = build_config(told)
+    cfg, _ = build_config(told)
     allowed = args.allow_outside_root or cfg.MGD.DATA.ALLOW_OUTSIDE_ROOT
     others = {files.name: files for files in label_files(args)}
     sets = []
@@ -115,7 +115,7 @@ def _sets_of_config(args: argparse.Namespace) -> list[CheckedSet]:
         else:
             print(f"{name} is not in COCO's format and is not checked.")
     if not sets:
-        raise ValueError(
+        raise UserError(
             f"{args.config_file} names no data set in COCO's format: set DATASETS.TRAIN and DATASETS.TEST."
         )
     return sets
@@ -169,13 +169,13 @@ def main(arguments: list[str] | None = None) -> int:
     failed = False
     try:
         sets = chosen_sets(args)
-    except (ValueError, ImportError) as error:
+    except (UserError, ImportError) as error:
         print(f"check_dataset.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT
     for one in sets:
         try:
             findings, num_images = check(one, args.workers)
-        except (CocoError, UserError) as error:
+        except UserError as error:
             print(f"{one.files.name}: error: {' '.join(str(error).split()).rstrip('.')}.")
             failed = True
             continue

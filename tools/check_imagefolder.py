@@ -23,13 +23,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # works without an installation too
 
 from d2_mgd.data.class_folders import class_names, files_below
-from d2_mgd.data.images import eight_bits
+from d2_mgd.data.images import ImageError, read_rgb
 
 SPLITS = ("train", "valid", "val", "test")
 # What torchvision's ImageFolder takes for an image; it passes over all other files.
@@ -81,18 +80,11 @@ class FolderReport:
 
 
 def reason_unreadable(path: Path) -> str | None:
-    """Why an image cannot be decoded to its last pixel and turned to RGB, as a loader does; None where it can."""
+    """The end of a sentence "PATH ..." for an image that a training cannot decode; None for one that it can."""
     try:
-        if path.stat().st_size == 0:
-            return "the file is empty"
-        with open(path, "rb") as file, Image.open(file) as image:
-            eight_bits(image).convert("RGB")
-    except UnidentifiedImageError:
-        return "not an image"
-    except OSError as error:
-        return error.strerror or str(error)
-    except Exception as error:  # decoders raise whatever they like: SyntaxError, ValueError, struct.error, ...
-        return f"{type(error).__name__}: {error}"
+        read_rgb(path, upright=False)
+    except ImageError as error:
+        return str(error)
     return None
 
 
@@ -173,7 +165,7 @@ def _problems(root: Path, splits: dict[str, SplitReport]) -> Iterator[str]:
         for path, reason in split.inaccessible.items():
             yield f"{path} cannot be listed: {reason}."
         for path, reason in split.unreadable.items():
-            yield f"{path} cannot be read: {reason}."
+            yield f"{path} {reason}."
     for name, split in splits.items():
         if name == "train" or "train" not in splits:
             continue

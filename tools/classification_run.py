@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from run_folder import Maps, Run, RunError, one_sentence
+from run_folder import Maps, Run
 from torch import nn
 
 from classification.checkpoint import STUDENT_LAST
@@ -28,9 +28,8 @@ from classification.weights import (
     read_checkpoint,
 )
 from d2_mgd.distill import FeatureTaps, Tap
+from d2_mgd.errors import UserError, located
 from d2_mgd.visualize import Prediction
-
-__all__ = ["Classifier", "feature_maps", "first_image", "read_classifier", "seen_pixels", "validation_images"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Classifier:
         """The ``best`` likeliest classes of each image, or all K where there are fewer.
 
         Raises:
-            RunError: an image cannot be read.
+            UserError: an image cannot be read.
         """
         found = []
         for image in images:
@@ -69,10 +68,10 @@ def read_classifier(run: Run) -> Classifier:
     """A run's student after its last epoch.
 
     Raises:
-        RunError: its file is gone, damaged, or of another network.
+        UserError: its file is gone, damaged, or of another network.
     """
     path = run.folder / STUDENT_LAST
-    with one_sentence(f"the student of {run.folder} cannot be had"):
+    with located(f"the student of {run.folder} cannot be had: "):
         content = read_checkpoint(path, "its file")
         name, classes = content["arch"], list(content["classes"])
         network = build(name, len(classes))
@@ -84,10 +83,10 @@ def validation_images(run: Run) -> tuple[list[Path], list[str]]:
     """All images that a run was evaluated on, and the class of each.
 
     Raises:
-        RunError: its data are not there any more.
+        UserError: its data are not there any more.
     """
     settings = run.settings
-    with one_sentence(f"the images of {run.folder} are not there"):
+    with located(f"the images of {run.folder} are not there: "):
         _, held_out = find_folders(Path(settings["data"]), settings["val_split"])
         return (
             [held_out.path(index) for index in range(len(held_out))],
@@ -105,12 +104,12 @@ def feature_maps(run: Run, image: Path) -> Maps:
     """Both networks' maps on an image that is resized and cropped as in an evaluation.
 
     Raises:
-        RunError: a network or its weights cannot be had, or the image cannot be read.
+        UserError: a network or its weights cannot be had, or the image cannot be read.
     """
     settings = run.settings
     student = read_classifier(run)
     pixels = seen_pixels(image, student.image_size)
-    with one_sentence("the teacher cannot be had"):
+    with located("the teacher cannot be had: "):
         name = run.record["teacher"]["arch"]
         pairs = pair_features(settings["arch"], name, settings["features"])
         pairs = {feature: pair for feature, pair in pairs.items() if pair.distilled}
@@ -130,7 +129,7 @@ def _teacher(run: Run, num_classes: int) -> nn.Module:
     file = Path(record["file"])
     network, _ = network_from_file(record["arch"], file, num_classes, "its file", other_classes=True)
     if digest(file) != record["sha256"]:
-        raise RunError(f"the teacher's file {file} is not the one that taught: its SHA-256 is another.")
+        raise UserError(f"the teacher's file {file} is not the one that taught: its SHA-256 is another.")
     return network
 
 
@@ -143,13 +142,13 @@ def seen_pixels(image: Path, size: int) -> np.ndarray:
     """(size, size, 3) uint8 RGB: what of an image a network sees in an evaluation.
 
     Raises:
-        RunError: it cannot be read.
+        UserError: it cannot be read.
     """
     file = np.array([os.fsencode(image.name)], dtype=np.bytes_)
     folder = Folder(image.parent, ("",), file, np.zeros(1, dtype=np.int64))
     seen = ImageDataset(folder, size, augment=False)[Key(0, 0)].image
     if seen is None:
-        raise RunError(f"{image} is not there, or cannot be read as an image.")
+        raise UserError(f"{image} is not there, or cannot be read as an image.")
     return seen.numpy().transpose(1, 2, 0)
 
 

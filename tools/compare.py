@@ -26,9 +26,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]  # works without an installation too
 
 import numpy as np
-from run_folder import Run, RunError, distinct_names, open_run, read_image
+from run_folder import Run, distinct_names, open_run, read_image
 
 from d2_mgd import visualize
+from d2_mgd.errors import UserError
 from d2_mgd.visualize import PALETTE, Detections
 from d2_mgd.visualize.report import Bar, Report
 
@@ -110,21 +111,21 @@ def open_runs(folders: Sequence[Path]) -> Compared:
     """The runs in these folders.
 
     Raises:
-        RunError: fewer than two, one twice, one that is no run or has no metrics, or runs of both kinds.
+        UserError: fewer than two, one twice, one that is no run or has no metrics, or runs of both kinds.
     """
     if len(folders) < 2:
-        raise RunError("name two folders or more, each the output of a training.")
+        raise UserError("name two folders or more, each the output of a training.")
     names = distinct_names(folders)
     runs = {name: open_run(folder) for name, folder in zip(names, folders)}
     for run in runs.values():
         if run.kind == "matchings":
-            raise RunError(
+            raise UserError(
                 f"{run.folder} is not the output folder of a training: it has neither the config.yaml of "
                 "tools/train_net.py nor the run.json of classification/main_*.py."
             )
     kinds = {run.kind: run.folder for run in runs.values()}
     if len(kinds) > 1:
-        raise RunError(
+        raise UserError(
             f"{kinds['detection']} is of detection and {kinds['classification']} of classification: compare runs of "
             "one kind."
         )
@@ -143,7 +144,7 @@ def build_report(compared: Compared) -> tuple[Report, str]:
     report.heading("On the same images")
     try:
         _add_detections(report, compared) if compared.kind == "detection" else _add_predictions(report, compared)
-    except RunError as error:
+    except UserError as error:
         left_out = f"The images are left out: {error}"
         report.text(left_out)
         return report, left_out
@@ -283,12 +284,12 @@ def _add_detections(report: Report, compared: Compared) -> None:
     first = next(iter(sets.values()))
     for name, other in sets.items():
         if other.json_file != first.json_file and other.content != first.content:
-            raise RunError(f"{next(iter(sets))} was evaluated on {first.json_file}, and {name} on {other.json_file}.")
+            raise UserError(f"{next(iter(sets))} was evaluated on {first.json_file}, and {name} on {other.json_file}.")
     annotations = first.content.get("annotations") or []
     annotated = {annotation["image_id"] for annotation in annotations}
     chosen = _spread([image for image in first.content["images"] if image["id"] in annotated])
     if not chosen:
-        raise RunError(f"{first.json_file} has no annotations to compare with.")
+        raise UserError(f"{first.json_file} has no annotations to compare with.")
     images = [read_image(first.image_root / image["file_name"]) for image in chosen]
     ids = [image["id"] for image in chosen]
     truth = detection_run.detections_of(annotations, ids, first.categories)
@@ -386,8 +387,8 @@ def main(argv: list[str] | None = None) -> int:
         try:
             _, page = report.write(options.output)
         except OSError as error:
-            raise RunError(f"--output {options.output} cannot be written to: {error.strerror}.") from error
-    except RunError as error:
+            raise UserError(f"--output {options.output} cannot be written to: {error.strerror}.") from error
+    except UserError as error:
         print(f"compare.py: error: {error}", file=sys.stderr)
         return BAD_INPUT
     print(f"{page}\n{left_out}".rstrip())

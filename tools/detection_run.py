@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from run_folder import Maps, Run, RunError, one_sentence, read_image
+from run_folder import Maps, Run, read_image, reading
 
+from d2_mgd.errors import UserError, located
 from d2_mgd.visualize import Detections
-
-__all__ = ["TestSet", "detections_of", "feature_maps", "first_image", "read_test_set", "stored_detections"]
 
 
 @dataclass(frozen=True)
@@ -53,18 +52,20 @@ def read_test_set(run: Run) -> TestSet:
     """The first data set of a run's DATASETS.TEST, where ``datasets.json`` says that it lies.
 
     Raises:
-        RunError: it is not said, or the json is not there any more.
+        UserError: it is not said, or the json is not there any more.
     """
     names = list(run.settings["DATASETS.TEST"])
     if not names:
-        raise RunError(f"{run.folder} was trained without a data set to test on (DATASETS.TEST is empty).")
+        raise UserError(f"{run.folder} was trained without a data set to test on (DATASETS.TEST is empty).")
     path = run.folder / "datasets.json"
-    with one_sentence(f"the test set {names[0]!r} of {run.folder} cannot be read"):
+    with reading(f"the test set {names[0]!r} of {run.folder} cannot be read"):
         if not path.is_file():
-            raise RunError(f"{run.folder} has no datasets.json, so it is not known where the images of {names[0]} are.")
+            raise UserError(
+                f"{run.folder} has no datasets.json, so it is not known where the images of {names[0]} are."
+            )
         places = json.loads(path.read_text(encoding="utf-8"))
         if names[0] not in places:
-            raise RunError(f"{path} does not say where the images of {names[0]} are: it is not in COCO's format.")
+            raise UserError(f"{path} does not say where the images of {names[0]} are: it is not in COCO's format.")
         place = places[names[0]]
         json_file = Path(place["json_file"])
         return TestSet(names[0], json_file, Path(place["image_root"]), _read_json(json_file))
@@ -86,12 +87,12 @@ def stored_detections(run: Run, name: str) -> list[dict[str, Any]]:
     """COCO's result records of a run's last evaluation on a data set.
 
     Raises:
-        RunError: there are none.
+        UserError: there are none.
     """
     path = run.folder / "inference" / name / "coco_instances_results.json"
-    with one_sentence(f"{path} cannot be read"):
+    with reading(f"{path} cannot be read"):
         if not path.is_file():
-            raise RunError(f"{run.folder} has not been evaluated on {name} yet: there is no {path}.")
+            raise UserError(f"{run.folder} has not been evaluated on {name} yet: there is no {path}.")
         return list(json.loads(path.read_text(encoding="utf-8")))
 
 
@@ -122,33 +123,37 @@ def feature_maps(run: Run, image: Path) -> Maps:
     """Both networks' maps on an image that is resized as in an evaluation; the student is of the last checkpoint.
 
     Raises:
-        RunError: a network or its weights cannot be had, or the image cannot be read.
+        UserError: a network or its weights cannot be had, or the image cannot be read.
     """
     pixels = read_image(image)
-    with one_sentence("the two detectors cannot be built"):
+    try:
         from detectron2.config import get_cfg
         from detectron2.data import transforms
 
         from d2_mgd.detection import Trainer, add_mgd_config
-        from d2_mgd.detection.checkpoint import TrainingCheckpointer, load_weights, read_tensors
+        from d2_mgd.detection.checkpoint import TrainingCheckpointer
         from d2_mgd.detection.config import UNTRAINED
         from d2_mgd.detection.config_files import merge_file
-
+        from d2_mgd.detection.weights import load_weights
+        from d2_mgd.training.weights_files import read_tensors
+    except ImportError as error:
+        raise UserError(f"{error}.") from error
+    with located("the two detectors cannot be built: "):
         cfg = get_cfg()
         add_mgd_config(cfg)
-        merge_file(cfg, str(run.folder / "config.yaml"), allow_unsafe=False)
+        merge_file(cfg, str(run.folder / "config.yaml"))
         cfg.MODEL.DEVICE = "cpu"
         checkpointer = TrainingCheckpointer(torch.nn.Module(), str(run.folder), save_to_disk=False)
         if not checkpointer.has_checkpoint():
-            raise RunError(f"{run.folder} holds no checkpoint.")
+            raise UserError(f"{run.folder} holds no checkpoint.")
         weights = checkpointer.newest_whole()
         model: Any = Trainer.build_model(cfg).eval()
         load_weights(model.student, weights)
         taught = read_tensors(weights)["distillation"]["teacher"]
         if taught["weights"] == UNTRAINED:
-            raise RunError("the teacher was untrained, and such a one is not kept.")
+            raise UserError("the teacher was untrained, and such a one is not kept.")
         if taught["digest"] != model.teacher.digest:
-            raise RunError(
+            raise UserError(
                 f"the teacher's file {model.teacher.weights_path} is not the one that taught: its SHA-256 is another."
             )
         resize = transforms.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)

@@ -25,6 +25,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) 
 import torch
 from torch import Tensor
 
+from d2_mgd.errors import UserError
 from d2_mgd.training import file_digest, write_atomically
 from d2_mgd.training.weights_files import read_safetensors, read_tensors, trust, write_safetensors
 
@@ -42,7 +43,7 @@ def export(source: str, target: str) -> int:
     """
     kind = os.path.splitext(target)[1]
     if kind not in (".safetensors", ".pth"):
-        raise ValueError(f"{target} must end in .safetensors or .pth.")
+        raise UserError(f"{target} must end in .safetensors or .pth.")
     path = _local(source)
     name, tensors, description = _read(path)
     if kind == ".safetensors":
@@ -87,7 +88,7 @@ def _read_classification(path: str) -> tuple[dict[str, Tensor], dict[str, Any]] 
         return None
     tensors = {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)}
     if not tensors:
-        raise ValueError(f"{path} holds no weights by name.")
+        raise UserError(f"{path} holds no weights by name.")
     return tensors, {key: content[key] for key in _DESCRIPTION if isinstance(content.get(key), (str, int, list))}
 
 
@@ -110,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.trust_weights:
             trust(_local(args.source))
         number = export(args.source, args.target)
-    except (ImportError, OSError, ValueError) as error:
+    except (ImportError, OSError, UserError) as error:
         print(f"export_weights.py: error: {error}", file=sys.stderr)
         return BAD_INPUT
     print(f"{args.target}: {number} tensors of {args.source}")

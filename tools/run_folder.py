@@ -20,23 +20,29 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from PIL import Image
 
 from d2_mgd import visualize
+from d2_mgd.data.images import ImageError, read_rgb
 from d2_mgd.distill import MATCHED_ALIGNMENTS, RematchReport
-from d2_mgd.errors import UserError
-
-__all__ = ["History", "Maps", "Run", "RunError", "distinct_names", "one_sentence", "open_run", "read_image"]
-
-# What files of a user, or a package that is not installed, make our code and its libraries raise.
-_OF_USERS = (OSError, ValueError, KeyError, AssertionError, RuntimeError, ImportError, UserError, yaml.YAMLError)
+from d2_mgd.errors import UserError, reason
 
 CONFIG, RECORD = "config.yaml", "run.json"
 History = dict[int, dict[str, RematchReport]]  # finished iterations or epochs -> feature -> report
 
 
-class RunError(ValueError):
-    """A folder, or something in it, that cannot be shown; the message is one sentence."""
+# What a damaged file of a run makes its readers raise.
+_DAMAGED = (OSError, ValueError, KeyError, EOFError, yaml.YAMLError, zipfile.BadZipFile)
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Context around a file's readers, whose errors become :class:`UserError` with ``what`` before the reason."""
+    try:
+        yield
+    except UserError:
+        raise
+    except _DAMAGED as error:
+        raise UserError(f"{what}: {reason(error)}.") from error
 
 
 @dataclass(frozen=True)
@@ -90,30 +96,29 @@ class Run:
         """Its ``metrics.json``, a dict an iteration or epoch, ascending.
 
         Raises:
-            RunError: there is none, or nothing in it yet.
+            UserError: there is none, or nothing in it yet.
         """
         path = self.folder / "metrics.json"
-        with one_sentence(f"{path} cannot be read"):
+        with reading(f"{path} cannot be read"):
             if not path.is_file():
-                raise RunError(f"{self.folder} has no metrics.json: its training has measured nothing yet.")
+                raise UserError(f"{self.folder} has no metrics.json: its training has measured nothing yet.")
             rows = visualize.read_metrics(path, self.step)
         if not rows:
-            raise RunError(f"{path} is empty: its training has measured nothing yet.")
+            raise UserError(f"{path} is empty: its training has measured nothing yet.")
         return rows
 
     def history(self) -> tuple[History, str]:
         """All its rematches, and whether their numbers are of ``iterations`` or ``epochs``.
 
         Raises:
-            RunError: there is none, with the reason where the settings tell it; or a file is damaged.
+            UserError: there is none, with the reason where the settings tell it; or a file is damaged.
         """
         folder = self.folder / "matching" if (self.folder / "matching").is_dir() else self.folder
-        try:
-            found = visualize.load_history(folder)
-        except FileNotFoundError:
-            raise RunError(f"{self.folder} holds no matching: {self._why_unmatched()}.") from None
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise RunError(f"a matching in {folder} is damaged: {_text(error)}.") from error
+        with reading(f"a matching in {folder} is damaged"):
+            try:
+                found = visualize.load_history(folder)
+            except FileNotFoundError:
+                raise UserError(f"{self.folder} holds no matching: {self._why_unmatched()}.") from None
         return found, "epochs" if any(folder.glob("epoch_*.npz")) else "iterations"
 
     def _why_unmatched(self) -> str:
@@ -136,21 +141,21 @@ def open_run(folder: str | os.PathLike[str]) -> Run:
     """The run in a folder.
 
     Raises:
-        RunError: there is no such folder, or its config cannot be read.
+        UserError: there is no such folder, or its config cannot be read.
     """
     path = Path(folder)
     if not path.is_dir():
-        raise RunError(f"there is no folder {path}.")
-    with one_sentence(f"{path} is not readable as a run"):
+        raise UserError(f"there is no folder {path}.")
+    with reading(f"{path} is not readable as a run"):
         if (path / RECORD).is_file():
             record = json.loads((path / RECORD).read_text(encoding="utf-8"))
             if not isinstance(record, dict) or not isinstance(record.get("options"), dict):
-                raise RunError(f"{path / RECORD} is not of classification/main_base.py or main_mgd.py.")
+                raise UserError(f"{path / RECORD} is not of classification/main_base.py or main_mgd.py.")
             return Run(path, "classification", record)
         if (path / CONFIG).is_file():
             config = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8"))
             if not isinstance(config, dict) or "MODEL" not in config:
-                raise RunError(f"{path / CONFIG} is not the config of a Detectron2 training.")
+                raise UserError(f"{path / CONFIG} is not the config of a Detectron2 training.")
             return Run(path, "detection", config)
     return Run(path, "matchings", {})
 
@@ -159,12 +164,12 @@ def distinct_names(folders: Sequence[Path]) -> list[str]:
     """A short name for each folder: as many of its last parts as tell it from the others.
 
     Raises:
-        RunError: a folder is given twice.
+        UserError: a folder is given twice.
     """
     parts = [folder.resolve().parts for folder in folders]
     for index, one in enumerate(parts):
         if one in parts[:index]:
-            raise RunError(f"{folders[index]} is given twice.")
+            raise UserError(f"{folders[index]} is given twice.")
     for count in range(1, max(map(len, parts)) + 1):
         names = ["/".join(one[-count:]) for one in parts]
         if len(set(names)) == len(names):
@@ -176,34 +181,12 @@ def read_image(path: Path) -> np.ndarray:
     """(H, W, 3) uint8 RGB.
 
     Raises:
-        RunError: it does not exist, or is no image.
+        UserError: it does not exist, or is no image.
     """
-    if not path.is_file():
-        raise RunError(f"there is no image {path}.")
     try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except Exception as error:  # decoders raise whatever they like
-        raise RunError(f"{path} cannot be read as an image: {_text(error)}.") from error
-
-
-@contextmanager
-def one_sentence(what: str) -> Iterator[None]:
-    """Whatever is wrong with a user's files becomes a :class:`RunError` that begins with ``what``."""
-    try:
-        yield
-    except RunError:
-        raise
-    except _OF_USERS as error:
-        text = _text(error)
-        if " " not in text:  # no sentence: not somebody's input, but a mistake in the program
-            raise
-        raise RunError(f"{what}: {text}.") from error
-
-
-def _text(error: BaseException) -> str:
-    said = error.args[0] if isinstance(error, (KeyError, AssertionError)) and error.args else error
-    return " ".join(str(said).split()).rstrip(".")
+        return np.asarray(read_rgb(path))
+    except ImageError as error:
+        raise UserError(f"{path} {error}.") from error
 
 
 def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -8,13 +8,13 @@ The flags are those of Detectron2's tools/train_net.py, and some more. Works alo
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import logging
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,11 @@ except ModuleNotFoundError as error:
 
     raise SystemExit(f"train_net.py needs Detectron2, which is not installed: {DETECTRON2_INSTALL}") from error
 import torch
-import yaml
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import MetadataCatalog
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
-from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 from torch import nn
@@ -42,18 +40,11 @@ from d2_mgd import configs
 from d2_mgd.data.formats import add_dataset_arguments, label_files
 from d2_mgd.detection import Trainer, add_mgd_config
 from d2_mgd.detection.checkpoint import TrainingCheckpointer, load_weights
-from d2_mgd.detection.config import student_config, validate_config, validate_running
+from d2_mgd.detection.config import student_config
+from d2_mgd.detection.config_checks import CheckedConfig, validate_config, validate_running
 from d2_mgd.detection.config_files import merge_file, merge_overrides
-from d2_mgd.detection.datasets import (
-    DatasetError,
-    check_classes,
-    check_datasets_once,
-    register_coco,
-    register_label_files,
-)
-from d2_mgd.detection.hooks import RematchError
-from d2_mgd.detection.loader import SampleError
-from d2_mgd.detection.nonfinite import NonFiniteError
+from d2_mgd.detection.datasets import check_classes, check_datasets_once, register_coco, register_label_files
+from d2_mgd.detection.networks import build_network
 from d2_mgd.detection.teacher import build_teacher
 from d2_mgd.detection.weights import local_weights_file
 from d2_mgd.errors import UserError
@@ -65,6 +56,7 @@ from d2_mgd.training.weights_files import trust
 logger = logging.getLogger("d2_mgd.train_net")
 
 _NAMED = 3  # weights in an error
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -87,48 +79,47 @@ def parser() -> argparse.ArgumentParser:
     return built
 
 
-def build_config(args: argparse.Namespace) -> CfgNode:
-    """The config of the command line, checked as far as it can be alone.
+def build_config(args: argparse.Namespace) -> tuple[CfgNode, CheckedConfig | None]:
+    """The frozen config of the command line, and for a training what its checks found.
 
     Raises:
-        ValueError: one sentence.
+        UserError: the config cannot work, as far as it alone says so.
     """
     if args.eval_only and args.eval_teacher:
-        raise ValueError("--eval-only evaluates the student and --eval-teacher the teacher: give one of them.")
+        raise UserError("--eval-only evaluates the student and --eval-teacher the teacher: give one of them.")
     late = [word for word in args.opts[::2] if word.startswith("--")]
     if late:
-        raise ValueError(f"{late[0]} stands behind KEY VALUE overrides: flags go before them.")
+        raise UserError(f"{late[0]} stands behind KEY VALUE overrides: flags go before them.")
     cfg = get_cfg()
     add_mgd_config(cfg)
     if args.config_file:
         args.config_file = configs.find(args.config_file)
-        with _named(args.config_file):
-            # Detectron2's own files hold python expressions and came with its code; a stranger's must not.
-            merge_file(cfg, args.config_file, allow_unsafe=_is_of_detectron2(args.config_file))
-    with _named("KEY VALUE overrides"):
-        merge_overrides(cfg, args.opts)
+        # Detectron2's own files hold python expressions and came with its code; others are not trusted.
+        merge_file(cfg, args.config_file, allow_unsafe=_is_of_detectron2(args.config_file))
+    merge_overrides(cfg, args.opts, what="KEY VALUE overrides")
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
+    checked = None
     if args.eval_only or args.eval_teacher:  # a student is evaluated where its teacher is not at hand
         validate_running(cfg)
     else:
-        validate_config(cfg)
+        checked = validate_config(cfg)
     cfg.freeze()
-    return cfg
+    return cfg, checked
 
 
-def set_up(args: argparse.Namespace, claims: ExitStack) -> CfgNode:
-    """Data sets, config, loggers, and what OUTPUT_DIR holds of them. In every process.
+def set_up(args: argparse.Namespace, cfg: CfgNode, claims: ExitStack) -> None:
+    """Data sets, loggers, and what OUTPUT_DIR holds of them. In every process.
 
     Args:
         args: the command line.
+        cfg: its config.
         claims: where a training's claim of OUTPUT_DIR ends.
     """
     for name, json_file, images in args.register_coco:
         register_coco(name, json_file, images)
     for file in args.trust_weights:
         trust(local_weights_file(file))
-    cfg = build_config(args)
     trains = not (args.eval_only or args.eval_teacher)
     _check_output(cfg.OUTPUT_DIR)
     if trains:
@@ -143,41 +134,31 @@ def set_up(args: argparse.Namespace, claims: ExitStack) -> CfgNode:
     if trains and comm.is_main_process():
         _write_student_config(cfg)
         _write_places(cfg)
-    return cfg
 
 
 @lasting_output()
-def run(args: argparse.Namespace) -> Any:
-    """Train or evaluate, in every process."""
-    with ExitStack() as claims:
-        return _run(args, claims)
-
-
-def _run(args: argparse.Namespace, claims: ExitStack) -> Any:
+def run(args: argparse.Namespace, cfg: CfgNode, checked: CheckedConfig | None) -> Any:
+    """Train or evaluate, in every process; ``cfg`` and ``checked`` as :func:`build_config` returns them."""
     try:
-        cfg = set_up(args, claims)
-        if args.eval_teacher:
-            return evaluate_teacher(cfg)
-        if args.eval_only:
-            return evaluate_student(cfg, args.resume)
-        trainer = Trainer(cfg, data_checked=True)
-        # after a restart by torchrun, a training goes on by itself
-        trainer.resume_or_load(resume=args.resume or restarted())
-    except (ValueError, FileNotFoundError, AssertionError, KeyError, SampleError) as error:
-        if " " not in str(error):  # no sentence: not somebody's input, but a mistake in the program
+        with ExitStack() as claims:
+            set_up(args, cfg, claims)
+            if args.eval_teacher:
+                return evaluate_teacher(cfg)
+            if args.eval_only:
+                return evaluate_student(cfg, args.resume)
+            trainer = Trainer(cfg, checked=checked)
+            # after a restart by torchrun, a training goes on by itself
+            trainer.resume_or_load(resume=args.resume or restarted())
+            return trainer.train()
+    except OSError as error:
+        if error.errno not in _DISK_FULL:
             raise
-        # Detectron2 finds what a config has wrong about a model by assertions and missing keys.
-        text = str(error.args[0]) if isinstance(error, (AssertionError, KeyError)) else str(error)
-        raise UserError(text) from error
-    try:
-        return trainer.train()
-    except (DatasetError, SampleError, RematchError, NonFiniteError, OSError) as error:
-        raise UserError(str(error)) from error
+        raise UserError(f"OUTPUT_DIR '{cfg.OUTPUT_DIR}' cannot be written: {error.strerror}.") from error
 
 
 def evaluate_student(cfg: CfgNode, resume: bool) -> Any:
     """Evaluate MODEL.WEIGHTS, or with ``resume`` the last checkpoint, as a plain Detectron2 model without a teacher."""
-    model = build_model(student_config(cfg))
+    model = build_network(student_config(cfg))
     check_classes(cfg.DATASETS.TEST, model)
     checkpointer = TrainingCheckpointer(model, cfg.OUTPUT_DIR)
     if resume and checkpointer.has_checkpoint():
@@ -185,7 +166,7 @@ def evaluate_student(cfg: CfgNode, resume: bool) -> Any:
     elif cfg.MODEL.WEIGHTS:
         _check_whole(model, load_weights(model, cfg.MODEL.WEIGHTS), cfg.MODEL.WEIGHTS)
     else:
-        raise ValueError("there is nothing to evaluate: give MODEL.WEIGHTS, or --resume and a training's OUTPUT_DIR.")
+        raise UserError("there is nothing to evaluate: give MODEL.WEIGHTS, or --resume and a training's OUTPUT_DIR.")
     results = Trainer.test(cfg, model)
     if comm.is_main_process():
         verify_results(cfg, results)
@@ -197,7 +178,7 @@ def _check_whole(model: nn.Module, left: Any, file: str) -> None:
     not_taken = {*left.missing_keys, *(name for name, *_ in left.incorrect_shapes)}
     fresh = [name for name, _ in model.named_parameters() if name in not_taken]
     if fresh:
-        raise ValueError(
+        raise UserError(
             f"MODEL.WEIGHTS {file} is not of the student that is to be evaluated: {len(fresh)} of its weights are "
             f"missing there or have another shape, first {', '.join(fresh[:_NAMED])}."
         )
@@ -206,7 +187,7 @@ def _check_whole(model: nn.Module, left: Any, file: str) -> None:
 def evaluate_teacher(cfg: CfgNode) -> Any:
     """Evaluate the teacher alone."""
     if not cfg.MGD.TEACHER.CONFIG_FILE:
-        raise ValueError("--eval-teacher needs a config with MGD.TEACHER.CONFIG_FILE.")
+        raise UserError("--eval-teacher needs a config with MGD.TEACHER.CONFIG_FILE.")
     return Trainer.test_teacher(cfg, build_teacher(cfg))
 
 
@@ -216,7 +197,7 @@ def _check_output(folder: str) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ValueError(f"OUTPUT_DIR '{folder}' cannot be written: {error.strerror}.") from error
+        raise UserError(f"OUTPUT_DIR '{folder}' cannot be written: {error.strerror}.") from error
 
 
 def _write_student_config(cfg: CfgNode) -> None:
@@ -246,20 +227,9 @@ def _is_of_detectron2(path: str) -> bool:
     return Path(model_zoo.__file__).resolve().parent in Path(path).resolve().parents
 
 
-@contextmanager
-def _named(source: str) -> Iterator[None]:
-    """What the config library finds wrong becomes one sentence that begins with where it is."""
-    try:
-        yield
-    except yaml.constructor.ConstructorError as error:
-        raise ValueError(f"{source} (or a base of it) asks for python, {error.problem}: that is not run.") from error
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}.") from error
-
-
-def _wants_gpus(args: argparse.Namespace) -> bool:
+def _uses_gpus(cfg: CfgNode) -> bool:
     """Whether the ranks of a run compute on GPUs, each on its own."""
-    return torch.cuda.is_available() and build_config(args).MODEL.DEVICE.startswith("cuda")
+    return torch.cuda.is_available() and cfg.MODEL.DEVICE.startswith("cuda")
 
 
 def main(arguments: list[str] | None = None) -> Any:
@@ -277,22 +247,26 @@ def main(arguments: list[str] | None = None) -> Any:
     """
     args = parser().parse_args(arguments)
     results: list[Any] = []
-    if under_launcher() or args.num_gpus * args.num_machines <= 1:
-        status = rank_status(lambda: results.append(_run_rank(args)))
-    else:
-        status = rank_status(lambda: _start_ranks(args))
+    status = rank_status(lambda: results.append(_start(args)))
     if status:
         raise SystemExit(status)
-    return results[0] if results else None
+    return results[0]
 
 
-def _start_ranks(args: argparse.Namespace) -> None:
+def _start(args: argparse.Namespace) -> Any:
+    cfg, checked = build_config(args)
+    if under_launcher() or args.num_gpus * args.num_machines <= 1:
+        return _run_rank(args, cfg, checked)
+    return _start_ranks(args, cfg, checked)
+
+
+def _start_ranks(args: argparse.Namespace, cfg: CfgNode, checked: CheckedConfig | None) -> None:
     """Several ranks on this machine, one per GPU. On CPUs, --num-gpus is the number of ranks."""
-    if _wants_gpus(args) and args.num_gpus > torch.cuda.device_count():
+    if _uses_gpus(cfg) and args.num_gpus > torch.cuda.device_count():
         raise UserError(f"--num-gpus is {args.num_gpus}, but this machine has {torch.cuda.device_count()} GPUs.")
     status = start_ranks(
         _rank,
-        (args,),
+        (args, cfg, checked),
         ranks=args.num_gpus,
         machines=args.num_machines,
         machine=args.machine_rank,
@@ -302,20 +276,19 @@ def _start_ranks(args: argparse.Namespace) -> None:
         raise SystemExit(status)
 
 
-def _rank(args: argparse.Namespace) -> int:
-    return rank_status(lambda: _run_rank(args))
+def _rank(args: argparse.Namespace, cfg: CfgNode, checked: CheckedConfig | None) -> int:
+    return rank_status(lambda: _run_rank(args, cfg, checked))
 
 
-def _run_rank(args: argparse.Namespace) -> Any:
+def _run_rank(args: argparse.Namespace, cfg: CfgNode, checked: CheckedConfig | None) -> Any:
     """This process's part of the run; under a launcher, the environment says which of how many ranks it is."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return run(args)
-    with_gpus = _wants_gpus(args)
-    if with_gpus:
+        return run(args, cfg, checked)
+    if _uses_gpus(cfg):
         torch.cuda.set_device(local_rank())
-    with process_group("nccl" if with_gpus else "gloo"):
+    with process_group("nccl" if _uses_gpus(cfg) else "gloo"):
         comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
-        return run(args)
+        return run(args, cfg, checked)
 
 
 if __name__ == "__main__":

@@ -27,10 +27,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]  # works without an installation
 
 import torch
 from matplotlib.figure import Figure
-from run_folder import History, Maps, Run, RunError, open_run, read_image
+from run_folder import History, Maps, Run, open_run, read_image
 
 from d2_mgd import visualize
 from d2_mgd.distill import REDUCERS, RematchReport
+from d2_mgd.errors import UserError
 from d2_mgd.visualize.report import Report
 
 __all__ = ["add_costs", "add_rematches", "group_figure", "group_members"]
@@ -171,7 +172,7 @@ def build_report(shown: Shown, image: Path | None) -> tuple[Report, str]:
     report.heading("Groups on a picture")
     try:
         _add_groups(report, shown, image)
-    except RunError as error:
+    except UserError as error:
         left_out = f"The groups are not shown on a picture: {error}"
         report.text(left_out)
         return report, left_out
@@ -200,11 +201,11 @@ def _maps(run: Run, image: Path | None) -> tuple[Maps, Path]:
     """Both networks' maps, and the picture.
 
     Raises:
-        RunError: something that they need is gone.
+        UserError: something that they need is gone.
     """
     networks: Any
     if run.kind == "matchings":
-        raise RunError(f"{run.folder} has only matchings, no config and no checkpoint.")
+        raise UserError(f"{run.folder} has only matchings, no config and no checkpoint.")
     if run.kind == "classification":
         import classification_run as networks
     else:
@@ -265,20 +266,20 @@ def choose(options: argparse.Namespace) -> Shown:
     """What the options ask for.
 
     Raises:
-        RunError: one sentence.
+        UserError: one sentence.
     """
     run = open_run(options.run)
     history, steps = run.history()
     newest = history[max(history)]
     if options.feature is not None:
         if options.feature not in newest:
-            raise RunError(f"--feature {options.feature}: {options.run} has matchings of: {', '.join(newest)}.")
+            raise UserError(f"--feature {options.feature}: {options.run} has matchings of: {', '.join(newest)}.")
         history = {number: {options.feature: reports[options.feature]} for number, reports in history.items()}
         newest = history[max(history)]
     for channel in options.channels or ():
         for name, found in newest.items():
             if not 0 <= channel < found.matching.num_student:
-                raise RunError(
+                raise UserError(
                     f"--channels {channel}: the student channels of {name} are 0 to {found.matching.num_student - 1}."
                 )
     if options.image is not None:
@@ -295,8 +296,8 @@ def main(argv: list[str] | None = None) -> int:
         try:
             _, page = report.write(output)
         except OSError as error:
-            raise RunError(f"--output {output} cannot be written to: {error.strerror}.") from error
-    except RunError as error:
+            raise UserError(f"--output {output} cannot be written to: {error.strerror}.") from error
+    except UserError as error:
         print(f"visualize_matching.py: error: {error}", file=sys.stderr)
         return BAD_INPUT
     print(f"{page}\n{left_out}".rstrip())

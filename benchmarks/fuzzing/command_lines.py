@@ -116,14 +116,14 @@ def _distilled() -> Any:
 
 def _check_overrides(words: list[str]) -> None:
     """They are accepted, or one sentence names one of the keys."""
-    from d2_mgd.detection.config import validate_config
+    from d2_mgd.detection.config_checks import validate_config
     from d2_mgd.detection.config_files import merge_overrides
 
     cfg = _distilled().clone()
     try:
-        merge_overrides(cfg, words)
+        merge_overrides(cfg, words, what="KEY VALUE overrides")
         validate_config(cfg)
-    except ValueError as error:
+    except UserError as error:
         check_sentence(str(error))
         names = {*words[::2], *(key.rpartition(".")[0] for key in words[::2])} - {"MGD"}
         names |= {"MGD.FEATURES", "MGD.WEIGHTS"} if "MGD.FEATURES" in names else set()
@@ -176,7 +176,7 @@ def _check_config_file(content: bytes) -> None:
         ):
             try:
                 read()
-            except ValueError as error:
+            except UserError as error:
                 check_sentence(str(error))
                 assert "config.yaml" in str(error)
 

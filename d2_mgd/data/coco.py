@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from d2_mgd.data.images import resized
+from d2_mgd.errors import UserError
 
 __all__ = ["CocoError", "Finding", "Inspection", "inspect_coco", "read_coco"]
 
@@ -28,7 +29,7 @@ _NO_AREA = "no 'area' that is finite and not negative, which evaluation needs"
 ERROR, WARNING, NOTE = "error", "warning", "note"
 
 
-class CocoError(ValueError):
+class CocoError(UserError):
     """A file that is not in COCO's format at all; the message is a sentence without its full stop."""
 
 

@@ -9,6 +9,8 @@ that error is taken for one of the EXIF data. :func:`prepared` reads all right.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
-__all__ = ["ImageFacts", "eight_bits", "inspect_image", "needs_preparation", "prepared", "resized", "upright_size"]
+from d2_mgd.errors import UserError, reason
 
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 _SIXTEEN_BIT_FILES = ("PNG", "PPM")  # their numbers have 16 bits at most, also where Pillow says "I"
@@ -31,6 +33,58 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+class ImageError(UserError):
+    """An image file that cannot be decoded; the message is the end of a sentence "PATH ...".
+
+    Args:
+        text: the message.
+        kind: what the error has in common with others like it.
+    """
+
+    def __init__(self, text: str, kind: str) -> None:
+        super().__init__(text)
+        self.kind = kind
+
+
+@contextmanager
+def decoding() -> Iterator[None]:
+    """Context around Pillow's decoders, whose errors of any type become :class:`ImageError`."""
+    try:
+        yield
+    except ImageError:
+        raise
+    except FileNotFoundError:
+        raise ImageError("does not exist", "missing files") from None
+    except UnidentifiedImageError:
+        raise ImageError("is no image that Pillow knows", "files that are no image") from None
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"is refused: {reason(error)}", "images of too many pixels") from error
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error and others
+        kind = "truncated images" if "truncated" in str(error).lower() else "unreadable images"
+        raise ImageError(f"cannot be read: {reason(error)}", kind) from error
+
+
+def read_rgb(path: str | os.PathLike[str], upright: bool = True) -> Image.Image:
+    """An image file decoded to its last pixel, with 8 bits in each of three channels.
+
+    Args:
+        path: of the file.
+        upright: turn it as its EXIF data say; otherwise only TIFFs are turned, as Pillow always does.
+
+    Raises:
+        ImageError: it cannot be decoded.
+    """
+    with decoding():
+        _check_not_empty(path)
+        with open(path, "rb") as file, Image.open(file) as image:
+            return (prepared(image) if upright else eight_bits(image)).convert("RGB")
+
+
+def _check_not_empty(path: str | os.PathLike[str]) -> None:
+    if Path(path).stat().st_size == 0:
+        raise ImageError("is an empty file", "empty files")
 
 
 def _needs_scaling(image: Image.Image) -> bool:
@@ -130,27 +184,14 @@ class ImageFacts:
 def inspect_image(path: str | os.PathLike[str]) -> ImageFacts:
     """Decode an image to its last pixel, as training does."""
     try:
-        if Path(path).stat().st_size == 0:
-            return ImageFacts("is an empty file", "empty files")
-        with open(path, "rb") as file, Image.open(file) as image:
-            stored, size = _Stored(image), image.size
-            upright = prepared(image).convert("RGB")
-            return ImageFacts(size=upright.size, stored=size, notes=tuple(_notes(image, stored)))
-    except FileNotFoundError:
-        return ImageFacts("does not exist", "missing files")
-    except UnidentifiedImageError:
-        return ImageFacts("is no image that Pillow knows", "files that are no image")
-    except Image.DecompressionBombError as error:
-        return ImageFacts(f"is refused: {_reason(error)}", "images of too many pixels")
-    except Exception as error:  # decoders raise whatever they like: OSError, SyntaxError, ValueError, struct.error, ...
-        reason = _reason(error)
-        kind = "truncated images" if "truncated" in reason.lower() else "unreadable images"
-        return ImageFacts(f"cannot be read: {reason}", kind)
-
-
-def _reason(error: Exception) -> str:
-    text = (getattr(error, "strerror", None) or str(error)).strip().rstrip(".")
-    return text.splitlines()[0] if text else type(error).__name__
+        with decoding():
+            _check_not_empty(path)
+            with open(path, "rb") as file, Image.open(file) as image:
+                stored, size = _Stored(image), image.size
+                upright = prepared(image).convert("RGB")
+                return ImageFacts(size=upright.size, stored=size, notes=tuple(_notes(image, stored)))
+    except ImageError as error:
+        return ImageFacts(str(error), error.kind)
 
 
 class _Stored:

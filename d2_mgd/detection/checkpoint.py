@@ -18,6 +18,7 @@ from torch import nn
 
 from d2_mgd.detection.manifest import CheckpointManifest, write_atomically
 from d2_mgd.detection.weights import SafeCheckpointer, file_digest, load_weights, local_weights_file, read_tensors
+from d2_mgd.errors import UserError
 from d2_mgd.training import remove_leftovers, system_reason
 from d2_mgd.training.processes import first_failure
 
@@ -36,7 +37,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 
-class CheckpointError(OSError):
+class CheckpointError(UserError):
     """A checkpoint cannot be written; the message is one sentence."""
 
 
@@ -114,8 +115,7 @@ class TrainingCheckpointer(SafeCheckpointer):
         Others are those before it, or where nothing says which those are, all of the folder.
 
         Raises:
-            FileNotFoundError: the pointer names no file, or one that is gone, and there is no other.
-            ValueError: the file is damaged, and so are all others.
+            UserError: the pointer names no file, or one that is gone or damaged, and there is no whole one.
         """
         name, found = os.path.basename(self.get_checkpoint_file()), None
         if comm.is_main_process():
@@ -126,10 +126,10 @@ class TrainingCheckpointer(SafeCheckpointer):
         pointer, path = os.path.join(self.save_dir, "last_checkpoint"), os.path.join(self.save_dir, name)
         if whole is None:
             if not name:
-                raise FileNotFoundError(f"{pointer} names no checkpoint, and there is no whole one beside it.")
+                raise UserError(f"{pointer} names no checkpoint, and there is no whole one beside it.")
             if offences[name] == "is gone":
-                raise FileNotFoundError(f"{pointer} names {path}, which is gone, and there is no whole one before it.")
-            raise ValueError(f"the checkpoint {path} {offences[name]}; there is no whole one before it.")
+                raise UserError(f"{pointer} names {path}, which is gone, and there is no whole one before it.")
+            raise UserError(f"the checkpoint {path} {offences[name]}; there is no whole one before it.")
         if not name:
             logger.warning("%s names no checkpoint: %s, the newest whole one, is used.", pointer, whole)
         for bad, offence in offences.items():
@@ -156,21 +156,21 @@ class TrainingCheckpointer(SafeCheckpointer):
             The rest of the file: ``iteration``, ``training`` and, if it was distilled, ``distillation``.
 
         Raises:
-            FileNotFoundError: the pointer names a file that is gone.
-            ValueError: the file is no checkpoint of a training, or of another student than the config's.
+            UserError: the pointer names a file that is gone; the file is no checkpoint of a training, or of another
+                student than the config's.
         """
         path = path or self.newest_whole()
         logger.info("Resuming from %s", path)
         data = read_tensors(path)
         if not {"model", "iteration", "training"} <= set(data):
-            raise ValueError(
+            raise UserError(
                 f"{path} holds weights but no state of a training; give it as MODEL.WEIGHTS, without --resume."
             )
         left = self._load_model({"model": data.pop("model")})
         absent = [name for name in left.missing_keys if not name.endswith("num_batches_tracked")]
         other = list(dict.fromkeys([name for name, *_ in left.incorrect_shapes] + absent + list(left.unexpected_keys)))
         if other:
-            raise ValueError(
+            raise UserError(
                 f"{path} is of another student than the config describes: {len(other)} weights differ in name or "
                 f"shape, {other[0]!r} first."
             )
@@ -189,7 +189,7 @@ def check_same_teacher(path: str, recorded: dict[str, str], weights_path: str, d
         ValueError: the digests differ. A file that was only moved is the same teacher.
     """
     if recorded["digest"] != digest:
-        raise ValueError(
+        raise UserError(
             f"{path} was trained with the teacher {recorded['weights']} (SHA-256 {recorded['digest'][:12]}...), but "
             f"{weights_path} is another ({digest[:12]}...); to go on with another teacher give the checkpoint as "
             "MODEL.WEIGHTS, without --resume, in a new OUTPUT_DIR."

@@ -1,19 +1,20 @@
-"""Config files and KEY VALUE overrides into a config, and what the config library lets pass: groups and types of keys.
+"""Config files and KEY VALUE overrides into a config, and the types of its values.
 
-Whatever is wrong is a ``ValueError`` whose message is a clause: the caller says of which file or command line.
+The config library accepts a value in place of a group, and shows both values, which may be whole configs, where types
+differ. So types are checked here before it merges.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
 from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 
-__all__ = ["check_mgd_types", "merge_file", "merge_overrides"]
+from d2_mgd.errors import UserError, located, reason
 
 _LISTS = {
     "FEATURES": "names",
@@ -22,64 +23,75 @@ _LISTS = {
     "REMATCH.AT": "whole numbers",
     "REMATCH.LOG_SPACED": "whole numbers",
 }
-_MISMATCH = re.compile(
-    r"Type mismatch \(<class '(?:\w+\.)*(\w+)'> vs\. <class '(?:\w+\.)*(\w+)'>\).* for config key: (\S+)"
-)
 _KINDS = {"CfgNode": "group of keys", "str": "text", "int": "whole number", "float": "number", "NoneType": "null"}
 _LARGEST = 2**53  # beyond which a float is no count
+_PYTHON = "tag:yaml.org,2002:python/"  # yaml's prefix of tags that construct python objects
 
 
-def merge_file(cfg: CfgNode, path: str, allow_unsafe: bool) -> None:
+def merge_file(cfg: CfgNode, path: str, *, allow_unsafe: bool = False, what: str = "") -> None:
     """Merge a yaml file, and what its ``_BASE_`` names, into ``cfg``.
 
     Args:
         cfg: changed in place.
         path: of the file.
         allow_unsafe: run the python expressions that the file holds; for Detectron2's own files alone.
+        what: how errors begin; the path by default.
 
     Raises:
-        yaml.constructor.ConstructorError: it asks for python, and that is not allowed; nothing of it has run.
-        ValueError: it is no config of keys that ``cfg`` has.
+        UserError: the file is no config of keys that ``cfg`` has, or it asks for python where that is not allowed;
+            nothing of it has run then.
     """
-    before = cfg.clone()
-    try:
-        with PathManager.open(path, "r") as file:
-            document = yaml.compose(file, Loader=yaml.SafeLoader)  # its structure alone: nothing is constructed
-        if not isinstance(document, yaml.MappingNode):
-            raise ValueError("it holds no keys")
-        cfg.merge_from_file(path, allow_unsafe=allow_unsafe)
-    except yaml.constructor.ConstructorError as error:
-        if "python" in (error.problem or ""):
+    with located(f"{what or path}: "):
+        try:
+            with PathManager.open(path, "r") as file:
+                document = yaml.compose(file, Loader=yaml.SafeLoader)  # its structure alone: nothing is constructed
+            if not isinstance(document, yaml.MappingNode):
+                raise UserError("it holds no keys.")
+            _check_value("", cfg, CfgNode.load_yaml_with_base(path, allow_unsafe=allow_unsafe))
+            cfg.merge_from_file(path, allow_unsafe=allow_unsafe)
+        except UserError:
             raise
-        raise ValueError(_text(error)) from error
-    except RecursionError:
-        raise ValueError("it is nested without end, or its _BASE_ leads back to it") from None
-    except (OSError, yaml.YAMLError, AssertionError, KeyError, ValueError) as error:
-        raise ValueError(_text(error)) from error
-    except (TypeError, AttributeError) as error:  # the config library relies on groups being groups, and names text
-        raise ValueError(f"a key or value in it is of the wrong kind ({_text(error)})") from error
-    _check_structure(cfg, before)
+        except yaml.constructor.ConstructorError as error:
+            if _PYTHON not in str(error.problem):
+                raise UserError(f"{_text(error)}.") from error
+            raise UserError(
+                f"it (or a base of it) asks for python, {error.problem}: that is not run, so write the values out."
+            ) from error
+        except RecursionError:
+            raise UserError("it is nested without end, or its _BASE_ leads back to it.") from None
+        except (OSError, yaml.YAMLError, AssertionError, KeyError, ValueError) as error:
+            raise UserError(f"{_text(error)}.") from error
+        except (TypeError, AttributeError) as error:  # the config library expects names that are text
+            raise UserError(f"a key or value in it is of the wrong kind ({_text(error)}).") from error
 
 
-def merge_overrides(cfg: CfgNode, words: Sequence[Any]) -> None:
+def merge_overrides(cfg: CfgNode, words: Sequence[Any], what: str) -> None:
     """Merge ``[KEY, VALUE, KEY, VALUE, ...]`` into ``cfg``; a VALUE is a python literal, or text.
 
+    Args:
+        cfg: changed in place.
+        words: keys and values in turn.
+        what: how errors begin.
+
     Raises:
-        ValueError: a key that ``cfg`` does not have, a value of another type, or a KEY without a VALUE.
+        UserError: a key that ``cfg`` does not have, a value of another type, or a KEY without a VALUE.
     """
-    before = cfg.clone()
-    if len(words) % 2:
-        raise ValueError(f"{_key_without_value(cfg, words)} has no value")
-    for key in words[::2]:
-        if not isinstance(key, str) or not key.strip():
-            raise ValueError(f"{key!r} is no key")
-    try:
-        cfg.merge_from_list(list(words))
-    except (AssertionError, KeyError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(_text(error)) from error
-    except (RecursionError, MemoryError):
-        raise ValueError("a value is nested too deeply") from None
-    _check_structure(cfg, before)
+    with located(f"{what}: "):
+        if len(words) % 2:
+            raise UserError(f"{_key_without_value(cfg, words)} has no value.")
+        for key, value in zip(words[::2], words[1::2]):
+            if not isinstance(key, str) or not key.strip():
+                raise UserError(f"{key!r} is no key.")
+            try:
+                if _is_key(cfg, key):
+                    _check_value(key, _value(cfg, key), value)
+                cfg.merge_from_list([key, value])
+            except UserError:
+                raise
+            except (AssertionError, KeyError, ValueError, TypeError, AttributeError) as error:
+                raise UserError(f"{_text(error)}.") from error
+            except (RecursionError, MemoryError):
+                raise UserError(f"the value of {key} is nested too deeply.") from None
 
 
 def _key_without_value(cfg: CfgNode, words: Sequence[Any]) -> Any:
@@ -89,60 +101,67 @@ def _key_without_value(cfg: CfgNode, words: Sequence[Any]) -> Any:
 
 
 def _is_key(cfg: CfgNode, word: str) -> bool:
-    node: Any = cfg
-    for name in word.split("."):
-        if not isinstance(node, CfgNode) or name not in node:
-            return False
-        node = node[name]
-    return True
+    group, _, name = word.rpartition(".")
+    return (not group or _is_key(cfg, group)) and isinstance(_value(cfg, group), CfgNode) and name in _value(cfg, group)
+
+
+def _value(cfg: CfgNode, key: str) -> Any:
+    """The value of a key that exists; the config itself for an empty one."""
+    return functools.reduce(lambda node, name: node[name], key.split(".") if key else [], cfg)
 
 
 def check_mgd_types(mgd: CfgNode, defaults: CfgNode) -> None:
-    """The values of the `MGD` node have the types that its defaults have, and its lists hold what they are lists of.
+    """Check that the values of the `MGD` node have the types of its defaults, and the elements of its lists too.
 
     Args:
         mgd: the node.
         defaults: the same with all values as they were.
 
     Raises:
-        ValueError: a sentence that names the key.
+        UserError: a value of another type; the message names the key.
     """
-    try:
-        _check_structure(mgd, defaults, "MGD.")
-        for key, kind in _LISTS.items():
-            values: Any = mgd
-            for name in key.split("."):
-                values = values[name]
-            _check_elements(f"MGD.{key}", values, kind)
-        for group in mgd.TIE:
-            _check_elements("each list in MGD.TIE", group, "names")
-    except ValueError as error:
-        raise ValueError(f"{error}.") from None
+    _check_value("MGD", defaults, mgd, exact=False)
+    for key, kind in _LISTS.items():
+        _check_elements(f"MGD.{key}", _value(mgd, key), kind)
+    for group in mgd.TIE:
+        _check_elements("each list in MGD.TIE", group, "names")
 
 
-def _check_structure(cfg: CfgNode, known: CfgNode, prefix: str = "") -> None:
-    """Every key of ``known`` is still there, groups are groups, and values have types that go together."""
-    for name, old in known.items():
-        key, new = f"{prefix}{name}", cfg.get(name)
-        if isinstance(old, CfgNode):
-            if not isinstance(new, CfgNode):
-                raise ValueError(f"{key} is a group of keys, not {new!r}")
-            _check_structure(new, old, f"{key}.")
-        elif new is None and old is not None:
-            raise ValueError(f"{key} must be of the kind of {old!r}, not None")
-        elif isinstance(new, str) and not new.isprintable():
-            raise ValueError(f"{key} holds characters that cannot be shown: {new!r}")
-        elif isinstance(new, int) and isinstance(old, (int, float)) and abs(new) > _LARGEST:
-            raise ValueError(f"{key} is too large a number: {str(new)[:20]}")
+def _check_value(key: str, old: Any, new: Any, exact: bool = True) -> None:
+    """Check that ``new`` has a type that the config library takes in place of ``old``.
+
+    If not ``exact``, a whole number may stand for a number. Keys that ``old`` lacks are left to the config library,
+    which names them.
+    """
+    if isinstance(old, CfgNode) and isinstance(new, Mapping):
+        for name in new:
+            if name in old:
+                _check_value(f"{key}.{name}" if key else name, old[name], new[name], exact)
+        return
+    if exact:
+        new = CfgNode._decode_cfg_value(new)  # text may be a literal, such as "(1, 2)"
+    if new is None and old is not None and not isinstance(old, CfgNode):
+        raise UserError(f"{key} must be of the kind of {old!r}, not None.")
+    if not _same_kind(old, new) and (exact or (type(old), type(new)) != (float, int)):
+        wanted, given = (_KINDS.get(type(value).__name__, type(value).__name__) for value in (old, new))
+        raise UserError(f"{key} must be a {wanted}, not a {given}.")
+    if isinstance(new, str) and not new.isprintable():
+        raise UserError(f"{key} holds characters that cannot be shown: {new!r}.")
+    if isinstance(new, int) and abs(new) > _LARGEST:
+        raise UserError(f"{key} is too large a number: {str(new)[:20]}.")
+
+
+def _same_kind(old: Any, new: Any) -> bool:
+    return type(old) is type(new) or old is None or {type(old), type(new)} == {list, tuple}
 
 
 def _check_elements(key: str, values: Any, kind: str) -> None:
     fits = _is_name if kind == "names" else _is_whole
     if not isinstance(values, (list, tuple)):
-        raise ValueError(f"{key} must be a list of {kind}, got {values!r}")
+        raise UserError(f"{key} must be a list of {kind}, got {values!r}.")
     for value in values:
         if not fits(value):
-            raise ValueError(f"{key} must be a list of {kind}, and {value!r} is none")
+            raise UserError(f"{key} must be a list of {kind}, and {value!r} is none.")
 
 
 def _is_name(value: Any) -> bool:
@@ -156,15 +175,7 @@ def _is_whole(value: Any) -> bool:
 
 
 def _text(error: BaseException) -> str:
-    """An error's message as a clause."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    message = getattr(error, "problem", None)
-    if not message:  # the config library raises KeyError, whose text is in quotes
-        message = error.args[0] if isinstance(error, KeyError) and error.args else error
-    text = " ".join(str(message).split()).rstrip(".")
-    mismatch = _MISMATCH.match(text)  # it would show both values, which may be whole configs
-    if mismatch:
-        wanted, given = (_KINDS.get(name, name) for name in mismatch.groups()[:2])
-        return f"{mismatch[3]} must be a {wanted}, not a {given}"
-    return text or type(error).__name__
+    """An error of the config library, of yaml or of the system as a clause."""
+    if isinstance(error, OSError) and error.filename:
+        return f"{reason(error)}: {error.filename}"
+    return str(getattr(error, "problem", None) or reason(error))

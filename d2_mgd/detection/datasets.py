@@ -26,7 +26,6 @@ from d2_mgd.training import write_atomically
 from d2_mgd.training.processes import first_failure
 
 __all__ = [
-    "DatasetError",
     "Inspection",
     "check_classes",
     "check_coco",
@@ -43,10 +42,6 @@ logger = logging.getLogger(__name__)
 _ALLOW = "; MGD.DATA.ALLOW_OUTSIDE_ROOT True allows it"
 
 
-class DatasetError(ValueError):
-    """A data set that cannot be trained on or evaluated; the message is one sentence."""
-
-
 def register_coco(name: str, json_file: str, image_root: str) -> None:
     """Make a COCO-format data set known to Detectron2 under ``name``; the same one twice is fine.
 
@@ -56,14 +51,14 @@ def register_coco(name: str, json_file: str, image_root: str) -> None:
         image_root: the folder that the json's file names are relative to.
 
     Raises:
-        DatasetError: another data set has that name, or it is none.
+        UserError: another data set has that name, or it is none.
     """
     if not name.strip():
-        raise DatasetError(f"a data set needs a name, not {name!r}.")
+        raise UserError(f"a data set needs a name, not {name!r}.")
     if name in DatasetCatalog.list():
         known = MetadataCatalog.get(name)
         if (known.get("json_file"), known.get("image_root")) != (json_file, image_root):
-            raise DatasetError(f"there is already a data set {name!r}; register yours under another name.")
+            raise UserError(f"there is already a data set {name!r}; register yours under another name.")
         return
     register_coco_instances(name, {}, json_file, image_root)
 
@@ -76,7 +71,7 @@ def register_label_files(sets: Iterable[LabelFiles], cfg: CfgNode) -> None:
         cfg: the config.
 
     Raises:
-        DatasetError: an error in a set's label files; one sentence.
+        UserError: an error in a set's label files; one sentence.
     """
     folder = os.path.join(cfg.OUTPUT_DIR, "datasets")
     used = {one.name: one for one in sets if one.name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)}
@@ -90,7 +85,7 @@ def register_label_files(sets: Iterable[LabelFiles], cfg: CfgNode) -> None:
             failure = str(error)
     failure = first_failure(failure)
     if failure:
-        raise DatasetError(failure)
+        raise UserError(failure)
     for name, one in used.items():
         register_coco(name, paths[name], one.image_root)
 
@@ -118,10 +113,10 @@ def check_datasets(cfg: CfgNode, train: bool = True) -> None:
         train: whether there will be a training.
 
     Raises:
-        DatasetError: see :func:`check_coco`; or a set is not registered, or there is none to train on.
+        UserError: see :func:`check_coco`; or a set is not registered, or there is none to train on.
     """
     if train and not cfg.DATASETS.TRAIN:
-        raise DatasetError("DATASETS.TRAIN names no data set.")
+        raise UserError("DATASETS.TRAIN names no data set.")
     for name in dict.fromkeys([*(cfg.DATASETS.TRAIN if train else ()), *cfg.DATASETS.TEST]):
         known = registered(name)
         if known.get("evaluator_type") == "coco":
@@ -135,21 +130,21 @@ def check_datasets_once(cfg: CfgNode, train: bool = True) -> None:
     if comm.get_world_size() == 1 or comm.get_local_rank() == 0:
         try:
             check_datasets(cfg, train)
-        except DatasetError as error:
+        except UserError as error:
             failure = str(error)
     failure = first_failure(failure)
     if failure:
-        raise DatasetError(failure)
+        raise UserError(failure)
 
 
 def registered(name: str) -> Metadata:
     """What Detectron2 knows of a data set.
 
     Raises:
-        DatasetError: there is none of that name.
+        UserError: there is none of that name.
     """
     if name not in DatasetCatalog.list():
-        raise DatasetError(
+        raise UserError(
             f"there is no data set {name!r}; name yours by --register-coco {name} JSON IMAGES, --register-voc {name} "
             "FOLDER SPLIT, or --register-yolo NAME DATA_YAML, which makes NAME_train, NAME_val and NAME_test."
         )
@@ -191,7 +186,7 @@ def check_coco(
         allow_outside: whether its file names may leave ``image_root``.
 
     Raises:
-        DatasetError: the json or the image folder cannot be read; or the first of the errors that
+        UserError: the json or the image folder cannot be read; or the first of the errors that
             :func:`~d2_mgd.data.inspection.inspect_set` finds. What is only odd is logged.
     """
     try:
@@ -202,11 +197,11 @@ def check_coco(
             allow_outside,
         )
     except CocoError as error:
-        raise DatasetError(f"data set {name!r}: {error}.") from error
+        raise UserError(f"data set {name!r}: {error}.") from error
     for finding in findings:
         if finding.severity == ERROR:
             advice = _ALLOW if finding.kind == OUTSIDE else ""
-            raise DatasetError(f"data set {name!r}: {finding}{advice}.")
+            raise UserError(f"data set {name!r}: {finding}{advice}.")
     for finding in findings:
         if finding.severity == WARNING:
             logger.warning("data set %r: %s.", name, finding)
@@ -221,7 +216,7 @@ def check_classes(names: Iterable[str], model: nn.Module, way_out: str = "") -> 
         way_out: what the message advises; by default the override that would be right.
 
     Raises:
-        DatasetError: they do not.
+        UserError: they do not.
     """
     first: tuple[str, list[str]] | None = None
     for name in dict.fromkeys(names):
@@ -231,13 +226,13 @@ def check_classes(names: Iterable[str], model: nn.Module, way_out: str = "") -> 
         first = first or (name, classes)
         if classes != first[1]:
             other = next((f"{a!r} and {b!r}" for a, b in zip(first[1], classes) if a != b), None)
-            raise DatasetError(
+            raise UserError(
                 f"the data sets {first[0]!r} and {name!r} differ in their classes: {len(first[1])} and {len(classes)} "
                 f"of them{f', {other} first' if other else ''}; both must list the same ones in the same order."
             )
     wanted = _number_of_classes(model)
     if first is not None and wanted is not None and wanted != len(first[1]):
-        raise DatasetError(
+        raise UserError(
             f"the {type(model).__name__} has {wanted} classes but the data set {first[0]!r} has {len(first[1])} "
             f"({_short_list(first[1])}): {way_out or f'set {_classes_key(model)} {len(first[1])}'}."
         )

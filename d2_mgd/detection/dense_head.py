@@ -14,6 +14,7 @@ from detectron2.modeling.meta_arch.retinanet import RetinaNet, RetinaNetHead
 from torch import Tensor, nn
 
 from d2_mgd.detection.features import backbone_of
+from d2_mgd.errors import UserError
 
 __all__ = ["DenseHead", "HeadOutput", "by_anchor", "cropped"]
 
@@ -48,7 +49,7 @@ class DenseHead:
 
     def __init__(self, model: nn.Module, convs: int | None, who: str) -> None:
         if not isinstance(model, (RetinaNet, FCOS)) or type(model.head).forward not in _HEADS:
-            raise ValueError(
+            raise UserError(
                 f"the {who} is a {type(model).__name__} without the dense head of a RetinaNet or FCOS, so there are no "
                 "predictions at every location to distil: turn MGD.DENSE_KD and MGD.CROSS_HEAD off."
             )
@@ -68,7 +69,7 @@ class DenseHead:
         """Index of the layer that the second part begins with: the activation of the last convolution of the first."""
         activations = [index for index, layer in enumerate(subnet) if isinstance(layer, nn.ReLU)]
         if convs > len(activations):
-            raise ValueError(
+            raise UserError(
                 f"MGD.CROSS_HEAD.CONVS is {convs}, and the {who}'s head has {len(activations)} convolutions before its "
                 "predictions."
             )

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from d2_mgd.detection.norms import export_student_state
 from d2_mgd.distill import FeatureTaps, Tap, batch_norm_margin
+from d2_mgd.errors import UserError
 
 __all__ = [
     "Feature",
@@ -92,7 +93,7 @@ def find_feature(model: nn.Module, name: str, before_activation: bool = True, wh
         return Feature(name, tap, stage.channels, stage.stride, stage.last_block)
     levels = _levels(model)
     if name not in levels:
-        raise ValueError(f"the {who} has no feature {name!r}; it has: {', '.join(feature_names(model))}.")
+        raise UserError(f"the {who} has no feature {name!r}; it has: {', '.join(feature_names(model))}.")
     return Feature(name, _level_tap(backbone_of(model), name), levels[name].channels, levels[name].stride)
 
 
@@ -109,14 +110,14 @@ def pair_features(
         own = find_feature(student, name, before_activation, who="student")
         guide = find_feature(teacher, name, before_activation, who="teacher")
         if own.stride != guide.stride:
-            raise ValueError(
+            raise UserError(
                 f"feature {name} has stride {own.stride} in the student and {guide.stride} in the teacher: distil "
                 "features of the same stride."
             )
         if own.last_block is not None:
             block = student.get_submodule(own.last_block)
             if not any(parameter.requires_grad for parameter in block.parameters()):
-                raise ValueError(
+                raise UserError(
                     f"feature {name} is frozen in the student, where nothing can learn: leave it out of MGD.FEATURES, "
                     "or lower MODEL.BACKBONE.FREEZE_AT (1 freezes the stem alone)."
                 )
@@ -154,16 +155,16 @@ def teacher_margin(teacher: nn.Module, feature: Feature, statistics_needed: bool
     """
     found = find_last_norm(teacher, feature)
     if found is None:
-        raise ValueError(
+        raise UserError(
             f"feature {feature.name}: the teacher has no norm there to make margins from; use mse or pearson."
         )
     norm = getattr(*found)
     try:
         margin = batch_norm_margin(norm)
-    except TypeError as error:
-        raise ValueError(f"feature {feature.name}: {error}") from error
+    except UserError as error:
+        raise UserError(f"feature {feature.name}: {error}") from error
     if statistics_needed and _has_folded_statistics(norm):
-        raise ValueError(
+        raise UserError(
             f"feature {feature.name}: the statistics of the teacher's batch-norm are folded into its scale, as in "
             "every model that began with Detectron2's MSRA weights, so there are no margins for partial_l2; use mse or "
             "pearson, or a teacher that began with torchvision's weights."
@@ -230,7 +231,7 @@ def backbone_of(model: nn.Module) -> Any:
     """
     backbone = getattr(model, "backbone", None)
     if not isinstance(backbone, nn.Module) or not hasattr(backbone, "output_shape"):
-        raise ValueError(f"{type(model).__name__} has no Detectron2 backbone to take features from.")
+        raise UserError(f"{type(model).__name__} has no Detectron2 backbone to take features from.")
     return backbone
 
 
@@ -281,7 +282,7 @@ class WatchedMaps:
         """
         taps = self._attach()
         if taps is None:
-            raise ValueError("there is no feature to take the maps of.")
+            raise UserError("there is no feature to take the maps of.")
         with self._asking():
             return taps.run(*args), self._take_batch()
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from d2_mgd.detection.dense_head import DenseHead, HeadOutput, by_anchor, cropped
 from d2_mgd.detection.features import find_feature, valid_masks
 from d2_mgd.distill.dense import best_scores, dense_box_kd, dense_class_kd, with_statistics_of
+from d2_mgd.errors import UserError
 
 __all__ = ["CrossHeadKD", "HeadDistiller", "HeadKD", "head_options"]
 
@@ -43,9 +44,9 @@ class HeadKD:
     def __post_init__(self) -> None:
         weights = (self.class_weight, self.box_weight)
         if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not any(weights):
-            raise ValueError(f"the weights of classes and boxes must be 0 or more, and not both 0, got {weights}.")
+            raise UserError(f"the weights of classes and boxes must be 0 or more, and not both 0, got {weights}.")
         if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise ValueError(f"the temperature must be positive, got {self.temperature}.")
+            raise UserError(f"the temperature must be positive, got {self.temperature}.")
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class CrossHeadKD(HeadKD):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.convs < 0:
-            raise ValueError(f"the number of convolutions must be 0 or more, got {self.convs}.")
+            raise UserError(f"the number of convolutions must be 0 or more, got {self.convs}.")
 
 
 def head_options(cfg: CfgNode) -> tuple[HeadKD | None, CrossHeadKD | None]:
@@ -81,8 +82,8 @@ def head_options(cfg: CfgNode) -> tuple[HeadKD | None, CrossHeadKD | None]:
         try:
             options = {name.lower(): value for name, value in node.items() if name != "ENABLED"}
             made.append(kind(**options) if node.ENABLED else None)
-        except ValueError as error:
-            raise ValueError(f"MGD.{key}: {error}") from error
+        except UserError as error:
+            raise UserError(f"MGD.{key}: {error}") from error
     dense, cross = made
     assert cross is None or isinstance(cross, CrossHeadKD)
     return dense, cross
@@ -113,7 +114,7 @@ class HeadDistiller:
         self.teacher = DenseHead(teacher, convs, "teacher")
         _check_same_predictions(self.student, self.teacher)
         if cross is not None and self.student.inner_widths != self.teacher.inner_widths:
-            raise ValueError(
+            raise UserError(
                 f"MGD.CROSS_HEAD: after {cross.convs} convolutions the student's head has (for classes, boxes) "
                 f"{self.student.inner_widths} channels and the teacher's {self.teacher.inner_widths}, which takes no "
                 "features of another width."
@@ -194,12 +195,12 @@ def _with_statistics_of(
 def _check_same_predictions(student: DenseHead, teacher: DenseHead) -> None:
     classes = [head.model.num_classes for head in (student, teacher)]
     if classes[0] != classes[1]:
-        raise ValueError(
+        raise UserError(
             f"the student tells {classes[0]} classes apart and the teacher {classes[1]}: predictions can be distilled "
             "between detectors of the same classes alone, features between any."
         )
     if student.strides != teacher.strides:
-        raise ValueError(
+        raise UserError(
             f"the student predicts at levels of strides {student.strides}, the teacher at {teacher.strides}: "
             "predictions can be distilled at the same levels alone."
         )
@@ -207,7 +208,7 @@ def _check_same_predictions(student: DenseHead, teacher: DenseHead) -> None:
     pairs = [head.anchors([cells.to(head.model.pixel_mean.device)] * len(head.levels)) for head in (student, teacher)]
     for name, own, guide in zip(student.levels, *pairs):
         if own.shape != guide.shape or not torch.allclose(own.cpu(), guide.cpu()):
-            raise ValueError(
+            raise UserError(
                 f"the anchors of level {name} differ, {len(own) // 4} at a location in the student and "
                 f"{len(guide) // 4} in the teacher: predictions can be distilled between the same anchors alone."
             )

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from d2_mgd.detection.loader import PassLoader
 from d2_mgd.detection.state import preserved_modes
 from d2_mgd.distill import MatchingGuidedDistiller, RematchReport, RematchSchedule, save_reports
+from d2_mgd.errors import UserError
 from d2_mgd.matching import SolverError
 from d2_mgd.matching.cost import collective_device
 from d2_mgd.training import Interrupted
@@ -35,7 +36,7 @@ __all__ = ["CheckpointHook", "MatchingHook", "RematchError", "gather_costs"]
 logger = logging.getLogger(__name__)
 
 
-class RematchError(RuntimeError):
+class RematchError(UserError):
     """There is no matching, and none can be found; the message says why."""
 
 
@@ -134,7 +135,7 @@ class MatchingHook(HookBase):
                 self.leave(stopped.number)
         try:
             reports = distiller.rematch()
-        except (ValueError, SolverError) as error:  # no other RuntimeError: a collective's means that a process is lost
+        except (UserError, SolverError) as error:  # no other RuntimeError: a collective's means that a process is lost
             if not distiller.matched:
                 raise RematchError(f"the first matching cannot be found: {error}") from error
             for cost in distiller.costs.values():

@@ -13,6 +13,7 @@ from detectron2.utils.file_io import PathHandler, PathManager
 from PIL import Image
 
 from d2_mgd.data.images import needs_preparation, prepared
+from d2_mgd.errors import UserError
 
 __all__ = ["ImageMapper"]
 
@@ -41,7 +42,7 @@ class ImageMapper(DatasetMapper):
     """Detectron2's mapper. 16-bit greyscale is scaled instead of clipped to white, turned TIFFs are turned once, and
     damaged PNGs and boxes that are none are errors instead of black pixels and a loss that is not finite.
 
-    Calling it raises ValueError for such a box and for images of 32-bit numbers, and what Detectron2's raises.
+    Calling it raises UserError for such a box and for images of 32-bit numbers, and what Detectron2's raises.
     """
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
@@ -66,7 +67,7 @@ def _check_boxes(annotations: Any) -> None:
         box = np.asarray(annotation["bbox"], dtype=np.float64)
         sized = annotation["bbox_mode"] in (BoxMode.XYWH_ABS, BoxMode.XYWHA_ABS)
         if not np.isfinite(box).all() or (sized and (box[2:4] < 0).any()):
-            raise ValueError(
+            raise UserError(
                 f"the box of its annotation {index + 1} of {len(annotations)} is not finite or has a negative side: "
                 f"{box.tolist()}"
             )

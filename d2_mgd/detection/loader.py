@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from d2_mgd.detection.images import ImageMapper
 from d2_mgd.detection.weights import local_weights_file, read_pickled_arrays
+from d2_mgd.errors import UserError
 from d2_mgd.training import Interrupted, loader_process_signals, received_signal
 from d2_mgd.training.processes import first_failure, largest
 from d2_mgd.training.randomness import seeded_randomness
@@ -47,7 +48,7 @@ Mapper = Callable[[Sample], "Sample | None"]
 _ORDER, _SAMPLE, _PASS = 0, 1, 2
 
 
-class SampleError(RuntimeError):
+class SampleError(UserError):
     """An image of the data set cannot be read, or the process that reads is gone; the message says which."""
 
 
@@ -315,7 +316,7 @@ def build_train_loader(cfg: CfgNode, seed: int) -> TrainLoader:
     """
     processes = comm.get_world_size()
     if cfg.SOLVER.IMS_PER_BATCH % processes:
-        raise ValueError(
+        raise UserError(
             f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, which {processes} processes cannot share evenly."
         )
     records = _training_records(cfg)
@@ -385,5 +386,5 @@ def _records(names: Sequence[str], proposals: Sequence[str] | None, **filters: A
         read_pickled_arrays(local_weights_file(file))
     records = get_detection_dataset_dicts(names, proposal_files=proposals, **filters)
     if not isinstance(records, list):
-        raise ValueError(f"the data sets {names} must be lists of records, not {type(records).__name__}.")
+        raise UserError(f"the data sets {names} must be lists of records, not {type(records).__name__}.")
     return DatasetFromList(records, copy=False)

@@ -11,18 +11,16 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from d2_mgd.detection.config import (
+from d2_mgd.detection.config import UNTRAINED, student_config
+from d2_mgd.detection.config_checks import (
     LAST_NORMS,
     MARGIN_LOSSES,
-    UNTRAINED,
     feature_losses,
     feature_weights,
-    student_config,
-    teacher_config,
     validate_config,
     weight_schedule,
 )
@@ -40,6 +38,8 @@ from d2_mgd.detection.norms import FailedElsewhere, make_trainable, synchronises
 from d2_mgd.detection.teacher import FrozenTeacher
 from d2_mgd.distill import MatchingGuidedDistiller, WeightSchedule
 from d2_mgd.training.processes import first_failure
+from d2_mgd.detection.networks import build_network
+from d2_mgd.errors import UserError
 
 __all__ = ["TeacherStudentDetector"]
 
@@ -110,10 +110,11 @@ class TeacherStudentDetector(nn.Module):
             self.distiller.to(self.device)
 
     @classmethod
-    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        validate_config(cfg)
-        own, guide = student_config(cfg), teacher_config(cfg)
-        student, model = build_model(own), build_model(guide)
+    def from_config(cls, cfg: CfgNode, teacher_cfg: CfgNode | None = None) -> dict[str, Any]:
+        """Arguments of the constructor. ``teacher_cfg`` is given where ``cfg`` has been checked already."""
+        guide = teacher_cfg or validate_config(cfg).teacher
+        assert guide is not None
+        student, model = build_network(student_config(cfg)), build_network(guide)
         # before the weights, which may take a download
         pairs = pair_features(student, model, cfg.MGD.FEATURES, cfg.MGD.BEFORE_ACTIVATION)
         dense, cross = head_options(cfg)
@@ -260,12 +261,12 @@ def _check_widths(pairs: dict[str, FeaturePair], distiller: MatchingGuidedDistil
     found = {name: pair.channels for name, pair in pairs.items()}
     made_for = {} if distiller is None else distiller.channels
     if found != made_for:
-        raise ValueError(f"the networks have the widths (S, T) {found}, and the distiller was made for {made_for}.")
+        raise UserError(f"the networks have the widths (S, T) {found}, and the distiller was made for {made_for}.")
 
 
 def _train_last_norms(student: nn.Module, pairs: dict[str, FeaturePair], kind: str) -> None:
     if kind not in LAST_NORMS:
-        raise ValueError(f"unknown train_last_norm {kind!r}; there are: {', '.join(LAST_NORMS)}.")
+        raise UserError(f"unknown train_last_norm {kind!r}; there are: {', '.join(LAST_NORMS)}.")
     if kind == "none":
         return
     for name, pair in pairs.items():

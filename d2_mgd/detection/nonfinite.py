@@ -20,6 +20,7 @@ from detectron2.structures import Instances
 from torch import Tensor, nn
 
 from d2_mgd.detection.state import module_numbers, set_module_numbers
+from d2_mgd.errors import UserError
 from d2_mgd.training import system_reason, write_atomically
 from d2_mgd.training.randomness import random_state
 
@@ -30,7 +31,7 @@ logger = logging.getLogger(__name__)
 Batch = list[dict[str, Any]]
 
 
-class NonFiniteError(FloatingPointError):
+class NonFiniteError(UserError, FloatingPointError):
     """A loss or gradient is not finite; the message is one sentence that names it."""
 
 

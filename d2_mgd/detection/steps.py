@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from d2_mgd.detection.nonfinite import NonFinitePolicy, StepReport
 from d2_mgd.detection.norms import FailedElsewhere, synchronises
 from d2_mgd.training.processes import first_failure, largest
+from d2_mgd.errors import UserError
 
 __all__ = ["Precision", "StepTrainer", "predict_in_float32"]
 
@@ -53,9 +54,9 @@ class Precision:
             return cls(device)
         name = cfg.MGD.PRECISION or ("float16" if device == "cuda" else "bfloat16")
         if name == "float16" and device != "cuda":
-            raise ValueError(f"MGD.PRECISION float16 needs a GPU, and MODEL.DEVICE is {device}: use bfloat16.")
+            raise UserError(f"MGD.PRECISION float16 needs a GPU, and MODEL.DEVICE is {device}: use bfloat16.")
         if name == "bfloat16" and device == "cuda" and not torch.cuda.is_bf16_supported():
-            raise ValueError(f"MGD.PRECISION bfloat16 is not known to {torch.cuda.get_device_name()}: use float16.")
+            raise UserError(f"MGD.PRECISION bfloat16 is not known to {torch.cuda.get_device_name()}: use float16.")
         return cls(device, getattr(torch, name))
 
     @property

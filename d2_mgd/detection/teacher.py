@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling import build_model
 from torch import Tensor, nn
 
 from d2_mgd.detection.config import UNTRAINED, teacher_config
 from d2_mgd.detection.features import Feature, WatchedMaps, backbone_of
-from d2_mgd.detection.weights import file_digest, load_weights, local_weights_file
 from d2_mgd.training.randomness import shared_randomness
+from d2_mgd.detection.networks import build_network
+from d2_mgd.detection.weights import file_digest, load_weights, local_weights_file
+from d2_mgd.errors import UserError
 
 __all__ = ["FrozenTeacher", "build_teacher", "load_teacher_weights"]
 
@@ -49,8 +50,8 @@ class FrozenTeacher:
         digest: SHA-256 of that file, or "".
 
     Raises:
-        FileNotFoundError: no such weights, or they cannot be fetched.
-        ValueError: weights whose names or shapes do not match the model; a model that does not say its normalisation.
+        UserError: no such weights, or they cannot be fetched; weights whose names or shapes do not match the model; a
+            model that does not say its normalisation.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class FrozenTeacher:
         self._backbone = backbone_of(model)
         for name in ("pixel_mean", "pixel_std"):
             if not hasattr(model, name):
-                raise ValueError(f"{type(model).__name__} has no {name}, so its pixels cannot be made.")
+                raise UserError(f"{type(model).__name__} has no {name}, so its pixels cannot be made.")
         self.model = model.eval().requires_grad_(False)
         self.cfg = cfg
         self.input_format = input_format
@@ -101,7 +102,7 @@ class FrozenTeacher:
             ValueError: they cannot.
         """
         if input_format != self.input_format and (input_format, self.input_format) not in _SWAPPED:
-            raise ValueError(
+            raise UserError(
                 f"INPUT.FORMAT is {input_format} for the student and {self.input_format} for the teacher: only RGB "
                 "and BGR can be turned into each other."
             )
@@ -147,7 +148,7 @@ class FrozenTeacher:
         square = constraints.get("square_size", 0)
         if square > 0:
             if max(height, width) > square:
-                raise ValueError(
+                raise UserError(
                     f"the teacher takes images of {square} x {square} pixels and the batch has {height} x {width}: "
                     "lower INPUT.MAX_SIZE_TRAIN."
                 )
@@ -221,13 +222,13 @@ def load_teacher_weights(model: nn.Module, location: str) -> str:
         str: the local file.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: weights are missing, left over, or have another shape, beyond constants such as ``pixel_mean``.
+        UserError: there is none; weights are missing, left over, or have another shape, beyond constants such as
+            ``pixel_mean``.
     """
     try:
         path = local_weights_file(location)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"the teacher's weights cannot be had: {error}") from error
+    except UserError as error:
+        raise UserError(f"the teacher's weights cannot be had: {error}") from error
     left = load_weights(model, location)
     missing = _beyond_constants(left.missing_keys)
     left_over = _beyond_constants(left.unexpected_keys)
@@ -240,7 +241,7 @@ def load_teacher_weights(model: nn.Module, location: str) -> str:
     if left_over:
         problems.append(f"{len(left_over)} there are not in the model, {left_over[0]} for one")
     if problems:
-        raise ValueError(
+        raise UserError(
             f"the teacher's weights {location} do not fit its config: {'; '.join(problems)}; give weights of a trained "
             "detector of that config, or adapt it with MGD.TEACHER.OPTS."
         )
@@ -257,9 +258,9 @@ def build_teacher(cfg: CfgNode) -> FrozenTeacher:
     An untrained one is drawn by the first process and the same in all; then a collective.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`~d2_mgd.detection.config.teacher_config` and :class:`FrozenTeacher`.
+        UserError: as :func:`~d2_mgd.detection.config.teacher_config` and :class:`FrozenTeacher`.
     """
     own = teacher_config(cfg)
     with shared_randomness() if own.MODEL.WEIGHTS == UNTRAINED else nullcontext():
-        model = build_model(own)
+        model = build_network(own)
     return FrozenTeacher(model, input_format=own.INPUT.FORMAT, weights=own.MODEL.WEIGHTS, cfg=own)

@@ -15,12 +15,13 @@ from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase, hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
-from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils.env import seed_all_rng
 from torch import nn
 
 from d2_mgd.detection.checkpoint import TrainingCheckpointer, check_same_teacher, load_weights
-from d2_mgd.detection.config import META_ARCHITECTURE, rematch_schedule, student_config, validate_config
+from d2_mgd.detection.config import META_ARCHITECTURE, student_config
+from d2_mgd.detection.config_checks import CheckedConfig, rematch_schedule, validate_config
 from d2_mgd.detection.datasets import check_classes, check_datasets_once
 from d2_mgd.detection.features import export_student_state
 from d2_mgd.detection.hooks import CheckpointHook, MatchingHook, gather_costs
@@ -32,6 +33,7 @@ from d2_mgd.detection.loader import (
     build_pass_loader,
     build_train_loader,
 )
+from d2_mgd.detection.networks import build_network
 from d2_mgd.detection.nonfinite import NonFinitePolicy
 from d2_mgd.detection.preemption import PreemptionHook
 from d2_mgd.detection.state import (
@@ -43,6 +45,7 @@ from d2_mgd.detection.state import (
 )
 from d2_mgd.detection.steps import Precision, StepTrainer, predict_in_float32
 from d2_mgd.distill import MATCHED_ALIGNMENTS
+from d2_mgd.errors import UserError
 from d2_mgd.training import Interrupted
 from d2_mgd.training.processes import distributed, largest
 from d2_mgd.training.randomness import preserved_randomness, random_state, set_random_state
@@ -61,20 +64,20 @@ class Trainer(DefaultTrainer):
 
     Args:
         cfg: a config with the `MGD` node; ``MODEL.WEIGHTS`` are the student's, loaded by :meth:`resume_or_load`.
-        data_checked: whether its data sets have been checked by
-            :func:`~d2_mgd.detection.datasets.check_datasets_once`, which is done here otherwise.
+        checked: what :func:`~d2_mgd.detection.config_checks.validate_config` returned, where the caller has also run
+            :func:`~d2_mgd.detection.datasets.check_datasets_once`; otherwise both are done here.
 
     Raises:
         ValueError: anything that cannot be trained, before the first step; one sentence.
     """
 
-    def __init__(self, cfg: CfgNode, *, data_checked: bool = False) -> None:
+    def __init__(self, cfg: CfgNode, *, checked: CheckedConfig | None = None) -> None:
         TrainerBase.__init__(self)
         _check_scaling(cfg)
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
-        validate_config(cfg)
         _check_supported(cfg)
-        if not data_checked:
+        if checked is None:
+            checked = validate_config(cfg)
             check_datasets_once(cfg)
         self.precision = Precision.from_config(cfg)
         self.seed = run_seed(cfg)
@@ -84,7 +87,7 @@ class Trainer(DefaultTrainer):
         self._last_eval_results: Any = None
 
         seed_all_rng(self.seed + comm.get_rank())
-        model = self.build_model(cfg)
+        model = self.build_model(cfg, checked.teacher)
         self.detector: Any = model  # not wrapped
         self.student = model.get_submodule("student") if self.distilled else model
         self._initial_numbers = module_numbers(model)
@@ -113,11 +116,16 @@ class Trainer(DefaultTrainer):
         seed_all_rng(self.seed + comm.get_rank())
 
     @classmethod
-    def build_model(cls, cfg: CfgNode) -> nn.Module:
-        """The student with its teacher and distiller, or the plain student, on MODEL.DEVICE."""
+    def build_model(cls, cfg: CfgNode, teacher_cfg: CfgNode | None = None) -> nn.Module:
+        """The student with its teacher and distiller, or the plain student, on MODEL.DEVICE.
+
+        Args:
+            cfg: the training's.
+            teacher_cfg: the teacher's, where ``cfg`` has been checked already.
+        """
         if not cfg.MGD.ENABLED:
-            return build_model(student_config(cfg))
-        model: nn.Module = META_ARCH_REGISTRY.get(META_ARCHITECTURE)(cfg)
+            return build_network(student_config(cfg))
+        model: nn.Module = META_ARCH_REGISTRY.get(META_ARCHITECTURE)(cfg, teacher_cfg=teacher_cfg)
         return model.to(torch.device(cfg.MODEL.DEVICE))
 
     @classmethod
@@ -278,13 +286,13 @@ class Trainer(DefaultTrainer):
         A collective; that one process is to resume is enough for all.
 
         Raises:
-            FileNotFoundError: no such weights.
-            ValueError: the checkpoint is of another student, teacher, or kind of training than the config describes.
+            UserError: there are no such weights, or the checkpoint is of another student, teacher, or kind of training
+                than the config describes.
         """
         resume = bool(largest([resume])[0])
         found = comm.all_gather(resume and self.checkpointer.has_checkpoint())
         if len(set(found)) > 1:
-            raise ValueError(
+            raise UserError(
                 f"only some processes see a checkpoint in {self.cfg.OUTPUT_DIR}; all must share that folder."
             )
         if found[0]:
@@ -305,7 +313,7 @@ class Trainer(DefaultTrainer):
         state = self.checkpointer.resume(path)
         training = state["training"]
         if self.distilled != ("distillation" in state):
-            raise ValueError(
+            raise UserError(
                 f"{path} was trained {'without' if self.distilled else 'with'} a teacher: MGD.ENABLED cannot change in "
                 "the middle of a training."
             )
@@ -315,7 +323,7 @@ class Trainer(DefaultTrainer):
             self.load_state_dict(training)
         except (KeyError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"{path} does not continue with this config, which has changed since: {reason}") from error
+            raise UserError(f"{path} does not continue with this config, which has changed since: {reason}") from error
         self.start_iter = self.iter + 1
         if training["seed"] != self.seed:
             logger.info("The seed of this run is %d, from %s", training["seed"], path)
@@ -362,7 +370,7 @@ def _check_scaling(cfg: CfgNode) -> None:
     """Detectron2 would scale its own schedule to the number of processes, and not that of the rematches."""
     reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
     if cfg.MGD.ENABLED and reference not in (0, comm.get_world_size()):
-        raise ValueError(
+        raise UserError(
             f"SOLVER.REFERENCE_WORLD_SIZE is {reference} and there are {comm.get_world_size()} processes: set it to 0, "
             "and the schedule, MGD.REMATCH and MGD.SCHEDULE included, for this number."
         )
@@ -371,12 +379,12 @@ def _check_scaling(cfg: CfgNode) -> None:
 def _check_supported(cfg: CfgNode) -> None:
     """What Detectron2's trainer offers and this one does not."""
     if cfg.TEST.PRECISE_BN.ENABLED:
-        raise ValueError("TEST.PRECISE_BN.ENABLED is not supported: it could not be resumed.")
+        raise UserError("TEST.PRECISE_BN.ENABLED is not supported: it could not be resumed.")
     if cfg.TEST.AUG.ENABLED:
-        raise ValueError("TEST.AUG.ENABLED is not supported: evaluate the student with Detectron2's own train_net.py.")
+        raise UserError("TEST.AUG.ENABLED is not supported: evaluate the student with Detectron2's own train_net.py.")
     images, processes, parts = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size(), cfg.MGD.ACCUMULATE
     if images % processes == 0 and images // processes % parts:
-        raise ValueError(
+        raise UserError(
             f"SOLVER.IMS_PER_BATCH is {images}, which {processes} processes share; the {images // processes} images of "
             f"each cannot be cut into MGD.ACCUMULATE {parts} equal parts."
         )

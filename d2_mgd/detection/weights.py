@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+from http.client import HTTPException
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -18,6 +19,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import PathHandler, PathManager
 from torch import Tensor, nn
 
+from d2_mgd.errors import UserError, reason
 from d2_mgd.training import file_digest
 from d2_mgd.training.weights_files import read_pickled_arrays, read_safetensors, read_tensors
 
@@ -58,12 +60,12 @@ def _torchvision_file(location: str, name: str) -> str:
     names = [known for known in torchvision.models.list_models() if _TORCHVISION_FAMILY.match(known)]
     name, _, version = name.partition("/")
     if name not in names:
-        raise ValueError(f"{location}: torchvision has no such ResNet; there are: {', '.join(names)}.")
+        raise UserError(f"{location}: torchvision has no such ResNet; there are: {', '.join(names)}.")
     versions = torchvision.models.get_model_weights(name).__members__
     # Version 1 is what detectors are trained from; version 2 was tuned for classification.
     version = version or next(iter(versions))
     if version not in versions:
-        raise ValueError(f"{location}: {name} has no weights {version!r}; there are: {', '.join(versions)}.")
+        raise UserError(f"{location}: {name} has no weights {version!r}; there are: {', '.join(versions)}.")
     url = versions[version].url
     path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
     if not os.path.isfile(path):
@@ -72,7 +74,7 @@ def _torchvision_file(location: str, name: str) -> str:
         try:
             torch.hub.download_url_to_file(url, path, hash_prefix=path[: -len(".pth")].rsplit("-", 1)[-1])
         except (OSError, RuntimeError) as error:
-            raise FileNotFoundError(
+            raise UserError(
                 f"{location}: cannot download {url} ({error}); fetch it elsewhere and put it at {path}."
             ) from error
     return path
@@ -85,17 +87,14 @@ def local_weights_file(location: str) -> str:
     """Local path of a weights file given as a path, a URL, ``detectron2://...`` or ``torchvision://...``.
 
     Raises:
-        FileNotFoundError: it does not exist, or cannot be downloaded (with the reason).
-        ValueError: torchvision has no such model.
+        UserError: it does not exist, cannot be downloaded (with the reason), or torchvision has no such model.
     """
     try:
         path = PathManager.get_local_path(location)
-    except (FileNotFoundError, ValueError):
-        raise
-    except Exception as error:  # whatever the download library of that kind of URL raises
-        raise FileNotFoundError(f"cannot get the weights {location}: {error}.") from error
+    except (OSError, HTTPException) as error:
+        raise UserError(f"cannot get the weights {location}: {reason(error)}.") from error
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"the weights file {location} does not exist.")
+        raise UserError(f"the weights file {location} does not exist.")
     return path
 
 
@@ -124,7 +123,7 @@ def read_model(path: str) -> dict[str, Any]:
     """A file of any of the supported kinds -> {"model": {name: array}, "matching_heuristics": bool, ...}.
 
     Raises:
-        ValueError: it cannot be read, or holds no weights.
+        UserError: it cannot be read, or holds no weights.
     """
     if path.endswith(".pkl"):
         data = read_pickled_arrays(path)
@@ -140,13 +139,13 @@ def read_model(path: str) -> dict[str, Any]:
             data = {"model": data}
     model = data["model"]
     if not isinstance(model, dict) or not model or not all(isinstance(name, str) for name in model):
-        raise ValueError(f"{path} holds no weights by name.")
+        raise UserError(f"{path} holds no weights by name.")
     if data.get("__author__") == "Caffe2":
         model = data["model"] = {name: value for name, value in model.items() if not name.endswith("_momentum")}
     for name, value in model.items():
         plain = isinstance(value, Tensor) or (isinstance(value, np.ndarray) and value.dtype != object)
         if not plain:
-            raise ValueError(f"{path} holds {name!r} of type {type(value).__name__}, where weights hold an array.")
+            raise UserError(f"{path} holds {name!r} of type {type(value).__name__}, where weights hold an array.")
     if _is_torchvision_resnet(model):
         data = {**data, "model": _from_torchvision(model), "__author__": "torchvision", "matching_heuristics": True}
     return data
@@ -173,7 +172,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         if query.pop("matching_heuristics", [""]) == ["True"]:
             data["matching_heuristics"] = True
         if query:
-            raise ValueError(f"{filename}: unknown query {', '.join(query)}; there is matching_heuristics=True.")
+            raise UserError(f"{filename}: unknown query {', '.join(query)}; there is matching_heuristics=True.")
         return data
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
@@ -196,8 +195,8 @@ def load_weights(model: nn.Module, location: str) -> Any:
         An object with ``missing_keys``, ``unexpected_keys`` and ``incorrect_shapes``.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file cannot be read, fits the model nowhere, or holds weights that are not finite.
+        UserError: there is no such file, or it cannot be read, fits the model nowhere, or holds weights that are not
+            finite.
     """
     checkpointer = SafeCheckpointer(model)
     checkpointer.load(location, checkpointables=[])
@@ -205,7 +204,7 @@ def load_weights(model: nn.Module, location: str) -> Any:
     if checkpointer.used < 1:
         theirs = next(iter([*left.unexpected_keys, *(name for name, *_ in left.incorrect_shapes)]), "nothing")
         ours = next(iter(model.state_dict()))
-        raise ValueError(
+        raise UserError(
             f"no weight in {location} fits the model by name and shape: it has {theirs!r}, the model {ours!r}."
         )
     _check_finite(model, {*left.missing_keys, *(name for name, *_ in left.incorrect_shapes)}, location)
@@ -218,4 +217,4 @@ def load_weights(model: nn.Module, location: str) -> Any:
 def _check_finite(model: nn.Module, not_taken: set[str], location: str) -> None:
     for name, value in model.state_dict().items():
         if name not in not_taken and not torch.isfinite(value).all():
-            raise ValueError(f"{location} holds weights that are not finite, first {name}.")
+            raise UserError(f"{location} holds weights that are not finite, first {name}.")

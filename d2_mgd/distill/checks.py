@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from d2_mgd.errors import UserError
 from d2_mgd.matching import MODES
 
 __all__ = ["check_names", "check_weights", "checked_mode", "checked_ties"]
@@ -20,20 +21,20 @@ def checked_ties(
         ValueError: ties without a matching, of unknown features, of unequal widths, or of a feature twice.
     """
     if tie and align not in ("matching", "matched_projection"):
-        raise ValueError(f"features can be tied where they are matched, not with the alignment {align!r}.")
+        raise UserError(f"features can be tied where they are matched, not with the alignment {align!r}.")
     if any(isinstance(names, str) for names in tie):
-        raise ValueError(f"ties are lists of features, got {list(tie)}.")
+        raise UserError(f"ties are lists of features, got {list(tie)}.")
     tied = [name for names in tie for name in names]
     for name in tied:
         if name not in channels:
-            raise ValueError(f"feature {name} is tied, but the features are: {', '.join(channels)}.")
+            raise UserError(f"feature {name} is tied, but the features are: {', '.join(channels)}.")
         if tied.count(name) > 1:
-            raise ValueError(f"feature {name} is tied twice.")
+            raise UserError(f"feature {name} is tied twice.")
     for names in tie:
         widths = {name: channels[name] for name in names}
         if len(set(widths.values())) > 1:
             found = ", ".join(f"{name} {width}" for name, width in widths.items())
-            raise ValueError(f"tied features need the same widths (student, teacher), got {found}.")
+            raise UserError(f"tied features need the same widths (student, teacher), got {found}.")
     together = [tuple(names) for names in tie if names]
     return [*together, *((name,) for name in channels if name not in tied)]
 
@@ -42,14 +43,14 @@ def check_names(what: str, given: Mapping[str, Any], channels: Mapping[str, Any]
     """Refuse a ``what`` that was given for something that is no feature (ValueError)."""
     unknown = [name for name in given if name not in channels]
     if unknown:
-        raise ValueError(f"a {what} was given for {', '.join(unknown)}, but the features are: {', '.join(channels)}.")
+        raise UserError(f"a {what} was given for {', '.join(unknown)}, but the features are: {', '.join(channels)}.")
 
 
 def check_weights(weights: Mapping[str, float]) -> None:
     """Refuse weights that are negative or not finite (ValueError)."""
     for name, weight in weights.items():
         if not (math.isfinite(weight) and weight >= 0):
-            raise ValueError(f"feature {name}: a weight must be finite and not negative, got {weight}.")
+            raise UserError(f"feature {name}: a weight must be finite and not negative, got {weight}.")
 
 
 def checked_mode(mode: str | None, reducer: str, name: str, num_student: int, num_teacher: int, align: str) -> str:
@@ -60,7 +61,7 @@ def checked_mode(mode: str | None, reducer: str, name: str, num_student: int, nu
     """
     if align == "matched_projection":
         if mode not in (None, "balanced"):
-            raise ValueError(
+            raise UserError(
                 f"feature {name}: the alignment 'matched_projection' needs the matching mode 'balanced', which leaves "
                 f"no teacher channel out, got {mode!r}."
             )
@@ -68,12 +69,12 @@ def checked_mode(mode: str | None, reducer: str, name: str, num_student: int, nu
     if mode is None:
         return "one_to_one" if reducer == "sm" and num_teacher >= num_student else "balanced"
     if mode not in MODES:
-        raise ValueError(f"unknown matching mode {mode!r}; there are: {', '.join(MODES)}.")
+        raise UserError(f"unknown matching mode {mode!r}; there are: {', '.join(MODES)}.")
     if mode != "balanced" and num_teacher < num_student:
-        raise ValueError(
+        raise UserError(
             f"feature {name}: mode {mode!r} needs T >= S, got {num_teacher} teacher channels for {num_student} student "
             "channels; use 'balanced'."
         )
     if reducer == "sm" and mode != "one_to_one" and num_teacher > num_student:
-        raise ValueError(f"feature {name}: reducer 'sm' goes with the mode 'one_to_one', not {mode!r}.")
+        raise UserError(f"feature {name}: reducer 'sm' goes with the mode 'one_to_one', not {mode!r}.")
     return mode

@@ -5,6 +5,7 @@ Shape shorthand: N images, S student channels, T teacher channels, G the size of
 
 from __future__ import annotations
 
+from d2_mgd.errors import UserError
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -93,11 +94,11 @@ class MatchingGuidedDistiller(nn.Module):
     ) -> None:
         super().__init__()
         if not channels:
-            raise ValueError("a distiller needs at least one feature.")
+            raise UserError("a distiller needs at least one feature.")
         if align not in ALIGNMENTS:
-            raise ValueError(f"unknown alignment {align!r}; there are: {', '.join(ALIGNMENTS)}.")
+            raise UserError(f"unknown alignment {align!r}; there are: {', '.join(ALIGNMENTS)}.")
         if reduction not in REDUCTIONS:
-            raise ValueError(f"unknown reduction {reduction!r}; there are: {', '.join(REDUCTIONS)}.")
+            raise UserError(f"unknown reduction {reduction!r}; there are: {', '.join(REDUCTIONS)}.")
         rule = None if balance == "fixed" else balance
         if rule not in (None, "auto"):
             lookup(BALANCES, "balance", balance)
@@ -118,11 +119,11 @@ class MatchingGuidedDistiller(nn.Module):
         self.costs: dict[str, ChannelCost] = {}
         for name, (student, teacher) in self.channels.items():
             if name not in losses:
-                raise ValueError(f"no loss was given for feature {name}.")
+                raise UserError(f"no loss was given for feature {name}.")
             if spatial == "boxes" and not strides.get(name, 0) > 0:
-                raise ValueError(f"feature {name}: the spatial weight 'boxes' needs the stride of its map.")
+                raise UserError(f"feature {name}: the spatial weight 'boxes' needs the stride of its map.")
             if hasattr(self.features, _key(name)):
-                raise ValueError(f"a feature cannot have the name {name!r}, which PyTorch uses itself.")
+                raise UserError(f"a feature cannot have the name {name!r}, which PyTorch uses itself.")
             self.features[_key(name)] = FeatureDistiller(
                 name,
                 student,
@@ -318,7 +319,7 @@ class MatchingGuidedDistiller(nn.Module):
             ValueError: the state is of other features or widths.
         """
         if set(state) != set(self.costs):
-            raise ValueError(f"the stored costs are of {sorted(state)}, this distiller's of {sorted(self.costs)}.")
+            raise UserError(f"the stored costs are of {sorted(state)}, this distiller's of {sorted(self.costs)}.")
         for name, cost in self.costs.items():
             cost.load_state_dict(state[name])
 
@@ -330,8 +331,8 @@ class MatchingGuidedDistiller(nn.Module):
             for name in names:
                 try:
                     costs.append(self.costs[name].mean())
-                except ValueError as error:
-                    raise ValueError(f"feature {name}: {error}") from error
+                except UserError as error:
+                    raise UserError(f"feature {name}: {error}") from error
             matching = solve_matching(torch.stack(costs).sum(dim=0), self._feature(names[0]).mode or "balanced")
             seconds = time.perf_counter() - start
             for name, cost in zip(names, costs):
@@ -368,7 +369,7 @@ class MatchingGuidedDistiller(nn.Module):
         return student, self._feature(name).resized(teacher, student), None if valid is None else valid.get(name)
 
 
-_ERRORS_OF_A_SOLVE = {error.__name__: error for error in (ValueError, SolverError)}
+_ERRORS_OF_A_SOLVE = {error.__name__: error for error in (UserError, SolverError)}
 
 
 def _solve_once(solve: Any, group: Any) -> Any:

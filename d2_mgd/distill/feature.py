@@ -18,6 +18,7 @@ from d2_mgd.distill.losses import BLIND_TO_PADDING, FeatureLoss, loss_divisor, r
 from d2_mgd.distill.norms import build_norm
 from d2_mgd.distill.reducers import Reducer
 from d2_mgd.distill.spatial import Boxes, SpatialWeight
+from d2_mgd.errors import UserError
 from d2_mgd.matching import ChannelMatching, matched_weight
 from d2_mgd.matching.channel_matching import PADDING
 
@@ -59,12 +60,12 @@ class FeatureDistiller(nn.Module):
     ) -> None:
         super().__init__()
         if align == "none" and num_student != num_teacher:
-            raise ValueError(
+            raise UserError(
                 f"feature {name}: alignment 'none' needs equal widths, got {num_student} student and {num_teacher} "
                 "teacher channels; 'matching' takes any."
             )
         if margin is not None and tuple(margin.shape) != (num_teacher,):
-            raise ValueError(f"feature {name}: margins must be ({num_teacher},), got {tuple(margin.shape)}.")
+            raise UserError(f"feature {name}: margins must be ({num_teacher},), got {tuple(margin.shape)}.")
         self.name = name
         self.num_student = num_student
         self.num_teacher = num_teacher
@@ -202,7 +203,7 @@ class FeatureDistiller(nn.Module):
             return ""
         try:
             found = ChannelMatching(groups.cpu().numpy(), self.num_teacher)
-        except ValueError as error:
+        except UserError as error:
             return f"the stored matching is not one of these channels: {error}"
         guides = len(found.pairs[1])
         if self.mode == "balanced" and self.num_teacher >= self.num_student and guides != self.num_teacher:

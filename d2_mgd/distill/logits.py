@@ -22,6 +22,7 @@ from fvcore.common.registry import Registry
 from torch import Tensor
 
 from d2_mgd.distill.registry import lookup
+from d2_mgd.errors import UserError
 
 __all__ = ["LOGIT_LOSSES", "LogitLoss", "dist", "dkd", "kd", "kd_loss", "standardize_logits"]
 
@@ -152,10 +153,10 @@ class LogitLoss:
         known = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
         unknown = [option for option in options if option not in known]
         if unknown:
-            raise ValueError(f"logit loss {name!r} has no option {', '.join(unknown)}; it has: {', '.join(known)}.")
+            raise UserError(f"logit loss {name!r} has no option {', '.join(unknown)}; it has: {', '.join(known)}.")
         for option, value in {"weight": weight, **options}.items():
             if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"logit loss {name!r}: {option} must be finite and not negative, got {value}.")
+                raise UserError(f"logit loss {name!r}: {option} must be finite and not negative, got {value}.")
         if "temperature" in options:
             _check_temperature(options["temperature"])
         self.name = name
@@ -193,7 +194,7 @@ def _in_float(logits: Tensor) -> Tensor:
 
 def _check_shapes(student_logits: Tensor, teacher_logits: Tensor) -> None:
     if student_logits.shape != teacher_logits.shape:
-        raise ValueError(
+        raise UserError(
             f"student and teacher logits must have the same shape, got {tuple(student_logits.shape)} and "
             f"{tuple(teacher_logits.shape)}: do both know the same classes?"
         )
@@ -201,7 +202,7 @@ def _check_shapes(student_logits: Tensor, teacher_logits: Tensor) -> None:
 
 def _check_temperature(temperature: float) -> None:
     if not temperature > 0:
-        raise ValueError(f"the temperature must be positive, got {temperature}.")
+        raise UserError(f"the temperature must be positive, got {temperature}.")
 
 
 def _divergence(student_log: Tensor, teacher_log: Tensor) -> Tensor:

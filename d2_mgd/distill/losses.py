@@ -17,6 +17,8 @@ import torch
 from fvcore.common.registry import Registry
 from torch import Tensor
 
+from d2_mgd.errors import UserError
+
 __all__ = [
     "FEATURE_LOSSES",
     "REDUCTIONS",
@@ -144,10 +146,10 @@ def published_weights(task: str, features: Sequence[str]) -> dict[str, float]:
         last = len(features) - 1
         return {name: 1.0 / 1e4 / 2.0 ** (last - index) for index, name in enumerate(features)}
     if task != "detection":
-        raise ValueError(f"published weights exist for 'classification' and 'detection', not for {task!r}.")
+        raise UserError(f"published weights exist for 'classification' and 'detection', not for {task!r}.")
     unknown = [name for name in features if name not in _PUBLISHED_DETECTION]
     if unknown:
-        raise ValueError(f"no published weight for {', '.join(unknown)}; there are: {', '.join(_PUBLISHED_DETECTION)}.")
+        raise UserError(f"no published weight for {', '.join(unknown)}; there are: {', '.join(_PUBLISHED_DETECTION)}.")
     return {name: 1.0 / _PUBLISHED_DETECTION[name] for name in features}
 
 

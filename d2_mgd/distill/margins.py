@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from d2_mgd.errors import UserError
+
 __all__ = ["batch_norm_margin"]
 
 _RARE = 1e-3  # below this probability of being negative the conditional mean is replaced by -3 sigma
@@ -41,7 +43,7 @@ def batch_norm_margin(norm: nn.Module) -> Tensor:
     """
     running_var = getattr(norm, "running_var", None)
     if not hasattr(norm, "running_mean") or not hasattr(norm, "weight"):
-        raise TypeError(
+        raise UserError(
             f"margins are made from a batch-norm, and this is a {type(norm).__name__}: tap a feature whose last norm "
             "is a batch-norm, or use a loss without margins."
         )
@@ -49,12 +51,12 @@ def batch_norm_margin(norm: nn.Module) -> Tensor:
     bias: Tensor | None = getattr(norm, "bias", None)
     reference = running_var if weight is None else weight
     if reference is None:
-        raise TypeError(f"this {type(norm).__name__} has neither scale nor running statistics to make margins from.")
+        raise UserError(f"this {type(norm).__name__} has neither scale nor running statistics to make margins from.")
     scale = torch.ones_like(reference) if weight is None else weight
     shift = torch.zeros_like(reference) if bias is None else bias
     scale, shift = scale.detach().double().abs(), shift.detach().double()
     if not (torch.isfinite(scale).all() and torch.isfinite(shift).all()):
-        raise ValueError("margins cannot be made from a batch-norm whose scale or shift is not finite.")
+        raise UserError("margins cannot be made from a batch-norm whose scale or shift is not finite.")
 
     ratio = shift / scale.clamp(min=torch.finfo(torch.float64).tiny)
     log_negative = torch.special.log_ndtr(-ratio)  # log of the probability of being negative

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from d2_mgd.errors import UserError
+
 __all__ = ["NORMS", "MaskedBatchNorm", "MaskedGroupNorm", "build_norm"]
 
 NORMS = ("bn", "sync_bn", "gn", "none")
@@ -35,7 +37,7 @@ def build_norm(name: str, channels: int) -> nn.Module:
         return MaskedGroupNorm(math.gcd(32, channels), channels)
     if name == "none":
         return _NoNorm()
-    raise ValueError(f"unknown norm {name!r}; there are: {', '.join(NORMS)}.")
+    raise UserError(f"unknown norm {name!r}; there are: {', '.join(NORMS)}.")
 
 
 class _NoNorm(nn.Module):

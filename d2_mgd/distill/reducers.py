@@ -17,6 +17,7 @@ import torch
 from fvcore.common.registry import Registry
 from torch import Tensor
 
+from d2_mgd.errors import UserError
 from d2_mgd.matching.channel_matching import PADDING
 
 __all__ = ["REDUCERS", "Reducer", "amp", "max", "mean", "rd", "sm", "sp"]
@@ -144,7 +145,7 @@ def sm(
         ValueError: a group has several members.
     """
     if groups.shape[1] != 1:
-        raise ValueError(
+        raise UserError(
             f"reducer 'sm' needs groups of one teacher channel, got up to {groups.shape[1]}: "
             "use it with the matching mode 'one_to_one'."
         )

@@ -6,6 +6,8 @@ from typing import Any
 
 from fvcore.common.registry import Registry
 
+from d2_mgd.errors import UserError
+
 __all__ = ["lookup", "names"]
 
 
@@ -21,5 +23,5 @@ def lookup(registry: Registry, kind: str, name: str) -> Any:
         ValueError: there is none; the message lists those that exist.
     """
     if name not in registry:
-        raise ValueError(f"unknown {kind} {name!r}; there are: {', '.join(names(registry))}.")
+        raise UserError(f"unknown {kind} {name!r}; there are: {', '.join(names(registry))}.")
     return registry.get(name)

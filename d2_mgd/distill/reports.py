@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from d2_mgd.errors import UserError
 from d2_mgd.matching import ChannelMatching
 from d2_mgd.training import write_atomically
 
@@ -73,7 +74,7 @@ def load_reports(path: str | os.PathLike[str]) -> dict[str, RematchReport]:
     with np.load(path, allow_pickle=False) as arrays:
         names = [key[: -len("/groups")] for key in arrays.files if key.endswith("/groups")]
         if not names:
-            raise ValueError(f"{path} holds no matching reports.")
+            raise UserError(f"{path} holds no matching reports.")
         return {name: _report(name, {field: arrays[f"{name}/{field}"] for field in _FIELDS}) for name in names}
 
 

@@ -6,6 +6,8 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 
+from d2_mgd.errors import UserError
+
 __all__ = ["DECAYS", "RematchSchedule", "WeightSchedule"]
 
 DECAYS = ("constant", "linear", "cosine")
@@ -35,16 +37,16 @@ class RematchSchedule:
         self.start = bool(start)
         self.at = sorted({int(step) for step in at})
         if self.periods and len(self.periods) != len(self.milestones) + 1:
-            raise ValueError(
+            raise UserError(
                 f"a rematch schedule needs one period more than milestones, got periods {self.periods} and "
                 f"milestones {self.milestones}."
             )
         if any(period < 0 for period in self.periods):
-            raise ValueError(f"rematch periods must not be negative, got {self.periods}.")
+            raise UserError(f"rematch periods must not be negative, got {self.periods}.")
         if self.milestones != sorted(set(self.milestones)) or any(step <= 0 for step in self.milestones):
-            raise ValueError(f"rematch milestones must be positive and ascending, got {self.milestones}.")
+            raise UserError(f"rematch milestones must be positive and ascending, got {self.milestones}.")
         if any(step <= 0 for step in self.at):
-            raise ValueError(f"rematch steps must be positive, got {self.at}; 'start' is the one before the first.")
+            raise UserError(f"rematch steps must be positive, got {self.at}; 'start' is the one before the first.")
 
     @classmethod
     def log_spaced(cls, first: int, last: int, count: int, start: bool = True) -> RematchSchedule:
@@ -56,7 +58,7 @@ class RematchSchedule:
             ValueError: not 0 < first <= last, or a count below 1.
         """
         if not 0 < first <= last or count < 1:
-            raise ValueError(
+            raise UserError(
                 f"log-spaced rematches need 0 < first <= last and a count of 1 or more, got first {first}, last {last} "
                 f"and count {count}."
             )
@@ -102,16 +104,16 @@ class WeightSchedule:
         self, decay: str = "constant", start: int = 0, stop: int | None = None, warmup: int = 0, end: float = 0.0
     ) -> None:
         if decay not in DECAYS:
-            raise ValueError(f"unknown decay {decay!r} of the distillation weight; there are: {', '.join(DECAYS)}.")
+            raise UserError(f"unknown decay {decay!r} of the distillation weight; there are: {', '.join(DECAYS)}.")
         if stop is None and decay != "constant":
-            raise ValueError(f"a {decay} decay of the distillation weight needs a step at which it stops.")
+            raise UserError(f"a {decay} decay of the distillation weight needs a step at which it stops.")
         if start < 0 or warmup < 0 or (stop is not None and stop <= start):
-            raise ValueError(
+            raise UserError(
                 f"a weight schedule needs 0 <= start < stop and a warm-up of 0 or more, got start {start}, stop {stop} "
                 f"and warm-up {warmup}."
             )
         if not 0.0 <= end <= 1.0:
-            raise ValueError(f"the distillation weight falls to a share of 0 to 1 of itself, got {end}.")
+            raise UserError(f"the distillation weight falls to a share of 0 to 1 of itself, got {end}.")
         self.decay = decay
         self.start = int(start)
         self.stop = None if stop is None else int(stop)

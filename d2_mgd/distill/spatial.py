@@ -18,6 +18,8 @@ import torch
 from fvcore.common.registry import Registry
 from torch import Tensor
 
+from d2_mgd.errors import UserError
+
 __all__ = ["SPATIAL_WEIGHTS", "Boxes", "SpatialWeight", "all", "attention", "boxes"]
 
 Boxes = Sequence[Tensor]
@@ -63,7 +65,7 @@ def boxes(
     images, _, height, width = teacher.shape
     boxes = _checked_boxes(boxes, images)
     if stride is None or not stride > 0:
-        raise ValueError(f"the spatial weight 'boxes' needs the stride of the map in input pixels, got {stride}.")
+        raise UserError(f"the spatial weight 'boxes' needs the stride of the map in input pixels, got {stride}.")
     rows = torch.arange(height, device=teacher.device).view(1, -1, 1)
     columns = torch.arange(width, device=teacher.device).view(1, 1, -1)
     weights = torch.empty((images, 1, height, width), device=teacher.device)
@@ -110,9 +112,9 @@ def attention(
 
 def _checked_boxes(boxes: Boxes | None, images: int) -> Boxes:
     if boxes is None:
-        raise ValueError("the spatial weight 'boxes' needs the ground-truth boxes of each image.")
+        raise UserError("the spatial weight 'boxes' needs the ground-truth boxes of each image.")
     if len(boxes) != images or any(found.ndim != 2 or found.shape[1] != 4 for found in boxes):
-        raise ValueError(
+        raise UserError(
             f"boxes must be one tensor (B, 4) for each of the {images} images, got "
             f"{', '.join(str(tuple(found.shape)) for found in boxes) or 'none'}."
         )

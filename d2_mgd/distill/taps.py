@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from d2_mgd.errors import UserError
+
 __all__ = ["FeatureTaps", "Tap"]
 
 
@@ -39,7 +41,7 @@ class Tap:
 
     def __post_init__(self) -> None:
         if self.before_activation and self.key is not None:
-            raise ValueError(f"tap of {self.module!r}: key and before_activation exclude each other.")
+            raise UserError(f"tap of {self.module!r}: key and before_activation exclude each other.")
 
 
 class FeatureTaps:
@@ -70,7 +72,7 @@ class FeatureTaps:
 
     def __init__(self, model: nn.Module, taps: Mapping[str, str | Tap]) -> None:
         if not taps:
-            raise ValueError("no feature to tap was given.")
+            raise UserError("no feature to tap was given.")
         self.model = model
         self.taps = {name: Tap(tap) if isinstance(tap, str) else tap for name, tap in taps.items()}
         self._needs_copy: dict[tuple[str, bool, bool], bool] = {}  # by feature, training mode, early stop
@@ -85,7 +87,7 @@ class FeatureTaps:
         try:
             for path, features in by_module.items():
                 self._attach(_submodule(model, path), path, features)
-        except ValueError:
+        except UserError:
             self.remove()
             raise
 
@@ -311,9 +313,9 @@ def _entry(output: Any, key: str | int | None, path: str, name: str) -> Tensor:
         except (KeyError, IndexError, TypeError) as error:
             kind = f"it has: {', '.join(map(str, output))}" if isinstance(output, Mapping) else type(output).__name__
             where = repr(path) if path else "the model"
-            raise ValueError(f"feature {name}: the output of {where} has no entry {key!r} ({kind}).") from error
+            raise UserError(f"feature {name}: the output of {where} has no entry {key!r} ({kind}).") from error
     if not isinstance(output, Tensor):
-        raise TypeError(
+        raise UserError(
             f"feature {name}: the output of {repr(path) if path else 'the model'} is a {type(output).__name__}, not a "
             "tensor; name an entry of it by key."
         )
@@ -327,7 +329,7 @@ def _submodule(model: nn.Module, path: str) -> nn.Module:
         children = dict(found.named_children())
         if part not in children:
             where = f"in {'.'.join(walked)!r}" if walked else "in the model"
-            raise ValueError(f"there is no module {path!r}: {where} there are: {', '.join(children) or 'none'}.")
+            raise UserError(f"there is no module {path!r}: {where} there are: {', '.join(children) or 'none'}.")
         found = children[part]
         walked.append(part)
     return found

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from d2_mgd.errors import UserError
+
 __all__ = ["PADDING", "ChannelMatching"]
 
 PADDING = -1
@@ -46,11 +48,11 @@ class ChannelMatching:
         try:
             num_teacher = operator.index(self.num_teacher)
         except TypeError:
-            raise ValueError(f"num_teacher must be a whole number, got {self.num_teacher!r}.") from None
+            raise UserError(f"num_teacher must be a whole number, got {self.num_teacher!r}.") from None
         if math.isnan(self.total_cost):
-            raise ValueError("the total cost of a matching cannot be NaN.")
+            raise UserError("the total cost of a matching cannot be NaN.")
         if groups.ndim != 2 or 0 in groups.shape:
-            raise ValueError(f"groups must have the shape (S, G) with S, G >= 1, got {groups.shape}.")
+            raise UserError(f"groups must have the shape (S, G) with S, G >= 1, got {groups.shape}.")
         _check_groups(groups, num_teacher)
         longest = int((groups != PADDING).sum(axis=1).max())
         kept = np.ascontiguousarray(groups[:, :longest])
@@ -86,7 +88,7 @@ class ChannelMatching:
             ValueError: the two matchings are between different numbers of channels.
         """
         if (self.num_student, self.num_teacher) != (other.num_student, other.num_teacher):
-            raise ValueError(
+            raise UserError(
                 f"cannot compare a matching of ({self.num_student}, {self.num_teacher}) channels with one of "
                 f"({other.num_student}, {other.num_teacher})."
             )
@@ -116,7 +118,7 @@ def _as_integer_array(groups: Any) -> np.ndarray:
         groups = groups.detach().cpu().numpy()
     array = np.array(groups)  # always a copy
     if array.dtype.kind not in "iu":
-        raise ValueError(f"groups must hold integers, got dtype {array.dtype}.")
+        raise UserError(f"groups must hold integers, got dtype {array.dtype}.")
     return array.astype(np.int64)
 
 
@@ -132,29 +134,29 @@ def _check_groups(groups: np.ndarray, num_teacher: int) -> None:
     outside = (groups < PADDING) | (groups >= num_teacher)
     if outside.any():
         student = int(np.nonzero(outside.any(axis=1))[0][0])
-        raise ValueError(
+        raise UserError(
             f"group of student channel {student} is {groups[student].tolist()}, "
             f"but teacher channels are 0 to {num_teacher - 1}."
         )
     if not member[:, 0].all():
         student = int(np.nonzero(~member[:, 0])[0][0])
-        raise ValueError(f"student channel {student} has no teacher channel: every group needs at least one.")
+        raise UserError(f"student channel {student} has no teacher channel: every group needs at least one.")
     if (member[:, 1:] & ~member[:, :-1]).any():
         student = int(np.nonzero((member[:, 1:] & ~member[:, :-1]).any(axis=1))[0][0])
-        raise ValueError(f"group of student channel {student} is padded in the middle; -1 belongs at the end of a row.")
+        raise UserError(f"group of student channel {student} is padded in the middle; -1 belongs at the end of a row.")
     ordered = np.sort(groups, axis=1)
     twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != PADDING)
     if twice.any():
         student = int(np.nonzero(twice.any(axis=1))[0][0])
-        raise ValueError(
+        raise UserError(
             f"group of student channel {student} names a teacher channel twice: {groups[student].tolist()}."
         )
     if num_teacher >= num_student:
         uses = np.bincount(groups[member], minlength=num_teacher)
         if (uses > 1).any():
             teacher = int(np.nonzero(uses > 1)[0][0])
-            raise ValueError(
+            raise UserError(
                 f"teacher channel {teacher} guides {int(uses[teacher])} student channels; at most one where T >= S."
             )
     elif groups.shape[1] > 1 and member[:, 1:].any():
-        raise ValueError(f"groups must have one member where T < S (T={num_teacher}, S={num_student}).")
+        raise UserError(f"groups must have one member where T < S (T={num_teacher}, S={num_student}).")

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from d2_mgd.errors import UserError
+
 __all__ = ["METRICS", "ChannelCost", "collective_device"]
 
 METRICS = ("cosine", "pearson")
@@ -44,9 +46,9 @@ class ChannelCost:
         device: torch.device | str | None = None,
     ) -> None:
         if metric not in METRICS:
-            raise ValueError(f"unknown matching metric {metric!r}; there are: {', '.join(METRICS)}.")
+            raise UserError(f"unknown matching metric {metric!r}; there are: {', '.join(METRICS)}.")
         if num_student < 1 or num_teacher < 1:
-            raise ValueError(f"a cost needs at least one channel on each side, got S={num_student}, T={num_teacher}.")
+            raise UserError(f"a cost needs at least one channel on each side, got S={num_student}, T={num_teacher}.")
         self.num_student = int(num_student)
         self.num_teacher = int(num_teacher)
         self.metric = metric
@@ -117,12 +119,12 @@ class ChannelCost:
         """
         similarity, count = self._reduced or (self._similarity, float(self._count))
         if count == 0 or similarity is None:
-            raise ValueError("the matching cost is empty: no image was observed.")
+            raise UserError("the matching cost is empty: no image was observed.")
         cost = (2.0 - 2.0 * similarity.cpu() / count).clamp_(0.0, 4.0)  # clamp keeps NaN
         if not torch.isfinite(cost).all():
             student, teacher = torch.nonzero(~torch.isfinite(cost))[0].tolist()
             bad = int((~torch.isfinite(cost)).sum())
-            raise ValueError(
+            raise UserError(
                 f"the matching cost is not finite at {bad} of {cost.numel()} entries, first at student channel "
                 f"{student}, teacher channel {teacher}: the maps held NaN or infinity."
             )
@@ -140,7 +142,7 @@ class ChannelCost:
         """
         similarity = state["similarity"]
         if similarity is not None and tuple(similarity.shape) != (self.num_student, self.num_teacher):
-            raise ValueError(
+            raise UserError(
                 f"the stored cost is of {tuple(similarity.shape)} channels, this one of "
                 f"{(self.num_student, self.num_teacher)}."
             )

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from d2_mgd.errors import UserError
 from d2_mgd.matching.channel_matching import ChannelMatching
 from d2_mgd.matching.solver import solve_matching
 
@@ -66,9 +67,9 @@ def projection_agreement(weight: Any, matching: ChannelMatching) -> ProjectionAg
     array = weight.detach().cpu().double().numpy() if isinstance(weight, torch.Tensor) else np.asarray(weight, float)
     wanted = (matching.num_teacher, matching.num_student)
     if array.shape not in (wanted, (*wanted, 1, 1)):
-        raise ValueError(f"the projection must be (T, S) = {wanted} for this matching, got {array.shape}.")
+        raise UserError(f"the projection must be (T, S) = {wanted} for this matching, got {array.shape}.")
     if not np.isfinite(array).all():
-        raise ValueError("the projection holds numbers that are not finite.")
+        raise UserError("the projection holds numbers that are not finite.")
     squares = array.reshape(wanted) ** 2
     total = squares.sum(axis=1, keepdims=True)
     uniform = np.full_like(squares, 1.0 / matching.num_student)

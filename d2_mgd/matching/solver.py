@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from ortools.graph.python import min_cost_flow
 
+from d2_mgd.errors import UserError
 from d2_mgd.matching.certificate import sink_prices, violated_arcs
 from d2_mgd.matching.channel_matching import PADDING, ChannelMatching
 
@@ -62,9 +63,9 @@ def solve_matching(cost: np.ndarray | torch.Tensor, mode: str = "balanced") -> C
     matrix = _checked_cost(cost)
     num_student, num_teacher = matrix.shape
     if mode not in MODES:
-        raise ValueError(f"unknown matching mode {mode!r}; there are: {', '.join(MODES)}.")
+        raise UserError(f"unknown matching mode {mode!r}; there are: {', '.join(MODES)}.")
     if mode != "balanced" and num_teacher < num_student:
-        raise ValueError(
+        raise UserError(
             f"mode {mode!r} needs at least as many teacher as student channels, got T={num_teacher} < S={num_student}; "
             "mode 'balanced' lets student channels share a teacher channel."
         )
@@ -109,14 +110,14 @@ def _checked_cost(cost: Any) -> np.ndarray:
         cost = (cost.double() if cost.is_floating_point() else cost).numpy()  # numpy has no bfloat16
     matrix = np.asarray(cost)
     if matrix.ndim != 2 or 0 in matrix.shape:
-        raise ValueError(f"a matching cost must be a matrix (S, T) with S, T >= 1, got the shape {matrix.shape}.")
+        raise UserError(f"a matching cost must be a matrix (S, T) with S, T >= 1, got the shape {matrix.shape}.")
     if matrix.dtype.kind not in "fiu":
-        raise ValueError(f"a matching cost must hold real numbers, got dtype {matrix.dtype}.")
+        raise UserError(f"a matching cost must hold real numbers, got dtype {matrix.dtype}.")
     matrix = matrix.astype(np.float64)
     finite = np.isfinite(matrix)
     if not finite.all():
         student, teacher = (int(i) for i in np.argwhere(~finite)[0])
-        raise ValueError(
+        raise UserError(
             f"the matching cost is {matrix[student, teacher]} at student channel {student}, teacher channel {teacher} "
             f"({int((~finite).sum())} of {matrix.size} entries are not finite)."
         )

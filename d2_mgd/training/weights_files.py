@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from d2_mgd.errors import UserError, reason
 from d2_mgd.training import write_atomically
 
 __all__ = [
@@ -38,7 +39,7 @@ logger = logging.getLogger(__name__)
 _TRUSTED: set[str] = set()
 
 
-class UntrustedFileError(ValueError):
+class UntrustedFileError(UserError):
     """A weights file that was not read; the message is one sentence that begins with its path."""
 
 
@@ -62,8 +63,7 @@ def _refused(path: str, what: str) -> UntrustedFileError:
 
 
 def _unreadable(path: str, error: Exception) -> UntrustedFileError:
-    reason = next(iter(str(error).splitlines()), "").split(". ")[0].rstrip(".") or type(error).__name__
-    return UntrustedFileError(f"{path} is damaged or cut short, or no weights file at all: {reason}.")
+    return UntrustedFileError(f"{path} is damaged or cut short, or no weights file at all: {reason(error)}.")
 
 
 def _as_dict(path: str, data: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from d2_mgd.errors import UserError
 from d2_mgd.visualize.style import PALETTE, legend_columns, new_figure, style
 
 __all__ = ["draw_curves", "read_metrics", "smoothed"]
@@ -29,7 +30,7 @@ def read_metrics(path: str | os.PathLike[str], step: str = "iteration") -> list[
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a line that does not say its step.
+        UserError: a line that does not say its step.
     """
     rows: dict[int, dict[str, Any]] = {}
     for line in Path(path).read_text(encoding="utf-8").splitlines():
@@ -38,7 +39,7 @@ def read_metrics(path: str | os.PathLike[str], step: str = "iteration") -> list[
         except json.JSONDecodeError:
             continue
         if not isinstance(row, dict) or step not in row:
-            raise ValueError(f"a line of {path} names no {step}: {line[:60]}")
+            raise UserError(f"a line of {path} names no {step}: {line[:60]}")
         rows.setdefault(int(row[step]), {}).update(row)
     return [rows[number] for number in sorted(rows)]
 

@@ -19,7 +19,8 @@ import train_net as command_line
 from detectron2.config import get_cfg
 from training_runs import CLASSES, write_coco, write_yaml
 
-from d2_mgd.detection.config import add_mgd_config, validate_config
+from d2_mgd.detection.config import add_mgd_config
+from d2_mgd.detection.config_checks import validate_config
 
 
 def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], output: Path) -> str:

@@ -22,6 +22,7 @@ from detectron2.modeling import build_backbone, build_model
 
 from d2_mgd.detection.checkpoint import CheckpointError, TrainingCheckpointer, check_same_teacher, write_atomically
 from d2_mgd.detection.weights import file_digest, load_weights, local_weights_file, read_pickled_arrays, read_tensors
+from d2_mgd.errors import UserError
 
 
 class Malice:
@@ -125,7 +126,7 @@ def test_weights_that_fit_nowhere_are_refused_and_others_say_what_is_left(tmp_pa
     with pytest.raises(ValueError, match=r"holds 'conv' of type list, where weights hold an array"):
         torch.save({"conv": [1]}, path)
         load_weights(Small(), str(path))
-    with pytest.raises(FileNotFoundError, match="does not exist"):
+    with pytest.raises(UserError, match="does not exist"):
         load_weights(Small(), str(tmp_path / "none.pth"))
 
 
@@ -187,7 +188,7 @@ def test_offline_the_message_says_where_to_put_the_file(hub: Path, monkeypatch: 
         raise urllib.error.URLError("no network")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    with pytest.raises(FileNotFoundError, match=rf"put it at {hub / 'resnet18-f37072fd.pth'}"):
+    with pytest.raises(UserError, match=rf"put it at {hub / 'resnet18-f37072fd.pth'}"):
         local_weights_file("torchvision://resnet18")
 
 
@@ -307,7 +308,7 @@ def test_without_a_list_or_a_pointer_the_newest_that_can_be_read_is_used(
     assert "last_checkpoint names no checkpoint: model_1.pth, the newest whole one, is used" in caplog.text
     cut(tmp_path / "model_1.pth")
     cut(tmp_path / "model_0.pth")
-    with pytest.raises(FileNotFoundError, match="names no checkpoint, and there is no whole one beside it"):
+    with pytest.raises(UserError, match="names no checkpoint, and there is no whole one beside it"):
         checkpointer.resume()
 
 
@@ -358,7 +359,7 @@ def test_checkpoints_that_cannot_be_resumed_say_why(tmp_path: Path) -> None:
         checkpointer.resume()
     (tmp_path / "weights.pth").unlink()
     (tmp_path / "model_0.pth").unlink()
-    with pytest.raises(FileNotFoundError, match=r"names .*weights\.pth, which is gone"):
+    with pytest.raises(UserError, match=r"names .*weights\.pth, which is gone"):
         checkpointer.resume()
 
 

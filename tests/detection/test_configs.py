@@ -14,7 +14,8 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 
 import d2_mgd.detection  # noqa: F401 - registers the meta-architecture
-from d2_mgd.detection.config import add_mgd_config, student_config, validate_config
+from d2_mgd.detection.config import add_mgd_config, student_config
+from d2_mgd.detection.config_checks import validate_config
 from d2_mgd.distill import published_weights
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

@@ -16,13 +16,13 @@ from training_runs import CLASSES, write_coco
 
 from d2_mgd.detection import add_mgd_config
 from d2_mgd.detection.datasets import (
-    DatasetError,
     Inspection,
     check_classes,
     check_coco,
     check_datasets,
     register_coco,
 )
+from d2_mgd.errors import UserError
 
 
 def checked(path: Path, root: Path, allow_outside: bool = False, **wanted: Any) -> None:
@@ -82,13 +82,13 @@ OFFENCES = {
 @pytest.mark.parametrize("offence", OFFENCES)
 def test_an_offence_is_named_in_one_sentence(tmp_path: Path, offence: str) -> None:
     change, message = OFFENCES[offence]
-    with pytest.raises(DatasetError, match=f"^data set 'mine': .*{message}") as caught:
+    with pytest.raises(UserError, match=f"^data set 'mine': .*{message}") as caught:
         checked(*changed(tmp_path, change))
     assert "\n" not in str(caught.value)
 
 
 def test_all_of_a_kind_are_counted(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match=r"\(9 of 9 annotations are like this\)"):
+    with pytest.raises(UserError, match=r"\(9 of 9 annotations are like this\)"):
         checked(*changed(tmp_path, lambda c: [a.update(category_id=77) for a in c["annotations"]]))
 
 
@@ -96,20 +96,20 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     path, root = write_coco(tmp_path, "set", 6, seed=0)
     (root / "003.png").unlink()
     (root / "004.png").unlink()
-    with pytest.raises(DatasetError, match=r"the image .*003\.png does not exist \(2 of 6 images are like this\)"):
+    with pytest.raises(UserError, match=r"the image .*003\.png does not exist \(2 of 6 images are like this\)"):
         checked(path, root)
-    with pytest.raises(DatasetError, match=r"its image folder .*nowhere does not exist"):
+    with pytest.raises(UserError, match=r"its image folder .*nowhere does not exist"):
         checked(path, tmp_path / "nowhere")
-    with pytest.raises(DatasetError, match=r"its annotations .*none\.json do not exist"):
+    with pytest.raises(UserError, match=r"its annotations .*none\.json do not exist"):
         checked(tmp_path / "none.json", root)
     path.write_text('{"images": [')
-    with pytest.raises(DatasetError, match="is not readable json"):
+    with pytest.raises(UserError, match="is not readable json"):
         checked(path, root)
 
 
 def test_images_in_subfolders_are_found(tmp_path: Path) -> None:
     path, root = changed(tmp_path, lambda content: content["images"][0].update(file_name="deep/000.png"))
-    with pytest.raises(DatasetError, match=r"deep/000\.png does not exist"):
+    with pytest.raises(UserError, match=r"deep/000\.png does not exist"):
         checked(path, root)
     (root / "deep").mkdir()
     (root / "000.png").rename(root / "deep" / "000.png")
@@ -147,7 +147,7 @@ def test_what_evaluation_needs_is_wanted_where_it_evaluates(tmp_path: Path, key:
     """pycocotools finds out after the training."""
     path, root = changed(tmp_path, lambda content: content["annotations"][2].pop(key))
     checked(path, root)
-    with pytest.raises(DatasetError, match=rf"annotation 3 of image .* has no '{key}' .*which evaluation needs: None"):
+    with pytest.raises(UserError, match=rf"annotation 3 of image .* has no '{key}' .*which evaluation needs: None"):
         checked(path, root, evaluate=True)
 
 
@@ -171,7 +171,7 @@ def test_masks_are_checked_where_they_are_trained(tmp_path: Path, case: str) -> 
 
     path, root = changed(tmp_path, change)
     checked(path, root)
-    with pytest.raises(DatasetError, match=rf"annotation 2 of image .* has {message}"):
+    with pytest.raises(UserError, match=rf"annotation 2 of image .* has {message}"):
         checked(path, root, masks=True)
 
 
@@ -182,9 +182,7 @@ def test_an_image_of_which_resizing_leaves_nothing_is_named(tmp_path: Path) -> N
 
     path, root = changed(tmp_path, change)
     checked(path, root)
-    with pytest.raises(
-        DatasetError, match=r"the image 000.png of 20000 x 1 pixels becomes 1333 x 0 when it is resized"
-    ):
+    with pytest.raises(UserError, match=r"the image 000.png of 20000 x 1 pixels becomes 1333 x 0 when it is resized"):
         checked(path, root, sizes=[(800, 1333)])
 
 
@@ -192,9 +190,7 @@ def test_an_image_of_which_resizing_leaves_nothing_is_named(tmp_path: Path) -> N
 def test_file_names_stay_in_the_image_folder_unless_told_otherwise(tmp_path: Path, name: str) -> None:
     path, root = changed(tmp_path, lambda content: content["images"][0].update(file_name=name))
     (root / "link.png").symlink_to(path)
-    with pytest.raises(
-        DatasetError, match=rf"the image {name} leads to .*MGD.DATA.ALLOW_OUTSIDE_ROOT True allows it\.$"
-    ):
+    with pytest.raises(UserError, match=rf"the image {name} leads to .*MGD.DATA.ALLOW_OUTSIDE_ROOT True allows it\.$"):
         checked(path, root)
     checked(path, root, allow_outside=True)
 
@@ -210,27 +206,27 @@ def test_a_name_stands_for_one_set(tmp_path: Path) -> None:
     first, second = (write_coco(tmp_path, name, 3, seed=0) for name in ("a", "b"))
     register_coco("named_once", *map(str, first))
     register_coco("named_once", *map(str, first))
-    with pytest.raises(DatasetError, match="already a data set 'named_once'"):
+    with pytest.raises(UserError, match="already a data set 'named_once'"):
         register_coco("named_once", *map(str, second))
-    with pytest.raises(DatasetError, match="a data set needs a name, not ''"):
+    with pytest.raises(UserError, match="a data set needs a name, not ''"):
         register_coco("", *map(str, first))
-    with pytest.raises(DatasetError, match="already a data set 'coco_2017_train'"):
+    with pytest.raises(UserError, match="already a data set 'coco_2017_train'"):
         register_coco("coco_2017_train", *map(str, first))
 
 
 def test_the_sets_of_a_config_are_checked(tmp_path: Path) -> None:
     cfg = get_cfg()
     add_mgd_config(cfg)
-    with pytest.raises(DatasetError, match=r"DATASETS.TRAIN names no data set"):
+    with pytest.raises(UserError, match=r"DATASETS.TRAIN names no data set"):
         check_datasets(cfg)
     cfg.DATASETS.TEST = ("unheard_of",)
-    with pytest.raises(DatasetError, match=r"no data set 'unheard_of'; .* --register-coco unheard_of JSON IMAGES"):
+    with pytest.raises(UserError, match=r"no data set 'unheard_of'; .* --register-coco unheard_of JSON IMAGES"):
         check_datasets(cfg, train=False)
     register_coco("crowd_only", *map(str, changed(tmp_path, OFFENCES["only crowds"][0])))
     cfg.DATASETS.TEST = ("crowd_only",)
     check_datasets(cfg, train=False)
     cfg.DATASETS.TRAIN = ("crowd_only",)
-    with pytest.raises(DatasetError, match=r"'crowd_only': .* no annotation to train on"):
+    with pytest.raises(UserError, match=r"'crowd_only': .* no annotation to train on"):
         check_datasets(cfg)
 
 
@@ -239,7 +235,7 @@ def test_a_config_allows_names_that_leave_their_folder(tmp_path: Path) -> None:
     cfg = get_cfg()
     add_mgd_config(cfg)
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("leaves",), ()
-    with pytest.raises(DatasetError, match=r"leads to .*set\.json, outside the image folder"):
+    with pytest.raises(UserError, match=r"leads to .*set\.json, outside the image folder"):
         check_datasets(cfg)
     cfg.MGD.DATA.ALLOW_OUTSIDE_ROOT = True
     check_datasets(cfg)
@@ -261,9 +257,9 @@ def test_classes_must_agree(tmp_path: Path) -> None:
     check_classes(["three"], Detector(3))
     check_classes(["three"], Detector(3, roi=True))
     check_classes(["three"], nn.Module())
-    with pytest.raises(DatasetError, match=rf"80 classes but .* 3 \({', '.join(CLASSES)}\): set MODEL.RETINANET"):
+    with pytest.raises(UserError, match=rf"80 classes but .* 3 \({', '.join(CLASSES)}\): set MODEL.RETINANET"):
         check_classes(["three"], Detector(80))
-    with pytest.raises(DatasetError, match=r"set MODEL.ROI_HEADS.NUM_CLASSES 3"):
+    with pytest.raises(UserError, match=r"set MODEL.ROI_HEADS.NUM_CLASSES 3"):
         check_classes(["three"], Detector(80, roi=True))
-    with pytest.raises(DatasetError, match=r"'three' and 'others' differ in their classes: .* 'box' and 'ring' first"):
+    with pytest.raises(UserError, match=r"'three' and 'others' differ in their classes: .* 'box' and 'ring' first"):
         check_classes(["three", "others"], Detector(3))

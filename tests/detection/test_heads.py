@@ -23,7 +23,8 @@ from tiny_detectors import SIZES, batch, built, distilled_config, matched, narro
 from training_runs import in_process_trainer, same_tensors
 
 from d2_mgd.detection import TeacherStudentDetector
-from d2_mgd.detection.config import student_config, validate_config
+from d2_mgd.detection.config import student_config
+from d2_mgd.detection.config_checks import validate_config
 from d2_mgd.detection.dense_head import DenseHead
 from d2_mgd.detection.features import export_student_state
 from d2_mgd.detection.heads import CrossHeadKD, HeadDistiller, HeadKD

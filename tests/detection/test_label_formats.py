@@ -17,7 +17,8 @@ from training_runs import ROOT, TINY_MODEL, TINY_RUN, train_net, write_coco, wri
 
 from d2_mgd.data.formats import label_files
 from d2_mgd.detection import Trainer
-from d2_mgd.detection.datasets import DatasetError, register_coco, register_label_files
+from d2_mgd.errors import UserError
+from d2_mgd.detection.datasets import register_coco, register_label_files
 
 SHARED = Path(os.environ.get("D2_MGD_SHARED_DATA", ROOT.parent / "shared" / "data"))
 
@@ -84,5 +85,5 @@ def test_trained_on_yolo_and_evaluated_on_voc(tmp_path: Path) -> None:
 def test_an_error_of_a_label_file_is_one_sentence(tmp_path: Path) -> None:
     yolo = write_yolo(tmp_path / "yolo", *write_coco(tmp_path, "one", 3, seed=6))
     (tmp_path / "yolo/labels/train/000.txt").write_text("0 1 2 3 4 5\n")
-    with pytest.raises(DatasetError, match=r"^data set 'bad_train': .*000.txt, line 1, has 6 numbers"):
+    with pytest.raises(UserError, match=r"^data set 'bad_train': .*000.txt, line 1, has 6 numbers"):
         one_step(tmp_path, "bad_train", 3, "--register-yolo", "bad", yolo)

@@ -21,6 +21,7 @@ from d2_mgd.detection.features import export_student_state
 from d2_mgd.detection.norms import TrainableAffineNorm, TrainableSyncNorm
 from d2_mgd.detection.teacher import FrozenTeacher
 from d2_mgd.distill import FEATURE_LOSSES, REDUCERS, SPATIAL_WEIGHTS, MatchingGuidedDistiller, batch_norm_margin
+from d2_mgd.errors import UserError
 
 ARCHITECTURES = [
     ("retinanet", "retinanet", ["p3", "p7"], "mse"),
@@ -235,7 +236,7 @@ class TestErrors:
             built("retinanet", "retinanet", "MGD.FEATURES", ["p2"], "MGD.TEACHER.WEIGHTS", "no/such.pth")
 
     def test_teacher_weights_absent(self) -> None:
-        with pytest.raises(FileNotFoundError, match="the teacher's weights cannot be had"):
+        with pytest.raises(UserError, match="the teacher's weights cannot be had"):
             built("retinanet", "retinanet", "MGD.TEACHER.WEIGHTS", "no/such.pth")
 
     def test_strides(self) -> None:

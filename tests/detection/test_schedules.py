@@ -16,7 +16,7 @@ from detectron2.utils.events import EventStorage
 from tiny_detectors import SIZES, batch, built, distilled_config, matched
 from training_runs import in_process_trainer, same_tensors
 
-from d2_mgd.detection.config import rematch_schedule, validate_config, weight_schedule
+from d2_mgd.detection.config_checks import rematch_schedule, validate_config, weight_schedule
 
 
 def losses_at(iteration: int, *overrides: Any) -> dict[str, float]:

@@ -15,6 +15,7 @@ from torch import nn
 
 from d2_mgd.detection.features import find_feature
 from d2_mgd.detection.teacher import FrozenTeacher, build_teacher, load_teacher_weights
+from d2_mgd.errors import UserError
 
 TORCHVISION = ["MODEL.PIXEL_MEAN", [123.675, 116.28, 103.53], "MODEL.PIXEL_STD", [58.395, 57.12, 57.375]]
 ALL = ["res2", "res5", "p3", "p7"]
@@ -183,12 +184,12 @@ class TestWeights:
 
     def test_absent(self) -> None:
         cfg = distilled_config("retinanet", "retinanet", "MGD.TEACHER.WEIGHTS", "no/such/teacher.pth")
-        with pytest.raises(FileNotFoundError, match=r"the teacher's weights cannot be had: .*no/such/teacher\.pth"):
+        with pytest.raises(UserError, match=r"the teacher's weights cannot be had: .*no/such/teacher\.pth"):
             build_teacher(cfg)
 
     def test_unreachable(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("FVCORE_CACHE", str(tmp_path))
-        with pytest.raises(FileNotFoundError, match=r"the teacher's weights cannot be had: .*127\.0\.0\.1"):
+        with pytest.raises(UserError, match=r"the teacher's weights cannot be had: .*127\.0\.0\.1"):
             load_teacher_weights(tiny("retinanet", 32), "http://127.0.0.1:9/teacher.pth")
 
     def test_of_another_architecture(self, weights: Path) -> None:

@@ -17,7 +17,8 @@ from training_runs import in_process_trainer, same_tensors, write_coco
 
 from d2_mgd.detection import Trainer
 from d2_mgd.detection.config import student_config
-from d2_mgd.detection.datasets import DatasetError, register_coco
+from d2_mgd.detection.datasets import register_coco
+from d2_mgd.errors import UserError
 
 
 def checkpoint(output: Path, name: str = "model_final.pth") -> dict[str, Any]:
@@ -189,5 +190,5 @@ def test_an_image_that_is_missing_is_found_before_anything_is_built(workplace: A
     path, root = write_coco(tmp_path, "an_image_less", 4, seed=0)
     (root / "002.png").unlink()
     register_coco("an_image_less", str(path), str(root))
-    with pytest.raises(DatasetError, match=r"'an_image_less': the image .*002\.png does not exist"):
+    with pytest.raises(UserError, match=r"'an_image_less': the image .*002\.png does not exist"):
         in_process_trainer(workplace, tmp_path / "out", "DATASETS.TRAIN", "('an_image_less',)")

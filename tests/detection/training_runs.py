@@ -190,7 +190,7 @@ def in_process_trainer(workplace: Workplace, output: Path, *overrides: str, resu
     args = command_line.parser().parse_args(workplace.arguments(output, "TEST.EVAL_PERIOD", 0, *overrides))
     for name, json_file, images in args.register_coco:
         command_line.register_coco(name, json_file, images)
-    cfg = command_line.build_config(args)
+    cfg, _ = command_line.build_config(args)
     output.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=resume)

@@ -77,7 +77,7 @@ def test_detectron2_frozen_batch_norm() -> None:
 def test_what_is_no_batch_norm() -> None:
     for module in (nn.GroupNorm(2, 4), nn.Conv2d(3, 4, 1), nn.Identity()):
         with pytest.raises(
-            TypeError, match=f"margins are made from a batch-norm, and this is a {type(module).__name__}"
+            ValueError, match=f"margins are made from a batch-norm, and this is a {type(module).__name__}"
         ):
             batch_norm_margin(module)
     with pytest.raises(ValueError, match="not finite"):

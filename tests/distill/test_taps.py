@@ -170,7 +170,7 @@ def test_entries_of_dicts_and_sequences() -> None:
 def test_output_that_is_no_tensor() -> None:
     model = nn.Sequential(nn.LSTM(3, 4))
     FeatureTaps(model, {"a": "0"})
-    with pytest.raises(TypeError, match="feature a: the output of '0' is a tuple"):
+    with pytest.raises(ValueError, match="feature a: the output of '0' is a tuple"):
         model(torch.randn(2, 3))
 
 

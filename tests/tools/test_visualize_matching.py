@@ -10,10 +10,11 @@ import detection_run
 import numpy as np
 import pytest
 import torch
-from run_folder import Maps, RunError, distinct_names, open_run
+from run_folder import Maps, distinct_names, open_run
 from visualize_matching import group_figure, group_members, main
 
 from d2_mgd.distill import REDUCERS, RematchReport
+from d2_mgd.errors import UserError
 from d2_mgd.matching import solve_matching
 
 
@@ -172,9 +173,9 @@ def test_bad_input_is_one_sentence(
     assert "there is no folder" in _refused(capsys, tmp_path / "nowhere")
     assert "has matchings of: stage2, stage3, stage4" in _refused(capsys, run, "--feature", "p3")
     assert "are 0 to 47" in _refused(capsys, run, "--feature", "stage2", "--channels", 47, 48)
-    assert "there is no image" in _refused(capsys, run, "--image", tmp_path / "no.png")
+    assert "no.png does not exist" in _refused(capsys, run, "--image", tmp_path / "no.png")
     (tmp_path / "text.png").write_text("text")
-    assert "cannot be read as an image" in _refused(capsys, run, "--image", tmp_path / "text.png")
+    assert "is no image that Pillow knows" in _refused(capsys, run, "--image", tmp_path / "text.png")
     assert "without a teacher's features" in _refused(capsys, classification_runs / "alone")
     assert "give the output folder" in _refused(capsys, classification_runs)
 
@@ -192,5 +193,5 @@ def test_damaged_files_are_one_sentence(
 def test_names_tell_folders_apart() -> None:
     assert distinct_names([Path("a/x"), Path("b/y")]) == ["x", "y"]
     assert distinct_names([Path("a/x"), Path("b/x"), Path("b/y")]) == ["a/x", "b/x", "b/y"]
-    with pytest.raises(RunError, match="given twice"):
+    with pytest.raises(UserError, match="given twice"):
         distinct_names([Path("a/x"), Path("a/../a/x")])

@@ -185,7 +185,7 @@ class Demo:
 
         cfg = get_cfg()
         add_mgd_config(cfg)
-        merge_file(cfg, str(config_file(stage)), allow_unsafe=False)
+        merge_file(cfg, str(config_file(stage)))
         cfg.merge_from_list([*self.size.overrides, "SEED", str(self.seed)])
         return cfg
 
@@ -327,7 +327,7 @@ def _stored_config(folder: Path) -> Any:
 
     cfg = get_cfg()
     add_mgd_config(cfg)
-    merge_file(cfg, str(folder / "config.yaml"), allow_unsafe=False)
+    merge_file(cfg, str(folder / "config.yaml"))
     return cfg
 
 
