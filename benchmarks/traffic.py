@@ -45,8 +45,8 @@ from benchmarks.accuracy.results import commit
 from benchmarks.meter import Meter, loopback_bytes, raise_loopback, tensor_bytes
 from benchmarks.speed.measure import machine
 from classification.assembly import TeacherNetwork, make_trainer
-from classification.data import find_folders
 from classification.features import pair_features
+from classification.folders import find_folders
 from classification.models import build, measure_features
 from classification.options import parse_mgd
 from classification.processes import Process

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from classification.data import Folder, ImageDataset, image_statistics, renormalize
+from classification.data import ImageDataset, image_statistics, renormalize
 from classification.distillation import DistillationStep, Precision, Student, Teacher
 from classification.engine import Trainer
 from classification.features import FeaturePair, margins, pair_features, published_factors
+from classification.folders import Folder
 from classification.models import architecture, build, measure_features
 from classification.options import SUMMED_LOSSES, logit_loss
 from classification.processes import Process
 from classification.weights import (
-    digest,
     load_file,
     load_weights,
     network_from_file,
@@ -32,8 +32,7 @@ from d2_mgd.distill import MatchingGuidedDistiller
 from d2_mgd.distill.norms import MaskedBatchNorm
 from d2_mgd.training.processes import distributed, one_rank_first
 from d2_mgd.errors import UserError
-
-__all__ = ["TeacherNetwork", "make_student", "make_teacher", "make_trainer"]
+from d2_mgd.training import file_digest
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +87,7 @@ def make_teacher(process: Process, options: argparse.Namespace, num_classes: int
     if options.teacher_resume is not None:
         path, what = options.teacher_resume, "the teacher's file"
         network, classes = network_from_file(name, path, num_classes, what, features_only)
-        record = {"arch": name, "file": str(path.resolve()), "sha256": digest(path)}
+        record = {"arch": name, "file": str(path.resolve()), "sha256": file_digest(path)}
     else:
         with one_rank_first():
             network, classes, source = pretrained_teacher(name)

@@ -19,11 +19,11 @@ from classification.data import (
     Batch,
     ImageDataset,
     ShuffledBatches,
-    StridedBatches,
     image_statistics,
     loader,
     rematch_indices,
     renormalize,
+    strided_batches,
 )
 from classification.distillation import Classifier, Student
 from classification.evaluation import Evaluation, Intake, evaluate, progress_bar, raise_if_interrupted
@@ -364,7 +364,7 @@ class Trainer:
         return evaluate(model, batches, self.intake, "evaluation", self.process.is_main)
 
     def _strided(self, data: ImageDataset, indices: Any) -> Any:
-        order = StridedBatches(indices, self.batch_size, self.process.rank, self.process.world)
+        order = strided_batches(indices, self.batch_size, self.process.rank, self.process.world)
         return loader(data, order, self.workers, self.process.device)
 
     @torch.no_grad()

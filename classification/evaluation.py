@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from classification.data import IMAGENET, Batch, Normalize, Statistics
+from classification.data import IMAGENET, Batch, Statistics, normalize
 from classification.metrics import Sums, errors
 from d2_mgd.errors import UserError
 from d2_mgd.training import Interrupted, received_signal
@@ -46,7 +46,7 @@ class Intake:
     def __init__(self, device: torch.device, skip_broken: bool, statistics: Statistics = IMAGENET) -> None:
         self.device = device
         self.skip_broken = skip_broken
-        self.normalize = Normalize(statistics).to(device)
+        self.normalize = normalize(statistics).to(device)
         self.broken: set[str] = set()
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:

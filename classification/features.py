@@ -14,8 +14,6 @@ from classification.models import Feature, architecture
 from d2_mgd.distill import Tap, batch_norm_margin
 from d2_mgd.errors import UserError, located
 
-__all__ = ["FeaturePair", "margins", "pair_features", "published_factors"]
-
 _BEFORE = "@pre"  # suffix of a module's path: tap before its last activation
 _FORM = "NAME, NAME=STUDENT_MODULE or NAME=STUDENT_MODULE:TEACHER_MODULE[:TEACHER_NORM]"
 

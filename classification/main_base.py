@@ -16,19 +16,11 @@ if __package__ in (None, ""):  # run as a script: the repository need not be ins
 
 from classification.options import parse_base
 from classification.run import main as run
-from d2_mgd.errors import UserError
-
-__all__ = ["main"]
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    try:
-        options = parse_base(arguments)
-    except UserError as error:
-        print(f"main_base.py: error: {error}", file=sys.stderr)
-        return 2
-    return run(options)
+    return run(parse_base, arguments)
 
 
 if __name__ == "__main__":

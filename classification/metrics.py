@@ -19,8 +19,6 @@ from torch import Tensor
 from classification.checkpoint import replace_file
 from d2_mgd.training.processes import sum_over_ranks
 
-__all__ = ["Journal", "Sums", "Throughput", "errors", "table"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -21,8 +21,6 @@ from classification.networks import MobileNetV1, PreActivationShuffleNetV2
 from d2_mgd.distill import FeatureTaps, Tap
 from d2_mgd.errors import UserError, located
 
-__all__ = ["ARCHITECTURES", "Architecture", "Feature", "architecture", "available", "build", "measure_features"]
-
 TIMM = "timm:"  # prefix of timm's networks
 # Their training output carries auxiliary classifiers, which neither the loss nor the checkpoints here know.
 _WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")

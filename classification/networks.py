@@ -12,8 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import shufflenetv2
 
-__all__ = ["MobileNetV1", "PreActivationShuffleNetV2", "PreActivationUnit"]
-
 # width and stride of MobileNet-V1's depthwise separable blocks (Howard et al., 2017, table 1)
 _SEPARABLE_BLOCKS = (
     (64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2),

@@ -11,6 +11,7 @@ import shlex
 import shutil
 import signal
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ from classification.checkpoint import (
     read_training_state,
     replace_file,
 )
-from classification.data import find_classes, find_folders
 from classification.engine import Progress, Trainer
+from classification.folders import find_classes, find_folders
 from classification.metrics import table
 from classification.models import architecture
 from classification.options import as_values, gives_student
@@ -46,8 +47,6 @@ from d2_mgd.training.launch import report
 from d2_mgd.training.processes import failing_together, from_main, largest
 from d2_mgd.training.randomness import seed_all
 from d2_mgd.training.weights_files import trust
-
-__all__ = ["main"]
 
 logger = logging.getLogger(__name__)
 
@@ -70,9 +69,10 @@ _FREE = {
 }
 
 
-def main(options: argparse.Namespace) -> int:
-    """Run what the options ask for; returns the exit status."""
+def main(parse: Callable[[Sequence[str] | None], argparse.Namespace], arguments: Sequence[str] | None) -> int:
+    """Run a command line; returns the exit status."""
     try:
+        options = parse(arguments)
         _check(options)
     except UserError as error:
         return report(error)

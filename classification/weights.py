@@ -17,19 +17,7 @@ from torchvision.models import WeightsEnum
 
 from classification.models import TIMM, _timm_model, architecture, build
 from d2_mgd.errors import UserError, reason
-from d2_mgd.training import file_digest as digest
 from d2_mgd.training.weights_files import UntrustedFileError, read_safetensors, read_tensors
-
-__all__ = [
-    "digest",
-    "load_file",
-    "load_weights",
-    "network_from_file",
-    "pretrained_network",
-    "pretrained_teacher",
-    "published_weights",
-    "read_checkpoint",
-]
 
 logger = logging.getLogger(__name__)
 

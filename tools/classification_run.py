@@ -16,11 +16,11 @@ from run_folder import Maps, Run
 from torch import nn
 
 from classification.checkpoint import STUDENT_LAST
-from classification.data import Folder, ImageDataset, Key, Normalize, find_folders, image_statistics
+from classification.data import ImageDataset, Key, image_statistics, normalize
 from classification.features import pair_features
+from classification.folders import Folder, find_folders
 from classification.models import build
 from classification.weights import (
-    digest,
     load_file,
     load_weights,
     network_from_file,
@@ -29,6 +29,7 @@ from classification.weights import (
 )
 from d2_mgd.distill import FeatureTaps, Tap
 from d2_mgd.errors import UserError, located
+from d2_mgd.training import file_digest
 from d2_mgd.visualize import Prediction
 
 
@@ -128,7 +129,7 @@ def _teacher(run: Run, num_classes: int) -> nn.Module:
         return pretrained_teacher(record["arch"])[0]
     file = Path(record["file"])
     network, _ = network_from_file(record["arch"], file, num_classes, "its file", other_classes=True)
-    if digest(file) != record["sha256"]:
+    if file_digest(file) != record["sha256"]:
         raise UserError(f"the teacher's file {file} is not the one that taught: its SHA-256 is another.")
     return network
 
@@ -154,4 +155,4 @@ def seen_pixels(image: Path, size: int) -> np.ndarray:
 
 def _normalised(pixels: np.ndarray, network: nn.Module) -> torch.Tensor:
     """(1, 3, size, size), as the network takes images."""
-    return Normalize(image_statistics(network))(torch.from_numpy(pixels.transpose(2, 0, 1).copy()[None]))
+    return normalize(image_statistics(network))(torch.from_numpy(pixels.transpose(2, 0, 1).copy()[None]))

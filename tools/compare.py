@@ -13,12 +13,9 @@ so.
 from __future__ import annotations
 
 import argparse
-import math
-import re
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,85 +23,17 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]  # works without an installation too
 
 import numpy as np
-from run_folder import Run, distinct_names, open_run, read_image
+from run_folder import distinct_names, open_run, read_image
+from run_numbers import Compared, Measure, finished_steps, finite, training_seconds, with_sums
 
 from d2_mgd import visualize
 from d2_mgd.errors import UserError
-from d2_mgd.visualize import PALETTE, Detections
+from d2_mgd.visualize import Detections
 from d2_mgd.visualize.report import Bar, Report
 
 BAD_INPUT = 2  # exit status, as argparse has it
 SHOWN_IMAGES = 6
-_AP = re.compile(r"(?P<task>(?:.+/)?(?:bbox|segm|keypoints))/AP")
-_DISTILLATION = ("loss_distill/", "loss_kd", "loss_dense_kd", "loss_cross_head")
 _PLACES = ("output_dir", "OUTPUT_DIR")  # settings that differ between any two runs
-
-Rows = list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Measure:
-    """What runs are compared by.
-
-    Args:
-        title: with its unit, such as ``top-1 error, %``.
-        key: in the rows of the metrics.
-        better: ``max`` or ``min`` of several values.
-        beside: title -> key of what stands beside it in the table.
-    """
-
-    title: str
-    key: str
-    better: Callable[..., float]
-    beside: Mapping[str, str]
-
-    def best(self, rows: Rows) -> dict[str, Any] | None:
-        """The row with the best value; None where there is no value."""
-        measured = self.measured(rows)
-        return self.better(measured, key=lambda row: row[self.key]) if measured else None  # type: ignore[return-value]
-
-    def last(self, rows: Rows) -> dict[str, Any] | None:
-        """The last row with a value; None where there is none."""
-        measured = self.measured(rows)
-        return measured[-1] if measured else None
-
-    def measured(self, rows: Rows) -> Rows:
-        return [row for row in rows if _finite(row.get(self.key)) is not None]
-
-
-@dataclass(frozen=True)
-class Compared:
-    """The runs.
-
-    Args:
-        runs: name -> its folder, all of one kind.
-        rows: name -> its metrics, with the sums ``task loss`` and ``distillation loss``.
-    """
-
-    runs: Mapping[str, Run]
-    rows: Mapping[str, Rows]
-
-    @property
-    def kind(self) -> str:
-        return next(iter(self.runs.values())).kind
-
-    @property
-    def step(self) -> str:
-        return next(iter(self.runs.values())).step
-
-    @property
-    def colours(self) -> dict[str, str]:
-        return {name: PALETTE[index % len(PALETTE)] for index, name in enumerate(self.runs)}
-
-    def measures(self) -> list[Measure]:
-        if self.kind == "classification":
-            return [Measure("top-1 error, %", "err1", min, {"top-5 error, %": "err5"})]
-        names = dict.fromkeys(key for rows in self.rows.values() for row in rows for key in row)
-        tasks = [found["task"] for found in map(_AP.fullmatch, names) if found]
-        return [
-            Measure(_task_title(task), f"{task}/AP", max, {"AP50": f"{task}/AP50", "AP75": f"{task}/AP75"})
-            for task in tasks
-        ]
 
 
 def open_runs(folders: Sequence[Path]) -> Compared:
@@ -129,7 +58,7 @@ def open_runs(folders: Sequence[Path]) -> Compared:
             f"{kinds['detection']} is of detection and {kinds['classification']} of classification: compare runs of "
             "one kind."
         )
-    return Compared(runs, {name: [_with_sums(row) for row in run.metrics()] for name, run in runs.items()})
+    return Compared(runs, {name: [with_sums(row) for row in run.metrics()] for name, run in runs.items()})
 
 
 def build_report(compared: Compared) -> tuple[Report, str]:
@@ -186,38 +115,12 @@ def _row(name: str, compared: Compared, measure: Measure) -> list[str]:
     return [
         name,
         _number(best, measure.key),
-        "-" if best is None else f"{_finished(best, rows, compared):,}",
+        "-" if best is None else f"{finished_steps(best, rows, compared):,}",
         _number(last, measure.key),
         *(_number(last, key) for key in measure.beside.values()),
-        f"{_finished(rows[-1], rows, compared):,}",
-        f"{_seconds(rows, compared):,.0f}",
+        f"{finished_steps(rows[-1], rows, compared):,}",
+        f"{training_seconds(rows, compared):,.0f}",
     ]
-
-
-def _finished(row: Mapping[str, Any], rows: Rows, compared: Compared) -> int:
-    """Finished epochs or iterations at a row. Detectron2 counts from 0, but for the evaluation after the last step."""
-    if compared.kind == "classification":
-        return int(row["epoch"])
-    trained = [int(one["iteration"]) + 1 for one in rows if "total_loss" in one]
-    return min(int(row["iteration"]) + 1, max(trained, default=0))
-
-
-def _seconds(rows: Rows, compared: Compared) -> float:
-    if compared.kind == "classification":
-        return float(sum(row.get("seconds", 0.0) for row in rows))
-    timed = [(int(row["iteration"]) + 1, float(row["time"])) for row in rows if _finite(row.get("time")) is not None]
-    before = [0, *(iteration for iteration, _ in timed[:-1])]
-    return sum(seconds * (iteration - earlier) for (iteration, seconds), earlier in zip(timed, before))
-
-
-def _with_sums(row: dict[str, Any]) -> dict[str, Any]:
-    """A row with the sum of its task losses, and that of its distillation losses where there are any."""
-    losses = {key.removeprefix("train_"): value for key, value in row.items() if isinstance(value, (int, float))}
-    losses = {key: value for key, value in losses.items() if key.startswith("loss_")}
-    distillation = [value for key, value in losses.items() if key.startswith(_DISTILLATION)]
-    task = [value for key, value in losses.items() if not key.startswith(_DISTILLATION)]
-    sums = {"task loss": task, "distillation loss": distillation}
-    return {**row, **{name: sum(values) for name, values in sums.items() if values}}
 
 
 def _add_curves(report: Report, compared: Compared) -> None:
@@ -247,7 +150,7 @@ def _add_curves(report: Report, compared: Compared) -> None:
 
 def _add_curve(report: Report, compared: Compared, name: str, panels: Mapping[str, str], caption: str) -> None:
     rows = [row for rows in compared.rows.values() for row in rows]
-    if not any(_finite(row.get(key)) is not None for row in rows for key in panels.values()):
+    if not any(finite(row.get(key)) is not None for row in rows for key in panels.values()):
         report.text(f"No curves of {' and '.join(panels)}: no run has a finite value.")
         return
     figure = visualize.draw_curves(compared.rows, panels, compared.colours, step=compared.step)
@@ -344,23 +247,13 @@ def _spread(items: list[Any]) -> list[Any]:
 # ---- words
 
 
-def _task_title(task: str) -> str:
-    data, _, kind = task.rpartition("/")
-    what = {"bbox": "box AP", "segm": "mask AP", "keypoints": "keypoint AP"}[kind]
-    return f"{what} on {data}, %" if data else f"{what}, %"
-
-
 def _better(measure: Measure) -> str:
     return "the higher the better" if measure.better is max else "the lower the better"
 
 
 def _number(row: Mapping[str, Any] | None, key: str) -> str:
-    value = None if row is None else _finite(row.get(key))
+    value = None if row is None else finite(row.get(key))
     return "-" if value is None else f"{value:.2f}"
-
-
-def _finite(value: Any) -> float | None:
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
 # ---- the command line

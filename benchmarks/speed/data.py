@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
 from benchmarks.speed.measure import Row, in_turn, ratio_row
-from classification.data import ImageDataset, Normalize, ShuffledBatches, find_folders, loader
+from classification.data import ImageDataset, ShuffledBatches, loader, normalize
+from classification.folders import find_folders
 
 __all__ = ["row"]
 
@@ -51,11 +52,11 @@ def _ours(folder: Path) -> Callable[[], None]:
     data = ImageDataset(find_folders(folder)[0], 224, augment=True)
     order = ShuffledBatches(len(data), 8 if len(data) < 32 else 32, 0)
     batches = loader(data, order, 2, torch.device("cpu"), keep=True)
-    normalize = Normalize()
+    to_floats = normalize()
 
     def epoch() -> None:
         for batch in batches:
-            normalize(batch.images).contiguous(memory_format=torch.channels_last)
+            to_floats(batch.images).contiguous(memory_format=torch.channels_last)
 
     return epoch
 

@@ -13,17 +13,17 @@ from classification.data import (
     Folder,
     ImageDataset,
     Key,
-    Normalize,
     ShuffledBatches,
     Statistics,
-    StridedBatches,
-    find_folders,
     image_statistics,
     loader,
+    normalize,
     rematch_indices,
     renormalize,
+    strided_batches,
 )
 from classification.evaluation import Intake
+from classification.folders import find_folders
 from classification.models import build
 from d2_mgd.errors import UserError
 from tests.classification.conftest import CLASSES, make_folder
@@ -141,11 +141,11 @@ def test_too_few_images_for_the_processes() -> None:
 @pytest.mark.parametrize(("length", "world"), [(10, 3), (2, 4), (8, 2)])
 def test_evaluation_sees_every_image_once(length: int, world: int) -> None:
     seen = [
-        key.number for rank in range(world) for keys in StridedBatches(range(length), 3, rank, world) for key in keys
+        key.number for rank in range(world) for keys in strided_batches(range(length), 3, rank, world) for key in keys
     ]
     assert sorted(seen) == list(range(length))
     assert all(
-        len(StridedBatches(range(length), 3, r, world)) == len(list(StridedBatches(range(length), 3, r, world)))
+        len(strided_batches(range(length), 3, r, world)) == len(list(strided_batches(range(length), 3, r, world)))
         for r in range(world)
     )
 
@@ -162,7 +162,7 @@ def test_evaluation_images_and_normalisation_are_the_published_ones(tmp_path: Pa
     root = make_folder(tmp_path / "d", train=1, valid=1)
     Image.fromarray(pixels).save(root / "valid" / "ant" / "0.png")
     _, valid = find_folders(root)
-    found = Normalize()(ImageDataset(valid, 224, augment=False)[Key(0, 0)].image.unsqueeze(0))
+    found = normalize()(ImageDataset(valid, 224, augment=False)[Key(0, 0)].image.unsqueeze(0))
     published = v2.Compose(
         [
             v2.Resize(256),
@@ -181,8 +181,8 @@ def test_images_normalised_for_one_network_are_made_those_of_another() -> None:
     images = torch.randint(0, 256, (2, 3, 5, 6), dtype=torch.uint8)
     other = Statistics((0.5, 0.4, 0.0), (0.5, 0.25, 1.0))
     expected = (images.double() / 255 - torch.tensor(other.mean).view(3, 1, 1)) / torch.tensor(other.std).view(3, 1, 1)
-    torch.testing.assert_close(Normalize(other)(images), expected.float())
-    torch.testing.assert_close(renormalize(IMAGENET, other)(Normalize()(images)), expected.float())
+    torch.testing.assert_close(normalize(other)(images), expected.float())
+    torch.testing.assert_close(renormalize(IMAGENET, other)(normalize()(images)), expected.float())
     assert torch.equal(renormalize(other, other)(expected), expected)
 
 
@@ -211,7 +211,7 @@ def test_broken_images_are_named_and_skipped_if_asked(tmp_path: Path, content: b
     broken = root / "train" / "ant" / "1.png"
     broken.write_bytes(broken.read_bytes()[:200] if content == "cut" else content)
     train, _ = find_folders(root)
-    order = StridedBatches(range(len(train)), 4)
+    order = strided_batches(range(len(train)), 4)
 
     batch = next(iter(loader(ImageDataset(train, 32, augment=False), order, 1, CPU)))
     assert batch.broken == [str(broken)]
@@ -232,6 +232,6 @@ def test_a_batch_without_a_readable_image_is_empty(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "d", train=2, valid=1)
     (root / "valid" / "ant" / "0.png").write_bytes(b"")
     _, valid = find_folders(root)
-    batch = next(iter(loader(ImageDataset(valid, 32, augment=False), StridedBatches([0], 4), 0, CPU)))
+    batch = next(iter(loader(ImageDataset(valid, 32, augment=False), strided_batches([0], 4), 0, CPU)))
     images, targets = Intake(CPU, skip_broken=True)(batch)
     assert (images.shape[0], len(targets)) == (0, 0)

@@ -12,9 +12,9 @@ from torch import nn
 import d2_mgd.distill.distiller as distiller_module
 from classification import main_base
 from classification.assembly import TeacherNetwork, make_trainer, synchronised_norms
-from classification.data import find_folders
 from classification.distillation import Student
 from classification.engine import Trainer
+from classification.folders import find_folders
 from classification.metrics import Sums
 from classification.models import build
 from classification.options import parse_mgd

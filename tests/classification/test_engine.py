@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from classification.assembly import TeacherNetwork, make_trainer
-from classification.data import IMAGENET, find_folders
+from classification.data import IMAGENET
 from classification.distillation import DistillationStep, Forward, Precision
 from classification.engine import Trainer, learning_rate_factor
+from classification.folders import find_folders
 from classification.metrics import Sums, errors, table
 from classification.models import build
 from classification.options import parse_base, parse_mgd

@@ -10,7 +10,8 @@ import torch
 from odd_images import READABLE, UNREADABLE
 from PIL import Image
 
-from classification.data import Folder, ImageDataset, Key
+from classification.data import ImageDataset, Key
+from classification.folders import Folder
 
 # As torchvision's ImageFolder, classification takes an image as it is stored; Pillow itself makes a TIFF upright.
 TURNED = [kind for kind in READABLE if kind.startswith("EXIF") and "tiff" not in kind]

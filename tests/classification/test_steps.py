@@ -11,10 +11,11 @@ from torch.distributed import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from classification.assembly import TeacherNetwork, make_trainer
-from classification.data import Batch, find_folders
+from classification.data import Batch
 from classification.distillation import DistillationStep, Precision, Student, Teacher
 from classification.engine import Trainer
 from classification.evaluation import Intake
+from classification.folders import find_folders
 from classification.models import build
 from classification.options import parse_mgd
 from classification.processes import Process

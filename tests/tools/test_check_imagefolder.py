@@ -12,7 +12,7 @@ from check_imagefolder import EXTENSIONS, check_folder, main, reason_unreadable
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from classification.data import find_folders
+from classification.folders import find_folders
 from d2_mgd.errors import UserError
 
 CLASSES = ("auk", "bittern", "crane")

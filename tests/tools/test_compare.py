@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from compare import Compared, Measure, _likeliest, _seconds, _spread, _with_sums, main, open_runs
+from compare import _likeliest, _spread, main, open_runs
 from run_folder import Run
+from run_numbers import Compared, Measure, training_seconds, with_sums
 
 from d2_mgd.visualize import Detections
 
@@ -165,18 +166,18 @@ def test_best_and_last_pass_over_what_is_no_number() -> None:
 def test_losses_are_summed_by_what_they_are_for() -> None:
     row = {"iteration": 1, "total_loss": 9.0, "loss_cls": 1.0, "loss_box_reg": 2.0, "loss_distill/p3": 4.0, "lr": 0.1}
     row.update({"loss_dense_kd/scores": 0.5, "loss_cross_head/boxes": 0.25})
-    assert _with_sums(row)["task loss"] == 3.0
-    assert _with_sums(row)["distillation loss"] == 4.75
+    assert with_sums(row)["task loss"] == 3.0
+    assert with_sums(row)["distillation loss"] == 4.75
     row = {"epoch": 1, "train_loss": 9.0, "train_loss_class": 1.0, "train_loss_kd": 2.0, "loss": 5.0}
-    assert _with_sums(row)["task loss"] == 1.0
-    assert _with_sums(row)["distillation loss"] == 2.0
-    assert set(_with_sums({"iteration": 1, "bbox/AP": 3.0})) == {"iteration", "bbox/AP"}
+    assert with_sums(row)["task loss"] == 1.0
+    assert with_sums(row)["distillation loss"] == 2.0
+    assert set(with_sums({"iteration": 1, "bbox/AP": 3.0})) == {"iteration", "bbox/AP"}
 
 
 def test_seconds_of_a_detection_run_weigh_each_interval() -> None:
     rows = [{"iteration": 19, "time": 1.0}, {"iteration": 29, "time": 2.0}, {"iteration": 29, "bbox/AP": 0.0}]
     runs = {"run": Run(Path(), "detection", {})}
-    assert _seconds(rows, Compared(runs, {"run": rows})) == 20 * 1.0 + 10 * 2.0
+    assert training_seconds(rows, Compared(runs, {"run": rows})) == 20 * 1.0 + 10 * 2.0
 
 
 def test_the_surest_detections_are_kept() -> None:

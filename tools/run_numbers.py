@@ -1,0 +1,119 @@
+"""Numbers of several runs' ``metrics.json``: measures, finished steps, seconds, sums of losses."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from run_folder import Run
+
+from d2_mgd.visualize import PALETTE
+
+_AP = re.compile(r"(?P<task>(?:.+/)?(?:bbox|segm|keypoints))/AP")
+_DISTILLATION = ("loss_distill/", "loss_kd", "loss_dense_kd", "loss_cross_head")
+
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What runs are compared by.
+
+    Args:
+        title: with its unit, such as ``top-1 error, %``.
+        key: in the rows of the metrics.
+        better: ``max`` or ``min`` of several values.
+        beside: title -> key of what stands beside it in the table.
+    """
+
+    title: str
+    key: str
+    better: Callable[..., float]
+    beside: Mapping[str, str]
+
+    def best(self, rows: Rows) -> dict[str, Any] | None:
+        """The row with the best value; None where there is no value."""
+        measured = self.measured(rows)
+        return self.better(measured, key=lambda row: row[self.key]) if measured else None  # type: ignore[return-value]
+
+    def last(self, rows: Rows) -> dict[str, Any] | None:
+        """The last row with a value; None where there is none."""
+        measured = self.measured(rows)
+        return measured[-1] if measured else None
+
+    def measured(self, rows: Rows) -> Rows:
+        return [row for row in rows if finite(row.get(self.key)) is not None]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The runs.
+
+    Args:
+        runs: name -> its folder, all of one kind.
+        rows: name -> its metrics, with the sums ``task loss`` and ``distillation loss``.
+    """
+
+    runs: Mapping[str, Run]
+    rows: Mapping[str, Rows]
+
+    @property
+    def kind(self) -> str:
+        return next(iter(self.runs.values())).kind
+
+    @property
+    def step(self) -> str:
+        return next(iter(self.runs.values())).step
+
+    @property
+    def colours(self) -> dict[str, str]:
+        return {name: PALETTE[index % len(PALETTE)] for index, name in enumerate(self.runs)}
+
+    def measures(self) -> list[Measure]:
+        if self.kind == "classification":
+            return [Measure("top-1 error, %", "err1", min, {"top-5 error, %": "err5"})]
+        names = dict.fromkeys(key for rows in self.rows.values() for row in rows for key in row)
+        tasks = [found["task"] for found in map(_AP.fullmatch, names) if found]
+        return [
+            Measure(_task_title(task), f"{task}/AP", max, {"AP50": f"{task}/AP50", "AP75": f"{task}/AP75"})
+            for task in tasks
+        ]
+
+
+def finished_steps(row: Mapping[str, Any], rows: Rows, compared: Compared) -> int:
+    """Finished epochs or iterations at a row. Detectron2 counts from 0, but for the evaluation after the last step."""
+    if compared.kind == "classification":
+        return int(row["epoch"])
+    trained = [int(one["iteration"]) + 1 for one in rows if "total_loss" in one]
+    return min(int(row["iteration"]) + 1, max(trained, default=0))
+
+
+def training_seconds(rows: Rows, compared: Compared) -> float:
+    if compared.kind == "classification":
+        return float(sum(row.get("seconds", 0.0) for row in rows))
+    timed = [(int(row["iteration"]) + 1, float(row["time"])) for row in rows if finite(row.get("time")) is not None]
+    before = [0, *(iteration for iteration, _ in timed[:-1])]
+    return sum(seconds * (iteration - earlier) for (iteration, seconds), earlier in zip(timed, before))
+
+
+def with_sums(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with the sum of its task losses, and that of its distillation losses where there are any."""
+    losses = {key.removeprefix("train_"): value for key, value in row.items() if isinstance(value, (int, float))}
+    losses = {key: value for key, value in losses.items() if key.startswith("loss_")}
+    distillation = [value for key, value in losses.items() if key.startswith(_DISTILLATION)]
+    task = [value for key, value in losses.items() if not key.startswith(_DISTILLATION)]
+    sums = {"task loss": task, "distillation loss": distillation}
+    return {**row, **{name: sum(values) for name, values in sums.items() if values}}
+
+
+def _task_title(task: str) -> str:
+    data, _, kind = task.rpartition("/")
+    what = {"bbox": "box AP", "segm": "mask AP", "keypoints": "keypoint AP"}[kind]
+    return f"{what} on {data}, %" if data else f"{what}, %"
+
+
+def finite(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
