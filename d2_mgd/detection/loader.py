@@ -1,4 +1,4 @@
-"""Loaders whose batches follow from (seed, position) alone: the training stream, the passes of rematch and evaluation.
+"""Loaders whose batches follow from (seed, position) alone: the training stream, and passes over chosen images.
 
 What a batch holds, augmentation included, depends neither on the number of workers nor on what was drawn before. So a
 training that continues at batch k only counts off k batches of indices, which reads no image.
@@ -6,7 +6,6 @@ training that continues at batch k only counts off k batches of indices, which r
 
 from __future__ import annotations
 
-import logging
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,35 +13,22 @@ from typing import Any
 
 import detectron2.utils.comm as comm
 import numpy as np
-import torch
-from detectron2.config import CfgNode
-from detectron2.data import get_detection_dataset_dicts
-from detectron2.data.build import _train_loader_from_config
 from detectron2.data.common import DatasetFromList
+from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.data.samplers import InferenceSampler
-from torch.utils.data import DataLoader, Dataset, Sampler
+from detectron2.utils.file_io import PathManager
+from torch.utils.data import Dataset, Sampler
 
-from d2_mgd.detection.images import ImageMapper
-from d2_mgd.detection.weights import local_weights_file, read_pickled_arrays
-from d2_mgd.errors import UserError
-from d2_mgd.training import Interrupted, loader_process_signals, received_signal
+from d2_mgd.data.images import ImageError, read_rgb
 from d2_mgd.training.processes import first_failure, largest
 from d2_mgd.training.randomness import seeded_randomness
-
-__all__ = [
-    "EvaluationLoader",
-    "PassLoader",
-    "SampleError",
-    "TrainLoader",
-    "build_evaluation_loader",
-    "build_pass_loader",
-    "build_train_loader",
-]
-
-logger = logging.getLogger(__name__)
+from d2_mgd.errors import UserError, reason
+from d2_mgd.training import Interrupted, received_signal
+from d2_mgd.training.loading import keyed_loader
 
 Sample = dict[str, Any]  # an element of a Detectron2 batch
 Mapper = Callable[[Sample], "Sample | None"]
+Keys = list[tuple[int, int]]  # (position, index) of each image of a batch
 
 # Streams of random numbers that follow from one run seed.
 _ORDER, _SAMPLE, _PASS = 0, 1, 2
@@ -54,9 +40,9 @@ class SampleError(UserError):
 
 @dataclass(frozen=True)
 class _Unreadable:
-    """Carries a worker's error to the main process as one sentence, without the worker's traceback."""
+    """Carries a worker's error to the main process without the worker's traceback in its message."""
 
-    reason: str
+    message: str
     traceback: str = ""
 
 
@@ -68,23 +54,29 @@ class _SeededSamples(Dataset):
         self.mapper = mapper
         self.seed = seed
 
-    def __getitem__(self, item: tuple[int, int]) -> Sample | _Unreadable:
-        position, index = item
+    def __getitem__(self, key: tuple[int, int]) -> Sample | _Unreadable:
+        position, index = key
         record = self.records[index]
+        where = record.get("file_name", f"image {record.get('image_id', index)}")
         with seeded_randomness(self.seed, _SAMPLE, position):
             try:
                 sample = self.mapper(record)
-            except Exception as error:  # of any image library
-                where = record.get("file_name", f"image {record.get('image_id', index)}")
-                return _Unreadable(f"cannot read {where}: {_first_line(error)}", traceback.format_exc())
-        if sample is None:
-            return _Unreadable(f"the data set's mapper returned nothing for {record.get('file_name', index)}")
-        return sample
+            except (OSError, UserError, SizeMismatchError) as error:
+                return _Unreadable(f"cannot read {where}: {reason(error)}.", traceback.format_exc())
+            except Exception as error:
+                if _decodes(record):  # so the mapper is at fault
+                    raise RuntimeError(f"the data set's mapper failed on {where}") from error
+                return _Unreadable(f"cannot read {where}: {reason(error)}.", traceback.format_exc())
+        return _Unreadable(f"the data set's mapper returned nothing for {where}.") if sample is None else sample
 
 
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+def _decodes(record: Sample) -> bool:
+    """Whether a record's image can be decoded. Pillow's decoders raise errors of any type for one that cannot."""
+    try:
+        read_rgb(PathManager.get_local_path(record["file_name"]))
+    except ImageError:
+        return False
+    return True
 
 
 def _is_wide(records: DatasetFromList, indices: Iterable[int]) -> np.ndarray:
@@ -174,43 +166,32 @@ class TrainLoader:
 
 
 class PassLoader:
-    """One pass over a seeded choice of images, shared out to the processes; sized.
+    """One pass over some images, of which this process has a share; sized.
 
-    The batches are formed before they are dealt out, so any number of processes sees the same ones. Wide and high
-    images are batched apart, which keeps padding small. A collective at the end: what cannot be read in one process is
-    a :class:`SampleError` in all, and where one was asked to leave, all are :class:`Interrupted`.
+    A collective at the end: what cannot be read in one process is a :class:`SampleError` in all, and where one received
+    a signal, all are :class:`Interrupted`.
 
     Args:
         records: the data set.
         mapper: reads one record as for inference.
-        num_images: how many images; all if there are fewer.
-        batch_size: of one process.
+        batches: this process's indices of records.
         num_workers: loading processes.
-        seed: of the choice.
+        num_images: of all processes.
     """
 
     def __init__(
         self,
         records: DatasetFromList,
         mapper: Mapper,
-        *,
-        num_images: int,
-        batch_size: int,
+        batches: Sequence[Sequence[int]],
         num_workers: int,
-        seed: Sequence[int],
+        num_images: int,
     ) -> None:
         self.records = records
         self.mapper = mapper
+        self.batches = [[(0, int(index)) for index in batch] for batch in batches]
         self.num_workers = num_workers
-        chosen = np.random.default_rng([_PASS, *seed]).permutation(len(records))[:num_images]
-        wide = _is_wide(records, chosen)
-        batches = [
-            [(0, int(index)) for index in images[start : start + batch_size]]
-            for images in (chosen[wide], chosen[~wide])
-            for start in range(0, len(images), batch_size)
-        ]
-        self.batches = batches[comm.get_rank() :: comm.get_world_size()]
-        self.num_images = len(chosen)  # of all processes
+        self.num_images = num_images
 
     def __len__(self) -> int:
         """Batches of this process."""
@@ -220,47 +201,42 @@ class PassLoader:
         return _to_the_end(_load(self.records, self.mapper, self.batches, self.num_workers, 0))
 
 
-class EvaluationLoader:
-    """Every image of a set once, one at a time, shared out to the processes; sized.
+def rematch_pass(
+    records: DatasetFromList, mapper: Mapper, *, num_images: int, batch_size: int, num_workers: int, seed: Sequence[int]
+) -> PassLoader:
+    """A pass over ``num_images`` images that ``seed`` chooses, or all if there are fewer.
 
-    A collective at the end, as :class:`PassLoader` is.
-
-    Args:
-        records: the data set.
-        mapper: reads one record as for inference.
-        num_workers: loading processes.
+    The batches are formed before they are dealt out, so any number of processes sees the same ones. Wide and high
+    images are batched apart, which keeps padding small.
     """
-
-    def __init__(self, records: DatasetFromList, mapper: Mapper, num_workers: int) -> None:
-        self.records = records
-        self.mapper = mapper
-        self.num_workers = num_workers
-        self.batches = [[(0, index)] for index in InferenceSampler(len(records))]
-
-    def __len__(self) -> int:
-        """Images of this process."""
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[list[Sample]]:
-        return _to_the_end(_load(self.records, self.mapper, self.batches, self.num_workers, 0))
+    chosen = np.random.default_rng([_PASS, *seed]).permutation(len(records))[:num_images]
+    wide = _is_wide(records, chosen)
+    batches = [
+        images[start : start + batch_size]
+        for images in (chosen[wide], chosen[~wide])
+        for start in range(0, len(images), batch_size)
+    ]
+    own = batches[comm.get_rank() :: comm.get_world_size()]
+    return PassLoader(records, mapper, own, num_workers, len(chosen))
 
 
-def _load(records: DatasetFromList, mapper: Mapper, batches: Any, num_workers: int, seed: int) -> Iterator:
-    """Batches of samples; an unreadable one raises its sentence, in this process."""
-    loader = DataLoader(
-        _SeededSamples(records, mapper, seed),
-        batch_sampler=batches,
-        num_workers=num_workers,
-        collate_fn=_as_list,
-        worker_init_fn=loader_process_signals,
-        # an own generator: starting workers draws a number, which must not come from the training's
-        generator=torch.Generator(),
-    )
-    for batch in loader:
+def evaluation_pass(records: DatasetFromList, mapper: Mapper, num_workers: int) -> PassLoader:
+    """A pass over every image once, one at a time, in order."""
+    own = [[index] for index in InferenceSampler(len(records))]
+    return PassLoader(records, mapper, own, num_workers, len(records))
+
+
+def _load(records: DatasetFromList, mapper: Mapper, batches: Iterable[Keys], num_workers: int, seed: int) -> Iterator:
+    """Batches of samples; raises :class:`SampleError` in this process."""
+    for batch in keyed_loader(_SeededSamples(records, mapper, seed), batches, num_workers, _as_list):
         for sample in batch:
             if isinstance(sample, _Unreadable):
-                raise SampleError(f"{sample.reason}.") from RuntimeError(sample.traceback)
+                raise SampleError(sample.message) from RuntimeError(sample.traceback)
         yield batch
+
+
+def _as_list(samples: list[Sample]) -> list[Sample]:
+    return samples
 
 
 def _together(batches: Iterator[list[Sample]]) -> Iterator[list[Sample]]:
@@ -298,93 +274,3 @@ def _raise_in_all(error: SampleError | None) -> None:
     sentence = first_failure("" if error is None else str(error))
     if sentence:
         raise SampleError(sentence) from (None if error is None else error.__cause__)
-
-
-def _as_list(samples: list[Sample]) -> list[Sample]:
-    return samples
-
-
-def build_train_loader(cfg: CfgNode, seed: int) -> TrainLoader:
-    """The training stream of Detectron2's config: its data sets, filters, mapper, samplers and aspect-ratio groups.
-
-    Args:
-        cfg: DATASETS, DATALOADER, INPUT and SOLVER.IMS_PER_BATCH count.
-        seed: the run's; the same in all processes.
-
-    Raises:
-        ValueError: a batch that the processes cannot share evenly, or a data set without random access.
-    """
-    processes = comm.get_world_size()
-    if cfg.SOLVER.IMS_PER_BATCH % processes:
-        raise UserError(
-            f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, which {processes} processes cannot share evenly."
-        )
-    records = _training_records(cfg)
-    mapper = ImageMapper(cfg, is_train=True)
-
-    def make_sampler(run_seed: int) -> Any:
-        seeded = cfg.clone()
-        seeded.defrost()
-        seeded.SEED = run_seed
-        return _train_loader_from_config(seeded, mapper=mapper, dataset=records)["sampler"]
-
-    return TrainLoader(
-        records,
-        mapper,
-        make_sampler,
-        batch_size=cfg.SOLVER.IMS_PER_BATCH // processes,
-        num_workers=cfg.DATALOADER.NUM_WORKERS,
-        group=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
-        seed=seed,
-    )
-
-
-def build_pass_loader(cfg: CfgNode, records: DatasetFromList, seed: Sequence[int]) -> PassLoader:
-    """The pass of one rematch, with the test-time augmentation: MGD.REMATCH.{NUM_IMAGES, BATCH_SIZE}.
-
-    Args:
-        cfg: the training's.
-        records: :attr:`TrainLoader.records`, so that the data set is read once.
-        seed: the run's seed and the iteration, which choose the images.
-    """
-    return PassLoader(
-        records,
-        ImageMapper(cfg, is_train=False),
-        num_images=cfg.MGD.REMATCH.NUM_IMAGES,
-        batch_size=cfg.MGD.REMATCH.BATCH_SIZE,
-        num_workers=cfg.DATALOADER.NUM_WORKERS,
-        seed=seed,
-    )
-
-
-def build_evaluation_loader(cfg: CfgNode, name: str) -> EvaluationLoader:
-    """The images of one of DATASETS.TEST, with the test-time size.
-
-    Raises:
-        ValueError: as :func:`build_train_loader` does of the data set.
-    """
-    proposals = None
-    if cfg.MODEL.LOAD_PROPOSALS:
-        proposals = [cfg.DATASETS.PROPOSAL_FILES_TEST[list(cfg.DATASETS.TEST).index(name)]]
-    records = _records((name,), proposals, filter_empty=False)
-    return EvaluationLoader(records, ImageMapper(cfg, is_train=False), cfg.DATALOADER.NUM_WORKERS)
-
-
-def _training_records(cfg: CfgNode) -> DatasetFromList:
-    """The records of DATASETS.TRAIN after Detectron2's filters."""
-    return _records(
-        cfg.DATASETS.TRAIN,
-        cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
-        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-        min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
-    )
-
-
-def _records(names: Sequence[str], proposals: Sequence[str] | None, **filters: Any) -> DatasetFromList:
-    """The records of data sets in one block of memory that workers share."""
-    for file in proposals or ():  # Detectron2 would run whatever the file asks for
-        read_pickled_arrays(local_weights_file(file))
-    records = get_detection_dataset_dicts(names, proposal_files=proposals, **filters)
-    if not isinstance(records, list):
-        raise UserError(f"the data sets {names} must be lists of records, not {type(records).__name__}.")
-    return DatasetFromList(records, copy=False)

@@ -22,17 +22,11 @@ from torch import nn
 from d2_mgd.detection.checkpoint import TrainingCheckpointer, check_same_teacher, load_weights
 from d2_mgd.detection.config import META_ARCHITECTURE, student_config
 from d2_mgd.detection.config_checks import CheckedConfig, rematch_schedule, validate_config
+from d2_mgd.detection.config_loaders import build_evaluation_loader, build_pass_loader, build_train_loader
 from d2_mgd.detection.datasets import check_classes, check_datasets_once
 from d2_mgd.detection.features import export_student_state
 from d2_mgd.detection.hooks import CheckpointHook, MatchingHook, gather_costs
-from d2_mgd.detection.loader import (
-    EvaluationLoader,
-    SampleError,
-    TrainLoader,
-    build_evaluation_loader,
-    build_pass_loader,
-    build_train_loader,
-)
+from d2_mgd.detection.loader import PassLoader, SampleError, TrainLoader
 from d2_mgd.detection.networks import build_network
 from d2_mgd.detection.nonfinite import NonFinitePolicy
 from d2_mgd.detection.preemption import PreemptionHook
@@ -134,7 +128,7 @@ class Trainer(DefaultTrainer):
         return build_train_loader(cfg, run_seed(cfg))
 
     @classmethod
-    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> EvaluationLoader:
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> PassLoader:
         """The images of one of DATASETS.TEST, one at a time."""
         return build_evaluation_loader(cfg, dataset_name)
 

@@ -20,7 +20,7 @@ from PIL import Image
 from training_runs import write_coco
 
 from d2_mgd.detection.images import ImageMapper
-from d2_mgd.detection.loader import EvaluationLoader, PassLoader, SampleError, TrainLoader
+from d2_mgd.detection.loader import SampleError, TrainLoader, evaluation_pass, rematch_pass
 
 BOX = {"bbox": [4, 5, 20, 10], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 1, "iscrowd": 0}
 
@@ -71,8 +71,8 @@ def test_training_sees_the_pixels_that_one_expects(tmp_path: Path, kind: str) ->
 def test_an_unreadable_image_is_named_by_every_loader(tmp_path: Path, kind: str, workers: int) -> None:
     path = UNREADABLE[kind][0](tmp_path)
     records, mapper = DatasetFromList([record(path)], copy=False), ImageMapper(config(), is_train=False)
-    rematch = PassLoader(records, mapper, num_images=1, batch_size=1, num_workers=workers, seed=(0,))
-    for loader in (training(path, workers), rematch, EvaluationLoader(records, mapper, workers)):
+    rematch = rematch_pass(records, mapper, num_images=1, batch_size=1, num_workers=workers, seed=(0,))
+    for loader in (training(path, workers), rematch, evaluation_pass(records, mapper, workers)):
         with pytest.raises(SampleError, match=rf"^cannot read {path}: ") as caught:
             first_sample(loader)
         assert "\n" not in str(caught.value)
@@ -88,7 +88,7 @@ def test_every_unreadable_image_is_named(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["colour", "16-bit png"])
 def test_another_size_than_the_json_says_is_named(tmp_path: Path, kind: str) -> None:
     path = READABLE[kind][0](tmp_path)
-    with pytest.raises(SampleError, match=rf"^cannot read {path}: SizeMismatchError: .* for image {path}, got"):
+    with pytest.raises(SampleError, match=rf"^cannot read {path}: .* for image {path}, got"):
         first_sample(training(path, width=HEIGHT, height=WIDTH))
 
 
@@ -101,7 +101,7 @@ def test_one_pixel_high_is_trained_on_while_something_is_left_of_it(tmp_path: Pa
     if width == 600:  # 1333 x 2
         assert first_sample(loader)["image"].shape == (3, 2, 1333)
     else:
-        with pytest.raises(SampleError, match=rf"^cannot read {path}: "):
+        with pytest.raises(RuntimeError, match=rf"mapper failed on {path}$"):
             first_sample(loader)
 
 
@@ -124,7 +124,7 @@ def test_crowds_and_boxes_without_area_are_left_out(tmp_path: Path) -> None:
 def test_evaluation_sees_every_image_once_in_order(tmp_path: Path, workers: int) -> None:
     path = READABLE["colour"][0](tmp_path)
     records = DatasetFromList([record(path, image_id=number) for number in range(5)], copy=False)
-    loader = EvaluationLoader(records, ImageMapper(config(), is_train=False), workers)
+    loader = evaluation_pass(records, ImageMapper(config(), is_train=False), workers)
     assert [[sample["image_id"] for sample in batch] for batch in loader] == [[0], [1], [2], [3], [4]]
     assert len(loader) == 5
 
@@ -146,4 +146,4 @@ def test_an_image_that_breaks_before_evaluation_is_named(
         command_line.main(["--register-coco", name, str(path), str(root), *arguments])
     assert caught.value.code == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
-    assert lines == [f"train_net.py: error: cannot read {root / '002.png'}: OSError: image file is truncated."]
+    assert lines == [f"train_net.py: error: cannot read {root / '002.png'}: image file is truncated."]

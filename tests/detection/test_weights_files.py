@@ -18,7 +18,7 @@ import export_weights
 import train_net as command_line
 from training_runs import in_process_trainer, same_tensors
 
-from d2_mgd.detection.loader import build_evaluation_loader, build_train_loader
+from d2_mgd.detection.config_loaders import build_evaluation_loader, build_train_loader
 from d2_mgd.training import weights_files
 from d2_mgd.training.weights_files import read_safetensors
 
