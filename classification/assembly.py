@@ -30,9 +30,9 @@ from classification.weights import (
 )
 from d2_mgd.distill import MatchingGuidedDistiller
 from d2_mgd.distill.norms import MaskedBatchNorm
-from d2_mgd.training.processes import distributed, one_rank_first
 from d2_mgd.errors import UserError
 from d2_mgd.training import file_digest
+from d2_mgd.training.processes import distributed, one_rank_first
 
 logger = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from classification.options import as_values
+from d2_mgd.errors import UserError, reason
 from d2_mgd.training.processes import averaged_buffers, gather, sum_over_ranks
 from d2_mgd.training.randomness import random_state, set_random_state
-from d2_mgd.errors import UserError, reason
 
 if TYPE_CHECKING:
     from classification.engine import Trainer

@@ -25,11 +25,11 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # works without an installation too
 
-from d2_mgd.data.coco import ERROR, NOTE, WARNING, CocoError, Finding, Inspection
+from d2_mgd.data.coco import ERROR, NOTE, WARNING, Finding, Inspection
 from d2_mgd.data.formats import LabelFiles, add_dataset_arguments, coco_files, label_files
 from d2_mgd.data.inspection import OUTSIDE, inspect_content, inspect_pixels
 from d2_mgd.errors import UserError
@@ -115,9 +115,7 @@ def _sets_of_config(args: argparse.Namespace) -> list[CheckedSet]:
         else:
             print(f"{name} is not in COCO's format and is not checked.")
     if not sets:
-        raise UserError(
-            f"{args.config_file} names no data set in COCO's format: set DATASETS.TRAIN and DATASETS.TEST."
-        )
+        raise UserError(f"{args.config_file} names no data set in COCO's format: set DATASETS.TRAIN and DATASETS.TEST.")
     return sets
 
 

@@ -18,6 +18,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # works without an installation too
@@ -25,9 +26,10 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) 
 import torch
 from torch import Tensor
 
+from classification.weights import read_checkpoint
 from d2_mgd.errors import UserError
 from d2_mgd.training import file_digest, write_atomically
-from d2_mgd.training.weights_files import read_safetensors, read_tensors, trust, write_safetensors
+from d2_mgd.training.weights_files import trust, write_safetensors
 
 BAD_INPUT = 2  # exit status, as argparse has it
 _DESCRIPTION = ("arch", "classes", "image_size")  # what classification's files say of their weights
@@ -76,28 +78,16 @@ def _read(path: str) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
 
 def _read_classification(path: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """The student and its description in a file of classification; None for another file."""
-    if path.endswith(".safetensors"):
-        tensors, metadata = read_safetensors(path)
-        described = {key: _plain(metadata[key]) for key in _DESCRIPTION if key in metadata}
-        return (tensors, described) if "arch" in described else None
     if path.endswith(".pkl"):
         return None
-    content = read_tensors(path)
+    content = read_checkpoint(Path(path), "the file")
     state = content.get("state_dict", content.get("student"))
-    if not isinstance(state, Mapping):
+    if not isinstance(state, Mapping) or (path.endswith(".safetensors") and "arch" not in content):
         return None
     tensors = {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)}
     if not tensors:
         raise UserError(f"{path} holds no weights by name.")
     return tensors, {key: content[key] for key in _DESCRIPTION if isinstance(content.get(key), (str, int, list))}
-
-
-def _plain(text: str) -> Any:
-    """Metadata is json in files of classification, and any text in those of others."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -95,8 +95,9 @@ def _needs_scaling(image: Image.Image) -> bool:
 def _orientation(image: Image.Image) -> int:
     """What the EXIF data say: 1 is upright, 2 to 8 are turned or mirrored. A PNG must have been loaded."""
     try:
-        found = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # broken metadata do not make an image unreadable
+        with decoding():
+            found = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except ImageError:  # broken metadata do not make an image unreadable
         return 1
     return found if found in range(2, 9) else 1
 

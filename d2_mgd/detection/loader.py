@@ -20,11 +20,11 @@ from detectron2.utils.file_io import PathManager
 from torch.utils.data import Dataset, Sampler
 
 from d2_mgd.data.images import ImageError, read_rgb
-from d2_mgd.training.processes import first_failure, largest
-from d2_mgd.training.randomness import seeded_randomness
 from d2_mgd.errors import UserError, reason
 from d2_mgd.training import Interrupted, received_signal
 from d2_mgd.training.loading import keyed_loader
+from d2_mgd.training.processes import first_failure, largest
+from d2_mgd.training.randomness import seeded_randomness
 
 Sample = dict[str, Any]  # an element of a Detectron2 batch
 Mapper = Callable[[Sample], "Sample | None"]

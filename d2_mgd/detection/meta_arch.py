@@ -34,12 +34,12 @@ from d2_mgd.detection.features import (
     valid_masks,
 )
 from d2_mgd.detection.heads import HeadDistiller, head_options
+from d2_mgd.detection.networks import build_network
 from d2_mgd.detection.norms import FailedElsewhere, make_trainable, synchronises
 from d2_mgd.detection.teacher import FrozenTeacher
 from d2_mgd.distill import MatchingGuidedDistiller, WeightSchedule
-from d2_mgd.training.processes import first_failure
-from d2_mgd.detection.networks import build_network
 from d2_mgd.errors import UserError
+from d2_mgd.training.processes import first_failure
 
 __all__ = ["TeacherStudentDetector"]
 

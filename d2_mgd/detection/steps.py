@@ -17,8 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from d2_mgd.detection.nonfinite import NonFinitePolicy, StepReport
 from d2_mgd.detection.norms import FailedElsewhere, synchronises
-from d2_mgd.training.processes import first_failure, largest
 from d2_mgd.errors import UserError
+from d2_mgd.training.processes import first_failure, largest
 
 __all__ = ["Precision", "StepTrainer", "predict_in_float32"]
 

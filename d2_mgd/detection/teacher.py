@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from d2_mgd.detection.config import UNTRAINED, teacher_config
 from d2_mgd.detection.features import Feature, WatchedMaps, backbone_of
-from d2_mgd.training.randomness import shared_randomness
 from d2_mgd.detection.networks import build_network
 from d2_mgd.detection.weights import file_digest, load_weights, local_weights_file
 from d2_mgd.errors import UserError
+from d2_mgd.training.randomness import shared_randomness
 
 __all__ = ["FrozenTeacher", "build_teacher", "load_teacher_weights"]
 

@@ -5,7 +5,6 @@ Shape shorthand: N images, S student channels, T teacher channels, G the size of
 
 from __future__ import annotations
 
-from d2_mgd.errors import UserError
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,6 +21,7 @@ from d2_mgd.distill.reducers import REDUCERS
 from d2_mgd.distill.registry import lookup
 from d2_mgd.distill.reports import RematchReport
 from d2_mgd.distill.spatial import SPATIAL_WEIGHTS, Boxes
+from d2_mgd.errors import UserError
 from d2_mgd.matching import ChannelCost, ChannelMatching, SolverError, projection_agreement, solve_matching
 
 __all__ = ["MatchingGuidedDistiller"]

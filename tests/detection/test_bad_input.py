@@ -253,7 +253,7 @@ def test_an_image_that_breaks_during_training_is_named(workplace: Any, tmp_path:
 
 def test_machines_need_a_place_to_meet(workplace: Any, tmp_path: Path, capsys: Any) -> None:
     arguments = workplace.arguments(tmp_path / "out", flags=("--num-machines", "2"))
-    assert "--num-machines needs --dist-url" in refused(capsys, arguments, tmp_path / "out")
+    assert "several machines need --dist-url" in refused(capsys, arguments, tmp_path / "out")
 
 
 def test_a_student_of_an_earlier_training_is_not_taken_for_its_checkpoint(

@@ -17,8 +17,8 @@ from training_runs import ROOT, TINY_MODEL, TINY_RUN, train_net, write_coco, wri
 
 from d2_mgd.data.formats import label_files
 from d2_mgd.detection import Trainer
-from d2_mgd.errors import UserError
 from d2_mgd.detection.datasets import register_coco, register_label_files
+from d2_mgd.errors import UserError
 
 SHARED = Path(os.environ.get("D2_MGD_SHARED_DATA", ROOT.parent / "shared" / "data"))
 
@@ -31,7 +31,7 @@ def one_step(folder: Path, name: str, classes: int, *register: Any) -> dict[str,
     args = command_line.parser().parse_args([str(word) for word in words])
     for one in args.register_coco:
         register_coco(*one)
-    cfg = command_line.build_config(args)
+    cfg, _ = command_line.build_config(args)
     (folder / name).mkdir()
     register_label_files(label_files(args), cfg)
     trainer = Trainer(cfg)
