@@ -79,11 +79,11 @@ bench: install  ## speed and memory beside the alternatives: a quarter of an hou
 	$(PY) -m benchmarks.run
 
 soak: install  ## trainings killed at 20 moments must end as the undisturbed one: minutes
-	$(PY) -m benchmarks.soak --kills 20
+	$(PY) -m tests.soak --kills 20
 	CLASSIFICATION_KILLS=20 $(PY) -m pytest tests/classification/test_kills.py
 
 fuzz: install  ## random input of every kind, for some minutes: what fails is shown with the smallest input that does
-	$(PY) -m benchmarks.fuzz --minutes 4
+	$(PY) -m tests.fuzz --minutes 4
 
 audit: install  ## known vulnerabilities of what is installed; needs PyPI's or OSV's advisories, and fails where neither answers
 	@$(PY) tools/audit_dependencies.py

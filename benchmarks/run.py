@@ -12,7 +12,6 @@ import dataclasses
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -20,8 +19,9 @@ from typing import Any
 
 import torch
 
+from benchmarks.machine import commit, machine
 from benchmarks.speed import classification, data, detection, kernels, memory, profiling, scaling
-from benchmarks.speed.measure import CLOCKS, Row, as_table, machine, use_clock
+from benchmarks.speed.measure import CLOCKS, Row, as_table, use_clock
 from benchmarks.speed.reference import Published
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -51,14 +51,6 @@ def _obstacle(part: str) -> str:
     if part.endswith("detection") and importlib.util.find_spec("detectron2") is None:
         return f"{part} (no Detectron2)"
     return ""
-
-
-def _commit() -> str:
-    command = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def _write(result: dict[str, Any], output: Path) -> None:
@@ -112,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {
         "command": f"python -m benchmarks.run {' '.join(sys.argv[1:] if arguments is None else arguments)}".strip(),
-        "commit": _commit(),
+        "commit": commit(),
         "quick": options.quick,
         "clock": options.clock,
         "machine": machine(),

@@ -41,9 +41,8 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import classification.engine as engine
-from benchmarks.accuracy.results import commit
+from benchmarks.machine import commit, machine
 from benchmarks.meter import Meter, loopback_bytes, raise_loopback, tensor_bytes
-from benchmarks.speed.measure import machine
 from classification.assembly import TeacherNetwork, make_trainer
 from classification.features import pair_features
 from classification.folders import find_folders

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import statistics
-import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +15,11 @@ import torch
 from benchmarks.accuracy.data import StudyError
 from benchmarks.accuracy.study import TEACHER, AnyRun, AnyStudy, Study
 from benchmarks.accuracy.training import Engine, Outcome
+from benchmarks.machine import commit, processor, versions
 
 __all__ = ["NOT_RUN", "Cell", "Results", "as_line", "cells", "plot", "projection_table", "rematch_table", "table"]
 
 NOT_RUN = "not run"
-ROOT = Path(__file__).resolve().parents[2]
 
 
 class Results:
@@ -88,7 +85,7 @@ def as_line(study: AnyStudy, run: AnyRun, outcome: Outcome, engine: Engine) -> d
         "compiled": engine.compiled,
         "graphs": engine.graphs,
         "commit": commit(),
-        "versions": versions(),
+        "versions": versions(("torch", "numpy", "ortools")),
         "accuracy": outcome.accuracy,
         "rematches": outcome.rematches,
         "projections": outcome.projections,
@@ -100,39 +97,7 @@ def device_name(device: torch.device) -> str:
     """The GPU's name, or that of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    models = [line.split(":", 1)[1].strip() for line in _lines(info) if line.startswith("model name")]
-    return f"CPU ({models[0] if models else platform.machine()})"
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-
-
-def commit() -> str:
-    """Of this code, with ``+`` where files of it were changed since; "unknown" outside a git checkout."""
-    try:
-        head, changed = (
-            subprocess.run(["git", *what], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-            for what in (
-                ["rev-parse", "--short=12", "HEAD"],
-                ["status", "--porcelain", "--untracked-files=no", "--", "d2_mgd", "benchmarks/accuracy/*.py"],
-            )
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head + ("+" if changed else "")
-
-
-def versions() -> dict[str, str]:
-    """Of what computes the results."""
-    found = {"python": platform.python_version()}
-    for name in ("torch", "numpy", "ortools"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "unknown"
-    return found
+    return f"CPU ({processor()})"
 
 
 @dataclass(frozen=True)

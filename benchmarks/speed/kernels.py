@@ -106,7 +106,7 @@ def loss_rows(device: str, quick: bool) -> Iterator[Row]:
     where = "GPU" if device == "cuda" else "CPU"
 
     distiller = _distiller(student, teacher, "none")
-    things = {
+    things: dict[str, Callable[[], object]] = {
         "loss": partial(_backward, student, partial(_shipped, distiller, student, teacher)),
         "copy": partial(target.copy_, teacher),
     }
@@ -117,7 +117,7 @@ def loss_rows(device: str, quick: bool) -> Iterator[Row]:
     yield Row(f"loss, {where}: bandwidth / that of a copy", goal, value, seconds=medians, note=note, at_least=True)
 
     distiller = _distiller(student, teacher, "bn")
-    plain = _PlainLoss(students, next(iter(distiller.features.values())).groups).to(device).train()
+    plain = _PlainLoss(students, distiller.features["map"].get_buffer("groups")).to(device).train()
     losses = {
         "shipped": partial(_shipped, distiller, student, teacher),
         "plain operators": partial(plain, student, teacher),
@@ -125,15 +125,13 @@ def loss_rows(device: str, quick: bool) -> Iterator[Row]:
     }
     seconds = _time({name: partial(_backward, student, loss) for name, loss in losses.items()}, quick)
     for name in ("shipped", "torch.compile"):
-        yield ratio_row(
-            f"loss with norm, {where}: {name} / plain operators", None, seconds, name, "plain operators", note
-        )
+        title = f"loss with norm, {where}: {name} / plain operators"
+        yield ratio_row(title, None, seconds, name, "plain operators", note)
 
 
 def _distiller(student: Tensor, teacher: Tensor, norm: str) -> MatchingGuidedDistiller:
-    distiller = (
-        MatchingGuidedDistiller({"map": (student.shape[1], teacher.shape[1])}, norm=norm).to(student.device).train()
-    )
+    channels = {"map": (student.shape[1], teacher.shape[1])}
+    distiller = MatchingGuidedDistiller(channels, norm=norm).to(student.device).train()
     distiller.observe({"map": student.detach()}, {"map": teacher})
     distiller.rematch()
     return distiller

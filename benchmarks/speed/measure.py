@@ -1,34 +1,21 @@
-"""Timing in turns, ratios with their spread, the machine, and the table of all rows."""
+"""Timing in turns, ratios with their spread, peaks of memory, and the table of all rows."""
 
 from __future__ import annotations
 
-import os
-import platform
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib import metadata
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-__all__ = [
-    "CLOCKS",
-    "Row",
-    "as_table",
-    "in_turn",
-    "machine",
-    "peak_tensor_bytes",
-    "ratio_row",
-    "use_clock",
-]
+from benchmarks.tables import markdown
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 _clock = CLOCKS["wall"]
-_PACKAGES = ("torch", "torchvision", "detectron2", "numpy", "ortools", "scipy")
 
 
 @dataclass
@@ -119,62 +106,33 @@ def peak_tensor_bytes(thing: Callable[[], Any]) -> int:
     return peak
 
 
-def machine() -> dict[str, Any]:
-    """Return processor, cores, load, GPU and versions."""
-    versions: dict[str, str] = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    return {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_average": [round(value, 2) for value in os.getloadavg()],
-        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
-        "versions": versions,
-    }
-
-
 def as_table(result: Mapping[str, Any]) -> str:
     """Return a Markdown table of the rows, under a line on the machine."""
     about = result["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     load = ", ".join(f"{value:.1f}" for value in (about["load_average"][0], result["load_average_after"][0]))
     what = "processor time" if result.get("clock") == "cpu" else "wall-clock time"
-    lines = [
+    text = (
         f"{about['processor']}, {about['cores']} cores, {about['threads']} threads; GPU: {about['gpu'] or 'none'}; "
-        f"{what}; load average before and after: {load}; "
-        f"{versions}.",
-        "",
-        "| what | value (quartiles) | goal | median times | conditions |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    lines += [_line(row) for row in result["rows"]]
+        f"{what}; load average before and after: {load}; {versions}.\n\n"
+    )
+    head = ("what", "value (quartiles)", "goal", "median times", "conditions")
+    text += markdown(head, map(_cells, result["rows"]), numbers=False)
     if result["left_out"]:
-        lines += ["", f"Not measured on this machine: {'; '.join(result['left_out'])}."]
-    return "\n".join(lines) + "\n"
+        text += f"\nNot measured on this machine: {'; '.join(result['left_out'])}.\n"
+    return text
 
 
-def _line(row: Mapping[str, Any]) -> str:
+def _cells(row: Mapping[str, Any]) -> list[str]:
     value = f"{row['value']:.3f}"
     if row["low"] is not None:
         value += f" ({row['low']:.3f} to {row['high']:.3f})"
     sign = ">=" if row["at_least"] else "<="
     goal = "" if row["goal"] is None else f"{sign} {row['goal']:g}"
     seconds = ", ".join(f"{name} {value:.3g} s" for name, value in row["seconds"].items())
-    return f"| {row['name']} | {value} | {goal} | {seconds} | {row['note']} |"
+    return [row["name"], value, goal, seconds, row["note"]]
 
 
 def _finish() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

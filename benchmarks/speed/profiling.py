@@ -14,6 +14,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.speed.pair import Pair
+from benchmarks.tables import markdown
 
 # part -> names in the profile whose time it is; the backward pass is split by the node of the distillation's loss
 _FORWARD = {
@@ -69,18 +70,14 @@ def profile_step(quick: bool = False) -> dict[str, Any]:
 
 
 def as_markdown(found: dict[str, Any]) -> str:
-    """A table of the parts, and a line of the operators."""
-    lines = [
-        f"One distilled step on the {found['device']}: {1e3 * found['seconds']:.0f} ms under the profiler "
-        f"({found['conditions']}).",
-        "",
-        "| part | ms | share |",
-        "| --- | --- | --- |",
-    ]
-    for part, values in found["parts"].items():
-        lines.append(f"| {part} | {1e3 * values['seconds']:.1f} | {values['share']:.1%} |")
+    """Return a table of the parts, and a line of the operators."""
+    rows = [[part, f"{1e3 * v['seconds']:.1f}", f"{v['share']:.1%}"] for part, v in found["parts"].items()]
     operators = ", ".join(f"`{entry['name']}` {entry['share']:.1%}" for entry in found["operators"])
-    return "\n".join([*lines, "", f"Operators by their own time: {operators}."]) + "\n"
+    return (
+        f"One distilled step on the {found['device']}: {1e3 * found['seconds']:.0f} ms under the profiler "
+        f"({found['conditions']}).\n\n{markdown(('part', 'ms', 'share'), rows)}\n"
+        f"Operators by their own time: {operators}.\n"
+    )
 
 
 def _step(pair: Pair) -> None:

@@ -18,10 +18,9 @@ import numpy as np
 import torch
 
 from benchmarks.speed.measure import in_turn, peak_tensor_bytes
+from benchmarks.tables import markdown
 from d2_mgd.distill import MatchingGuidedDistiller
 from d2_mgd.matching import ChannelCost, solve_matching
-
-__all__ = ["as_markdown", "measure_scaling", "plot_scaling"]
 
 _MIDDLE = {"T": 512, "G": 4, "H": 14, "N": 8}
 _AXES = {
@@ -89,31 +88,26 @@ def growth(records: Sequence[dict[str, Any]], axis: str, part: str, of: str = "s
 
 
 def as_markdown(records: Sequence[dict[str, Any]]) -> str:
-    """A table of the growth, and one of all sizes."""
-    lines = [
-        "Growth: time ~ size^k over the sizes that take more than a millisecond. The solve's work is in S T arcs: with "
-        "G fixed S T grows as T squared, with T fixed it falls as 1 / G.",
-        "",
-        "| grows with | cost | solve | reducer and loss | memory of the cost | memory of reducer and loss |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    """Return a table of the growth, and one of all sizes."""
+    growths = []
     for axis, (label, _) in _AXES.items():
         slopes = [growth(records, axis, part) for part in _PARTS]
         slopes += [growth(records, axis, part, "peak_bytes") for part in ("cost", "loss")]
-        lines.append(f"| {label} | " + " | ".join("" if k is None else f"{k:.2f}" for k in slopes) + " |")
-    lines += [
-        "",
-        "| T | S | G | H | N | cost, ms | solve, ms | reducer and loss, ms | both maps, MiB | peak of cost, MiB | "
-        "peak of reducer and loss, MiB |",
-        "| --- " * 11 + "|",
-    ]
+        growths.append([label, *("" if k is None else f"{k:.2f}" for k in slopes)])
+    rows = []
     for record in records:
+        megabytes = (record["map_bytes"], record["peak_bytes"]["cost"], record["peak_bytes"]["loss"])
         cells = [str(record[key]) for key in ("T", "S", "G", "H", "N")]
         cells += [f"{1e3 * record['seconds'][part]:.2f}" for part in _PARTS]
-        sizes = (record["map_bytes"], record["peak_bytes"]["cost"], record["peak_bytes"]["loss"])
-        cells += [f"{value / 2**20:.2f}" for value in sizes]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append([*cells, *(f"{value / 2**20:.2f}" for value in megabytes)])
+    head = ("grows with", "cost", "solve", "reducer and loss", "memory of the cost", "memory of reducer and loss")
+    sizes = ("T", "S", "G", "H", "N", "cost, ms", "solve, ms", "reducer and loss, ms", "both maps, MiB",
+             "peak of cost, MiB", "peak of reducer and loss, MiB")  # fmt: skip
+    return (
+        "Growth: time ~ size^k over the sizes that take more than a millisecond. The solve's work is in S T arcs: with "
+        f"G fixed S T grows as T squared, with T fixed it falls as 1 / G.\n\n{markdown(head, growths)}\n"
+        f"{markdown(sizes, rows)}"
+    )
 
 
 def plot_scaling(records: Sequence[dict[str, Any]], path: Path) -> None:

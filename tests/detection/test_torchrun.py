@@ -18,8 +18,8 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
 from training_runs import ROOT, in_process_trainer, run, write_coco
 
-from benchmarks.soak import differences, final
 from d2_mgd.detection.loader import SampleError
+from tests.soak.trainings import KILL_AT, differences, final
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 TRAIN_NET = str(ROOT / "tools" / "train_net.py")
@@ -32,7 +32,7 @@ def test_a_lost_process_is_restarted_and_all_continue_to_the_bit(workplace: Any,
     mark = tmp_path / "killed"
     kill = ["--place", "step", "--count", "5", "--rank", "1", "--mark", str(mark)]
     arguments = workplace.arguments(tmp_path / "lost", *ALL, "TEST.EVAL_PERIOD", 0)
-    killer = [str(ROOT / "benchmarks" / "kill_at.py"), *kill, TRAIN_NET, *arguments]
+    killer = [str(KILL_AT), *kill, TRAIN_NET, *arguments]
     done = run([*TORCHRUN, "--max-restarts", "1", *killer])
     assert mark.exists() and "Starting training from iteration 3" in done.stdout
     assert [*differences(final(tmp_path / "whole"), final(tmp_path / "lost"))] == []

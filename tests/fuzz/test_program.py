@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from hypothesis import strategies as st
 
-from benchmarks import fuzz as program
-from benchmarks.fuzzing.target import Target
+import tests.fuzz.__main__ as program
+from tests.fuzz.target import Target
 
 
 def test_inputs_are_counted_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -20,7 +20,7 @@ def test_inputs_are_counted_and_written(tmp_path: Path, capsys: pytest.CaptureFi
     assert [target["target"] for target in result["targets"]] == ["matching: any groups", "file names"]
     assert all(target["inputs"] >= 40 and target["failures"] == [] for target in result["targets"])
     assert result["inputs"] == sum(target["inputs"] for target in result["targets"])
-    assert result["command"].startswith("python -m benchmarks.fuzz --minutes 0.01 --seed 0 --only")
+    assert result["command"].startswith("python -m tests.fuzz --minutes 0.01 --seed 0 --only")
     assert "0 failures" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         program.main(["--only", "nothing"])

@@ -1,4 +1,4 @@
-"""Trainings that get SIGKILL at the worst moments end as if they had not; the long form is `make soak`."""
+"""Trainings that are killed at bad moments end as the undisturbed one; the long form is `make soak`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
-from benchmarks.soak import Kill, Soak, differences
+from tests.soak.trainings import Kill, Soak, differences
 
 SHORT = ("SOLVER.MAX_ITER", 6, "SOLVER.STEPS", "(4,)", "SOLVER.CHECKPOINT_PERIOD", 2, "MGD.REMATCH.NUM_IMAGES", 3)
 

@@ -14,11 +14,9 @@ from hypothesis.extra import numpy as arrays
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from benchmarks.fuzzing.target import Target, check_sentence
 from d2_mgd.distill import REDUCERS
 from d2_mgd.matching import MODES, ChannelMatching, solve_matching
-
-__all__ = ["TARGETS", "expanded_optimum"]
+from tests.fuzz.target import Target, check_sentence
 
 _SOLVER_ERROR = 2.0**-40  # of the range of the costs, a pair: costs are rounded to 2^-40 of it
 

@@ -1,4 +1,4 @@
-"""What strangers hand in: weights files, images, file names, and json in COCO's format."""
+"""Targets for files that others made: weights files, images, file names, and json in COCO's format."""
 
 from __future__ import annotations
 
@@ -20,13 +20,11 @@ import torch
 from hypothesis import strategies as st
 from PIL import Image
 
-from benchmarks.fuzzing.target import Target, check_sentence
 from d2_mgd.data.coco import ERROR, CocoError, Inspection, inspect_coco, read_coco
 from d2_mgd.data.files import find_files
 from d2_mgd.data.images import inspect_image
 from d2_mgd.training.weights_files import UntrustedFileError, read_pickled_arrays, read_safetensors, read_tensors
-
-__all__ = ["DETECTRON2_TARGETS", "TARGETS"]
+from tests.fuzz.target import Target, check_sentence
 
 
 @contextlib.contextmanager

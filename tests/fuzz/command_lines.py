@@ -1,4 +1,4 @@
-"""What people type: KEY VALUE overrides, config files, and the options of the programs."""
+"""Targets for what users type: KEY VALUE overrides, config files, and the options of the programs."""
 
 from __future__ import annotations
 
@@ -15,11 +15,9 @@ from typing import Any
 import yaml
 from hypothesis import strategies as st
 
-from benchmarks.fuzzing.target import Target, check_sentence
 from classification.options import parse_base, parse_mgd
 from d2_mgd.errors import UserError
-
-__all__ = ["DETECTRON2_TARGETS", "TARGETS"]
+from tests.fuzz.target import Target, check_sentence
 
 ROOT = Path(__file__).resolve().parents[2]
 # the tiny detectors are those of the tests

@@ -1,10 +1,10 @@
-"""Run a script that kills itself at a chosen moment: SIGKILL the n-th time that it comes to a place.
+"""Run a script that kills itself by SIGKILL at the n-th visit of a place of the program.
 
-    python benchmarks/kill_at.py --place pointer --count 2 --mark FILE -- SCRIPT [ARGUMENTS ...]
+    python tests/soak/kill_at.py --place pointer --count 2 --mark FILE -- SCRIPT [ARGUMENTS ...]
 
-FILE is made just before; where it is already, the script runs on, so that a training that is started again by itself
-is killed once. Of several processes the one with RANK ``--rank`` is killed. ``--tally FILE`` writes how often the
-process came to each place, at its end.
+FILE is made just before. If it exists, nothing is killed, so that a training that restarts itself is killed once. Of
+several processes the one with RANK ``--rank`` is killed. ``--tally FILE`` writes the number of visits of each place at
+the end.
 """
 
 from __future__ import annotations
@@ -22,14 +22,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # works without an installation too
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # works without an installation too
 
 import torch
 
 import d2_mgd.detection.hooks as hooks
 import d2_mgd.distill.distiller as distiller
-
-__all__ = ["PLACES"]
 
 PLACES = {
     "step": "between a step's gradients and the optimiser",
@@ -45,13 +43,13 @@ PLACES = {
 
 
 class Moment:
-    """The n-th time at one place.
+    """The n-th visit of one place.
 
     Args:
         place: of ``PLACES``.
-        count: which time, from 1.
-        mark: a file that says that it has been.
-        rank: which of several processes.
+        count: n, from 1.
+        mark: file that is made at the kill; None only counts.
+        rank: of the process to kill.
     """
 
     def __init__(self, place: str, count: int, mark: Path | None, rank: int) -> None:
@@ -62,13 +60,13 @@ class Moment:
         self.tally: Counter[str] = Counter()
 
     def has_come(self, place: str) -> bool:
-        """Count a visit; whether it is the one."""
+        """Count a visit; return whether this is the moment."""
         self.tally[place] += 1
         due = self.mine and place == self.place and self.tally[place] == self.count
         return due and self.mark is not None and not self.mark.exists()
 
     def kill(self) -> None:
-        """Leave as on SIGKILL: nothing is flushed, closed or said."""
+        """End by SIGKILL: nothing is flushed or closed."""
         assert self.mark is not None
         self.mark.touch()
         os.kill(os.getpid(), signal.SIGKILL)
@@ -79,7 +77,7 @@ class Moment:
 
 
 def watch(moment: Moment) -> None:
-    """Make the places of this process known to ``moment``."""
+    """Let all places of this process call ``moment``."""
     _before(torch.optim.SGD, "step", lambda *_: moment.visit("step"))
     _before(distiller.MatchingGuidedDistiller, "observe", lambda *_: moment.visit("pass"))
     _before(distiller, "solve_matching", lambda *_: moment.visit("solve"))

@@ -1,4 +1,4 @@
-"""A target: where inputs come from, and a check that raises where one of them is treated wrongly."""
+"""A fuzzing target: a strategy for inputs, and a check that raises if an input is treated wrongly."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis.strategies import SearchStrategy
 
-__all__ = ["Target", "check_sentence", "run"]
-
 
 @dataclass(frozen=True)
 class Target:
-    """
+    """What is fuzzed.
+
     Args:
         name: what is fuzzed.
-        inputs: where inputs come from.
-        check: raises where one is treated wrongly.
-        cost: what one input takes beside others', so that the quick suite tries fewer of the dear ones.
+        inputs: strategy that draws inputs.
+        check: raises if an input is treated wrongly.
+        cost: relative time of one input; the suite tries fewer inputs of a target with a higher cost.
     """
 
     name: str
@@ -30,13 +29,13 @@ class Target:
 
 
 def run(target: Target, examples: int, first: int | None = None, tried: Callable[[], None] = lambda: None) -> None:
-    """Try inputs of a target; raises what the smallest wrong one raises, with the input as a note.
+    """Try inputs of a target. Raises the error of the smallest failing input, with the input as a note.
 
     Args:
         target: the target.
-        examples: how many inputs.
-        first: decides which; by default hypothesis does, and remembers wrong ones for the next time.
-        tried: called for every input, also those by which a wrong one is made smaller.
+        examples: number of inputs.
+        first: seed; without it hypothesis chooses, and stores failing inputs for the next time.
+        tried: called for every input, also while a failing one is shrunk.
     """
 
     def one(value: Any) -> None:
@@ -57,7 +56,7 @@ def run(target: Target, examples: int, first: int | None = None, tried: Callable
 
 
 def check_sentence(text: str) -> None:
-    """A message is one line, with words in it, that does not end in the middle."""
+    """Check that a message is one line of words without a traceback."""
     assert "\n" not in text.strip(), f"more than one line: {text!r}"
     assert len(text.split()) >= 4, f"no sentence: {text!r}"
     assert not re.search(r"Traceback|object at 0x", text), f"no sentence for people: {text!r}"

@@ -1,9 +1,13 @@
-"""Many inputs of every kind that is fuzzed, and how each kind ended (`make fuzz`), from the root of the repository:
+"""Fuzzing for some minutes (`make fuzz`), from the root of the repository:
 
-    python -m benchmarks.fuzz --minutes 4 [--only solver,images] [--seed 0] [--output benchmarks/results/fuzz_cpu.json]
+    python -m tests.fuzz --minutes 4 [--only solver,images] [--seed 0] [--output benchmarks/results/fuzz_cpu.json]
 
-Each target gets an equal share of the time. Prints a line a target: inputs tried, and failures, those that end in the
-same place counted once, with the smallest input that shows each. The exit status is 1 where there was a failure.
+Inputs are drawn by hypothesis. `numbers` has the targets for matchings and reducers, `files` those for weights, images
+and json, `command_lines` those for options and configs. Each target says what must hold of every input.
+`test_targets.py` tries some inputs of each in the suite.
+
+Each target gets an equal share of the time. Prints a line a target: inputs tried and failures, with the smallest input
+for each. Failures at the same place count once. The exit status is 1 if there was a failure.
 """
 
 from __future__ import annotations
@@ -19,17 +23,13 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy.results import commit
-from benchmarks.fuzzing import command_lines, files, numbers
-from benchmarks.fuzzing.target import Target, run
-from benchmarks.speed.measure import machine
-
-__all__ = ["Outcome", "fuzz", "main", "targets"]
+from benchmarks.machine import commit, machine, versions
+from tests.fuzz import command_lines, files, numbers
+from tests.fuzz.target import Target, run
 
 _EXAMPLES = 40  # between two looks at the clock
 _PACKAGES = ("hypothesis", "pillow", "safetensors", "pyyaml", "scipy")
@@ -41,9 +41,9 @@ class Outcome:
 
     Args:
         target: its name.
-        inputs: how many were tried, also those by which a failing one was made smaller.
-        seconds: how long that took.
-        failures: what was raised and where, with the smallest input that raises it.
+        inputs: number of inputs, those that hypothesis used to shrink a failing one included.
+        seconds: time that this took.
+        failures: error, place, and the smallest input that raises it.
     """
 
     target: str
@@ -65,7 +65,7 @@ class Outcome:
 
 
 def targets(only: Sequence[str] = ()) -> list[Target]:
-    """All targets that this machine can try, or those whose name begins with one of ``only``."""
+    """Return all targets that this machine can try, or those whose name begins with one of ``only``."""
     found = [*numbers.TARGETS, *files.TARGETS, *command_lines.TARGETS]
     if find_spec("detectron2") is not None:
         found += [*files.DETECTRON2_TARGETS, *command_lines.DETECTRON2_TARGETS]
@@ -73,12 +73,12 @@ def targets(only: Sequence[str] = ()) -> list[Target]:
 
 
 def fuzz(target: Target, seconds: float, seed: int) -> Outcome:
-    """Try inputs of one target for so long.
+    """Try inputs of one target for some time.
 
     Args:
         target: the target.
         seconds: at least.
-        seed: of the first batch of inputs; the next ones follow from it.
+        seed: of the first batch of inputs; each further batch adds 1.
     """
     outcome, start = Outcome(target.name), time.monotonic()
     while outcome.seconds < seconds:
@@ -93,7 +93,7 @@ def fuzz(target: Target, seconds: float, seed: int) -> Outcome:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """What libraries say about broken input, also those that are not python."""
+    """Drop what libraries print about broken input, also those that are not Python."""
     sys.stderr.flush()
     kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 2)
@@ -140,9 +140,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _write(path: Path, options: argparse.Namespace, outcomes: Sequence[Outcome]) -> None:
     about = machine()
-    about["versions"] |= {package: metadata.version(package) for package in _PACKAGES}
+    about["versions"] |= versions(_PACKAGES)
     result: dict[str, Any] = {
-        "command": f"python -m benchmarks.fuzz --minutes {options.minutes:g} --seed {options.seed}"
+        "command": f"python -m tests.fuzz --minutes {options.minutes:g} --seed {options.seed}"
         + (f" --only '{options.only}'" if options.only else ""),
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
