@@ -1,8 +1,8 @@
 """Command line of the accuracy studies, from the root of the repository.
 
-    python -m benchmarks.accuracy run cpu_r8x2_r8 --data cifar100.npz
-    python -m benchmarks.accuracy table cpu_r8x2_r8
-    python -m benchmarks.accuracy plot cpu_r8x2_r8 --output curves.png
+    python -m benchmarks.accuracy run cifar100_r32x4_r8x4 --data cifar100.npz
+    python -m benchmarks.accuracy table cifar100_r32x4_r8x4
+    python -m benchmarks.accuracy plot cifar100_r32x4_r8x4 --output curves.png
     python -m benchmarks.accuracy report
 
 A study is a name in benchmarks/accuracy/studies or a YAML file. A study that is stopped goes on where it was when it is
@@ -20,13 +20,12 @@ from pathlib import Path
 import torch
 
 from benchmarks.accuracy.data import StudyError
+from benchmarks.accuracy.loading import load_study
 from benchmarks.accuracy.report import write_report
 from benchmarks.accuracy.results import Results, plot, projection_table, rematch_table, table
 from benchmarks.accuracy.runner import run_study
-from benchmarks.accuracy.study import AnyStudy, load_study
+from benchmarks.accuracy.study import AnyStudy
 from benchmarks.accuracy.training import Engine
-
-__all__ = ["main"]
 
 HERE = Path(__file__).resolve().parent
 STUDIES = HERE / "studies"

@@ -16,13 +16,12 @@
       mgd-amp: "{mgd}"
       mgd-mean: "{mgd} MGD.REDUCER mean"
 
-A row's text stands where ``{row}`` is in the command, and a part's where its name is in a row. ``{data}``,
-``{device}``, ``{output}``, ``{seed}`` and ``{teacher}``, the output folder of the teacher's run, are filled in
-everywhere. A command must go on in its output folder where it was stopped. Its metric is read from json lines in that
-folder; lines without the key count for nothing.
+A row's text replaces ``{row}`` in the command, a part's text replaces its name in a row. ``{data}``, ``{device}``,
+``{output}``, ``{seed}`` and ``{teacher}``, the output folder of the teacher's run, are filled in everywhere. A command
+must resume in its output folder. Its metric is read from json lines in that folder; lines without the key are skipped.
 
 The baselines ``teacher``, ``student``, ``kd`` and ``conv1x1`` are always rows. Only ``kd`` may be missing, where there
-are no logits that it could compare; then ``without_kd`` says so in a sentence, which the page of results shows.
+are no logits to compare; then ``without_kd`` is a sentence with the reason, for the page of results.
 """
 
 from __future__ import annotations
@@ -41,8 +40,6 @@ from typing import Any
 
 from benchmarks.accuracy.data import StudyError
 
-__all__ = ["CommandRun", "CommandStudy", "Metric", "run_command"]
-
 ROOT = Path(__file__).resolve().parents[2]
 FINISHED = "finished"
 PLACES = ("data", "device", "output", "row", "seed", "teacher")
@@ -50,13 +47,13 @@ PLACES = ("data", "device", "output", "row", "seed", "teacher")
 
 @dataclass(frozen=True)
 class Metric:
-    """What counts, and where a run writes it.
+    """The measure of a run, and where a run writes it.
 
     Args:
         name: for the table.
         file: json lines in the output folder.
         key: of each line.
-        error: whether it is an error in percent, to be turned into 100 minus it.
+        error: whether it is an error in percent; 100 minus it is stored.
     """
 
     name: str
@@ -67,7 +64,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class CommandRun:
-    """One command. ``line`` still holds the places that depend on the machine: data, device, output, teacher."""
+    """One command. ``line`` still has the places that depend on the machine: data, device, output, teacher."""
 
     method: str
     seed: int
@@ -134,7 +131,7 @@ class CommandStudy:
 
 
 def filled(line: str, places: Mapping[str, str]) -> list[str]:
-    """The words of a command with every place filled in.
+    """Return the words of a command with every place filled in.
 
     Raises:
         StudyError: an unknown place, or quotes that do not close.

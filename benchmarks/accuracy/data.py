@@ -1,4 +1,4 @@
-"""CIFAR-100 on the device: chosen, cropped and flipped there, a batch at a time.
+"""CIFAR-100 on the training device: subsets, shuffled batches, crops and flips.
 
 Shape shorthand: N images, P pixels of a side.
 """
@@ -15,9 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Choice", "Images", "Split", "StudyError", "batches", "drawn", "load_split", "normalised",
-           "shuffled"]  # fmt: skip
-
 SIDE = 32
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 
@@ -27,16 +24,16 @@ _STD = (0.2675, 0.2565, 0.2761)
 
 
 class StudyError(Exception):
-    """A study, a file or a result that cannot be used; the message says why and what would be right."""
+    """A study, a file or a result that cannot be used. The message says why and what is accepted."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Which part of the data set.
+    """A part of the data set.
 
     Args:
-        classes: first class and the one after the last; they are numbered from 0 anew. None is all.
-        train_per_class, test_per_class: how many images of each class, the first of the file. None is all.
+        classes: first class and the one after the last, renumbered from 0. None is all.
+        train_per_class, test_per_class: number of images of each class, the first of the file. None is all.
         pixels: side of the images, 32 or a divisor of it; smaller ones are means over squares.
     """
 
@@ -67,7 +64,7 @@ class Split:
 
 
 def load_split(path: Path, choice: Choice, device: torch.device) -> Split:
-    """The chosen part of an ``.npz`` with x_train, y_train, x_test, y_test, on a device.
+    """Load the chosen part of an ``.npz`` with x_train, y_train, x_test, y_test, on a device.
 
     Raises:
         StudyError: no such file, arrays that are missing or of another form, classes or sizes that do not exist.
@@ -120,7 +117,7 @@ def _first_of(labels: np.ndarray, number: int, count: int | None, part: str) -> 
 
 
 def normalised(images: Tensor) -> Tensor:
-    """(N, 3, P, P) uint8 -> float32 of about mean 0 and deviation 1."""
+    """Convert (N, 3, P, P) uint8 to float32 of about mean 0 and deviation 1."""
     mean, std = _statistics(images.device)
     return (images.float() / 255.0 - mean) / std
 
@@ -134,17 +131,17 @@ def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
 def batches(
     data: Images, size: int, generator: torch.Generator, order: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """One epoch of shuffled, augmented, normalised batches, see :func:`shuffled` and :func:`drawn`."""
+    """Yield one epoch of shuffled, augmented, normalised batches, see :func:`shuffled` and :func:`drawn`."""
     for chosen in shuffled(data, size, order):
         yield drawn(data, chosen, generator)
 
 
 def shuffled(data: Images, size: int, order: torch.Generator) -> Iterator[Tensor]:
-    """One epoch of batches as indices (size,); images that fill no whole batch are left out.
+    """Yield one epoch of batches as indices (size,); images that fill no whole batch are left out.
 
     Args:
         data: of which to draw.
-        size: images of a batch; all of them where there are fewer.
+        size: images of a batch; with fewer images, all of them.
         order: on the CPU; decides the order, the same on every device.
     """
     size = min(size, len(data))
@@ -154,7 +151,7 @@ def shuffled(data: Images, size: int, order: torch.Generator) -> Iterator[Tensor
 
 
 def drawn(data: Images, chosen: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The augmented, normalised images (N, 3, P, P) and labels (N,) of the indices ``chosen``.
+    """Return the augmented, normalised images (N, 3, P, P) and labels (N,) of the indices ``chosen``.
 
     Args:
         generator: on the data's device; decides crops and flips.
@@ -163,7 +160,7 @@ def drawn(data: Images, chosen: Tensor, generator: torch.Generator) -> tuple[Ten
 
 
 def _augmented(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Crops out of images with a black border of an eighth of their side, half of them mirrored; in one gather."""
+    """Pad each side by an eighth, crop at random and mirror half of the images, in one gather."""
     count, _, height, width = images.shape
     border = height // 8
     padded = F.pad(images, (border,) * 4)

@@ -3,7 +3,7 @@
 Shape shorthand: N images, C channels, K classes, H, W.
 
 Each is a stem, stages and a head. A stage's map is the one before its last activation; :meth:`Staged.maps_and_logits`
-gives all of them beside the logits, without hooks, so that a network compiles as one graph. Tests compare the numbers
+returns all of them with the logits, without hooks, so that a network compiles as one graph. Tests compare the numbers
 of parameters with the protocol's.
 """
 
@@ -16,9 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Staged", "build_network", "known_networks"]
-
-Pair = tuple[Tensor, Tensor]  # a map before its activation, and what the network goes on with
+Pair = tuple[Tensor, Tensor]  # a map before its activation, and the input of the next block
 
 
 class Staged(nn.Module):
@@ -43,7 +41,7 @@ class Staged(nn.Module):
         self.head = head
 
     def maps_and_logits(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Stage name -> (N, C, H, W) before the activation, and logits (N, K)."""
+        """Return stage name -> map (N, C, H, W) before the activation, and logits (N, K)."""
         maps = {}
         x = self.stem(images)
         for name, stage in self.stages.items():
@@ -54,16 +52,16 @@ class Staged(nn.Module):
         return self.maps_and_logits(images)[1]
 
     def last_norm(self, stage: str) -> nn.BatchNorm2d:
-        """The batch-norm that a stage's map leaves, for margins.
+        """Return the batch-norm whose output is a stage's map, for margins.
 
         Raises:
-            ValueError: the map leaves several (ShuffleNet-V2), so that it cannot teach with margins.
+            ValueError: the map comes from several (ShuffleNet-V2), so that there are no margins.
         """
         found = self.stages[stage]
         assert isinstance(found, _Stage)
         norm = getattr(found.blocks[-1], "last_norm", None)
         if norm is None:
-            raise ValueError(f"{stage}'s map leaves no single batch-norm: use a loss without margins, such as mse.")
+            raise ValueError(f"{stage}'s map comes from no single batch-norm: use a loss without margins, such as mse.")
         return norm
 
 
@@ -86,7 +84,7 @@ def _convolution(inputs: int, outputs: int, kernel: int, stride: int = 1, groups
 
 
 def _initialised(network: Staged) -> Staged:
-    """With the protocol's first weights of convolutions; ShuffleNet-V2 keeps torch's own, there as here."""
+    """Set the protocol's initial weights of convolutions. ShuffleNet-V2 keeps torch's, as in the protocol."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -214,7 +212,7 @@ class _Shuffle(nn.Module):
 
 
 class _ShuffleDown(nn.Module):
-    """Both halves are made anew at half the size."""
+    """Two branches, each of half of the channels, at half the size."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -259,12 +257,12 @@ _FIXED: dict[str, Callable[[int], Staged]] = {
 
 
 def known_networks() -> str:
-    """What names there are, for messages."""
+    """Return the accepted names, for messages."""
     return f"resnetD and resnetDxK (D = 6n + 2 layers, K times the width; K even), {', '.join(_FIXED)}"
 
 
 def build_network(name: str, classes: int) -> Staged:
-    """A network with fresh weights (torch's random state decides them).
+    """Build a network with initial weights from the global RNG.
 
     ``resnet20``, ``resnet56`` have 16, 32, 64 channels; ``resnet8x4``, ``resnet32x4`` four times as many, and twice as
     many in the stem. ``resnet50_bottleneck`` is the ImageNet network with a 3x3 stem and no pooling before its stages.

@@ -7,16 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.accuracy.loading import load_study
 from benchmarks.accuracy.results import Results, projection_table, rematch_table, table
-from benchmarks.accuracy.study import AnyStudy, Study, load_study
-
-__all__ = ["report", "write_report"]
+from benchmarks.accuracy.study import AnyStudy, Study
 
 _OVERVIEW = Path(__file__).with_name("overview.md")  # the first part of the page, written by hand
 
 
 def write_report(studies: Path, results: Path, output: Path) -> None:
-    """Write the page. It appears whole or not at all."""
+    """Write the page in one rename, so that a failure leaves the old one."""
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(output.name + ".tmp")
     temporary.write_text(report(studies, results), encoding="utf-8")
@@ -24,15 +23,15 @@ def write_report(studies: Path, results: Path, output: Path) -> None:
 
 
 def report(studies: Path, results: Path) -> str:
-    """The page: studies that have results first, each with its table; then those that wait for their first run."""
+    """Return the page: a section for each study that has results, and a line for each that is prepared."""
     loaded = [load_study(path) for path in sorted(studies.glob("*.yaml"))]
     found = {study.name: Results(results / f"{study.name}.jsonl") for study in loaded}
     done = [study for study in loaded if _lines(study, found[study.name])]
-    waiting = [study for study in loaded if study not in done]
-    parts = [
-        _OVERVIEW.read_text(encoding="utf-8"),
-        *(_section(study, found[study.name]) for study in [*done, *waiting]),
-    ]
+    sections = [_section(study, found[study.name]) for study in done]
+    parts = [_OVERVIEW.read_text(encoding="utf-8"), *sections]
+    prepared = [f"- {study.title}: {_command(study)}\n" for study in loaded if study not in done]
+    if prepared:
+        parts.append("## Prepared, without results\n\n" + "".join(prepared))
     return "\n".join(parts)
 
 
@@ -71,14 +70,15 @@ def _section(study: AnyStudy, results: Results) -> str:
 
 
 def _provenance(study: AnyStudy, lines: Sequence[dict[str, Any]]) -> str:
-    data = "cifar100.npz" if isinstance(study, Study) else "FOLDER"
-    command = f"`python -m benchmarks.accuracy run {study.name} --data {data}`"
-    if not lines:
-        return f"{command}\n"
     devices, commits = (sorted({str(line[key]) for line in lines}) for key in ("device", "commit"))
     torches = sorted({line["versions"]["torch"] for line in lines})
     seconds = sum(line["seconds"] for line in lines)
     return (
-        f"{command}: {len(lines)} runs, {seconds / 60:.0f} minutes in all; {', '.join(devices)}; torch "
+        f"{_command(study)}: {len(lines)} runs, {seconds / 60:.0f} minutes in all; {', '.join(devices)}; torch "
         f"{', '.join(torches)}; commit {', '.join(commits)}.\n"
     )
+
+
+def _command(study: AnyStudy) -> str:
+    data = "cifar100.npz" if isinstance(study, Study) else "FOLDER"
+    return f"`python -m benchmarks.accuracy run {study.name} --data {data}`"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,7 @@ from benchmarks.accuracy.data import StudyError
 from benchmarks.accuracy.study import TEACHER, AnyRun, AnyStudy, Study
 from benchmarks.accuracy.training import Engine, Outcome
 from benchmarks.machine import commit, processor, versions
-
-__all__ = ["NOT_RUN", "Cell", "Results", "as_line", "cells", "plot", "projection_table", "rematch_table", "table"]
-
-NOT_RUN = "not run"
+from benchmarks.tables import markdown
 
 
 class Results:
@@ -117,102 +114,99 @@ class Cell:
 
 
 def cells(study: AnyStudy, results: Results) -> list[Cell]:
-    """The rows of a study, in its order; results of other settings than its own count for nothing."""
+    """Return the rows of a study that have results, in its order; results of other settings do not count."""
     lines: dict[str, list[dict[str, Any] | None]] = {}
     for run in study.runs():
         lines.setdefault(run.method, []).append(results.of(run))
     found = []
     for name in study.rows:
         done = [line for line in lines[name] if line is not None]
+        if not done:
+            continue
         best, last = (tuple(float(line[key]) for line in done) for key in ("best", "last"))
         found.append(Cell(name, len(lines[name]), best, last))
     return found
 
 
 def mean_and_deviation(values: Sequence[float]) -> str:
-    """``72.31 ± 0.24`` (the sample's deviation); without it for one value."""
-    if not values:
-        return NOT_RUN
+    """Return ``72.31 ± 0.24`` (the sample's deviation); without it for one value."""
     text = f"{statistics.fmean(values):.2f}"
     return f"{text} ± {statistics.stdev(values):.2f}" if len(values) > 1 else text
 
 
 def table(study: AnyStudy, results: Results) -> str:
-    """Markdown: last and best epoch, mean and standard deviation over seeds, the gap that is recovered."""
+    """Return Markdown: last and best epoch, mean and deviation over seeds, and the share of the gap."""
     rows = cells(study, results)
     by_name = {row.method: row for row in rows}
     gap = _gap(by_name)
-    published = bool(study.published)
-    head = ["", "last epoch", "best epoch", "runs", "of the gap", *(["published"] if published else [])]
-    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
-    for row in rows:
-        values = [
+    lines = [
+        [
             row.method,
             mean_and_deviation(row.last),
             mean_and_deviation(row.best),
             f"{len(row.last)}/{row.wanted}",
+            _recovered(row, gap),
+            f"{study.published[row.method]:.2f}" if row.method in study.published else "",
         ]
-        values.append(_recovered(row, gap))
-        if published:
-            values.append(f"{study.published[row.method]:.2f}" if row.method in study.published else "")
-        lines.append(values)
-    if published:
-        lines += [
-            [name, "", "", "", "", f"{value:.2f}"] for name, value in study.published.items() if name not in by_name
-        ]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        for row in rows
+    ]
+    lines += [[name, "", "", "", "", f"{value:.2f}"] for name, value in study.published.items() if name not in by_name]
+    head = ["", "last epoch", "best epoch", "runs", "of the gap", "published"]
+    columns = len(head) if study.published else len(head) - 1
+    return markdown(head[:columns], [line[:columns] for line in lines])
 
 
 def _gap(by_name: Mapping[str, Cell]) -> tuple[float, float] | None:
-    """Last accuracy of the student alone and of the teacher."""
-    student, teacher = by_name["student"].last, by_name[TEACHER].last
-    return (statistics.fmean(student), statistics.fmean(teacher)) if student and teacher else None
+    """Return the last accuracy of the student alone and of the teacher, if both ran."""
+    if "student" not in by_name or TEACHER not in by_name:
+        return None
+    return statistics.fmean(by_name["student"].last), statistics.fmean(by_name[TEACHER].last)
 
 
 def _recovered(row: Cell, gap: tuple[float, float] | None) -> str:
-    if gap is None or not row.last or row.method in (TEACHER, "student", "student before") or gap[1] <= gap[0]:
+    if gap is None or row.method in (TEACHER, "student", "student before") or gap[1] <= gap[0]:
         return ""
     return f"{(statistics.fmean(row.last) - gap[0]) / (gap[1] - gap[0]):.0%}"
 
 
 def rematch_table(study: AnyStudy, results: Results) -> str:
-    """Markdown: for each method that matches, and each feature, what its matchings were like; "" if none ran.
+    """Return Markdown on the last matching of each method and feature, mean over seeds; "" if none ran.
 
-    ``cost over chance`` is the last matching's mean cost over that of a random one; ``changed`` the share of student
-    channels whose group the last rematch changed; ``lost by keeping`` what the old matching would cost more then.
+    ``cost over chance`` is the matching's mean cost over that of a random one; ``changed`` the share of student
+    channels whose group the last rematch changed; ``lost by keeping`` by how much the old matching costs more.
     """
-    found: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
-    for run in study.runs():
-        last = {entry["feature"]: entry for entry in (results.of(run) or {}).get("rematches", [])}
-        for feature, entry in last.items():
-            lost = math.nan if entry["kept"] is None else entry["kept"] / entry["cost"] - 1.0
-            found.setdefault((run.method, feature), []).append(
-                (entry["cost"] / entry["chance"], entry["changed"], lost)
-            )
-    if not found:
-        return ""
-    lines = ["| | feature | cost over chance | changed | lost by keeping |\n| --- | --- | ---: | ---: | ---: |\n"]
-    for (method, feature), values in found.items():
-        ratio, changed, lost = (statistics.fmean(column) for column in zip(*values))
-        kept = "" if math.isnan(lost) else f"{lost:.1%}"
-        lines.append(f"| {method} | {feature} | {ratio:.3f} | {changed:.0%} | {kept} |\n")
-    return "".join(lines)
+
+    def values(entry: dict[str, Any]) -> tuple[float, ...]:
+        lost = math.nan if entry["kept"] is None else entry["kept"] / entry["cost"] - 1.0
+        return entry["cost"] / entry["chance"], entry["changed"], lost
+
+    means = _feature_means(study, results, "rematches", values)
+    rows = [
+        [method, feature, f"{ratio:.3f}", f"{changed:.0%}", "" if math.isnan(lost) else f"{lost:.1%}"]
+        for (method, feature), (ratio, changed, lost) in means.items()
+    ]
+    return markdown(("", "feature", "cost over chance", "changed", "lost by keeping"), rows) if rows else ""
 
 
 def projection_table(study: AnyStudy, results: Results) -> str:
-    """Markdown: for each method with a learned projection, and each feature, how far it agrees with a matching."""
-    found: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
+    """Return Markdown on how far the learned projection of each method and feature agrees with a matching."""
+    means = _feature_means(
+        study, results, "projections", lambda entry: (entry["share"], entry["chance"], entry["best"])
+    )
+    rows = [[*names, *(f"{value:.1%}" for value in values)] for names, values in means.items()]
+    return markdown(("", "feature", "on matched pairs", "by chance", "at best"), rows) if rows else ""
+
+
+def _feature_means(
+    study: AnyStudy, results: Results, key: str, values: Callable[[dict[str, Any]], tuple[float, ...]]
+) -> dict[tuple[str, str], list[float]]:
+    """Return for each method and feature the means over seeds of the values of the last entry."""
+    found: dict[tuple[str, str], list[tuple[float, ...]]] = {}
     for run in study.runs():
-        for entry in (results.of(run) or {}).get("projections", []):
-            values = (entry["share"], entry["chance"], entry["best"])
-            found.setdefault((run.method, entry["feature"]), []).append(values)
-    if not found:
-        return ""
-    lines = ["| | feature | on matched pairs | by chance | at best |\n| --- | --- | ---: | ---: | ---: |\n"]
-    for (method, feature), rows in found.items():
-        share, chance, best = (statistics.fmean(column) for column in zip(*rows))
-        lines.append(f"| {method} | {feature} | {share:.1%} | {chance:.1%} | {best:.1%} |\n")
-    return "".join(lines)
+        last = {entry["feature"]: entry for entry in (results.of(run) or {}).get(key, [])}
+        for feature, entry in last.items():
+            found.setdefault((run.method, feature), []).append(values(entry))
+    return {names: [statistics.fmean(column) for column in zip(*rows)] for names, rows in found.items()}
 
 
 def plot(study: AnyStudy, results: Results, path: Path) -> None:

@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 
-from benchmarks.traffic import KINDS, collected, compare, sizes, write_images
+from benchmarks.traffic.__main__ import write_images
+from benchmarks.traffic.compare import collected, compare
+from benchmarks.traffic.formulas import sizes
+from benchmarks.traffic.process import KINDS
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = """
-import sys; from pathlib import Path; from benchmarks.traffic import train
+import sys; from pathlib import Path; from benchmarks.traffic.process import train
 world, kind, folder = sys.argv[1:]
 train(int(world), kind, Path(folder) / f"{kind}_{world}", own_network=False)
 """

@@ -1,4 +1,4 @@
-"""What a process hands to ``torch.distributed``, and what goes over the loopback device."""
+"""Count what a process hands to ``torch.distributed``, and the bytes of the loopback device."""
 
 from __future__ import annotations
 
@@ -15,14 +15,12 @@ import torch.distributed as dist
 import torch.distributed.distributed_c10d as c10d
 from torch import Tensor
 
-__all__ = ["Meter", "loopback_bytes", "raise_loopback", "tensor_bytes"]
-
 
 class Meter:
-    """Counts the collectives of this process: purpose -> bytes that it hands over.
+    """Counts the calls and bytes of this process's collectives, by purpose.
 
     Args:
-        purpose: of collectives until another is said.
+        purpose: of collectives outside of :meth:`of`.
     """
 
     def __init__(self, purpose: str = "other") -> None:
@@ -32,7 +30,7 @@ class Meter:
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[None]:
-        """Inside, ``torch.distributed``'s collectives are counted, those for python objects by what they consist of."""
+        """Count collectives inside; those for Python objects count as the collectives that they consist of."""
         originals = {name: getattr(c10d, name) for name in ("all_reduce", "broadcast", "all_gather", "gather")}
         coalesced = dist._broadcast_coalesced
         for name, original in originals.items():
@@ -66,7 +64,7 @@ class Meter:
 
     @contextlib.contextmanager
     def of(self, purpose: str) -> Iterator[None]:
-        """Inside, collectives are for ``purpose``."""
+        """Count collectives inside under ``purpose``."""
         before, self.purpose = self.purpose, purpose
         try:
             yield
@@ -74,7 +72,7 @@ class Meter:
             self.purpose = before
 
     def attach(self, owner: Any, name: str, purpose: str) -> None:
-        """Let what a function sends be for ``purpose``."""
+        """Count what a function sends under ``purpose``."""
         original = getattr(owner, name)
 
         def purposeful(*arguments: Any, **options: Any) -> Any:
@@ -85,12 +83,12 @@ class Meter:
 
 
 def tensor_bytes(tensor: Tensor) -> int:
-    """Bytes of its elements."""
+    """Return the bytes of its elements."""
     return tensor.numel() * tensor.element_size()
 
 
 def loopback_bytes() -> int:
-    """Bytes that went over the loopback device so far."""
+    """Return the bytes that the loopback device has sent so far."""
     for line in Path("/proc/net/dev").read_text().splitlines():
         name, _, numbers = line.strip().partition(":")
         if name == "lo":
@@ -99,7 +97,7 @@ def loopback_bytes() -> int:
 
 
 def raise_loopback() -> None:
-    """Switch on the loopback device of a new network."""
+    """Switch on the loopback device of a new network namespace."""
     up, running, set_flags = 0x1, 0x40, 0x8914
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         fcntl.ioctl(any_socket, set_flags, struct.pack("16sh22x", b"lo", up | running))

@@ -1,0 +1,178 @@
+"""One process of a run: it trains, and writes what it sent and held.
+
+Shape shorthand: P processes.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import multiprocessing
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+import classification.engine as engine
+from benchmarks.traffic.collectives import Meter, loopback_bytes, raise_loopback
+from benchmarks.traffic.formulas import expected_bytes, expected_held, saved_bytes
+from classification.assembly import TeacherNetwork, make_trainer
+from classification.folders import find_folders
+from classification.models import build
+from classification.options import parse_mgd
+from classification.processes import Process
+
+STUDENT, TEACHER = "shufflenet_v2_x0_5", "resnet18"
+TOGETHER = 16  # images of a step of all processes
+OPTIONS = [
+    *("--arch", STUDENT, "--teacher-arch", TEACHER, "--features", "stage2", "stage3", "--image-size", "64"),
+    *("--epochs", "2", "--mgd-update-freq", "1", "--mgd-with-kd", "1", "--lr", "0.01", "--workers", "0"),
+    *("--device", "cpu", "--seed", "0"),
+]
+KINDS = {"traffic": (torch.float32, 0), "equality": (torch.float64, 1)}  # kind of run -> dtype, --sync-bn
+
+
+def train(world: int, kind: str, folder: Path, own_network: bool) -> None:
+    """Train with ``world`` processes, forked because that starts fast; they write to ``folder``.
+
+    Args:
+        world: number of processes.
+        kind: of ``KINDS``.
+        folder: beside a folder ``data`` with the images.
+        own_network: whether this process has a network namespace, whose traffic is that of these processes.
+    """
+    if own_network:
+        raise_loopback()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    arguments = [(rank, world, port, kind, folder, own_network) for rank in range(world)]
+    processes = [context.Process(target=measure, args=own) for own in arguments]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    if any(process.exitcode for process in processes):
+        raise SystemExit(1)
+
+
+def measure(rank: int, world: int, port: int, kind: str, folder: Path, own_network: bool) -> None:
+    """Train as one of ``world`` processes and write the counts to ``folder``."""
+    torch.set_num_threads(1)
+    torch.set_default_dtype(KINDS[kind][0])
+    meter = Meter()
+    if world > 1:
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    with meter.counting():
+        trainer = _trainer(meter, rank, world, kind, folder)
+        wire = _watch_wire(trainer) if own_network and world > 1 else {}
+        trainer.fit()
+        found = {
+            "bytes": dict(meter.bytes),
+            "calls": dict(meter.calls),
+            "expected": expected_bytes(trainer),
+            "held": _held(),
+            "expected_held": expected_held(trainer),
+            "saved": _saved_by_step(trainer),
+            "wire": wire,
+        }
+    if rank == 0:
+        torch.save(trainer.student.network.state_dict(), folder / "student.pth")
+    (folder / f"rank_{rank}.json").write_text(json.dumps(found))
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def _trainer(meter: Meter, rank: int, world: int, kind: str, folder: Path) -> engine.Trainer:
+    own = ["--batch-size", str(TOGETHER), "--sync-bn", str(KINDS[kind][1]), "--output-dir", str(folder)]
+    options = parse_mgd([str(folder.parent / "data"), *OPTIONS, *own])
+    torch.manual_seed(0)
+    data = find_folders(options.data)
+    classes = len(data[0].classes)
+    student, teacher = (_settled(build(name, classes)) for name in (STUDENT, TEACHER))
+    with meter.of("start"):
+        process = Process(rank, world, rank, world, torch.device("cpu"))
+        trainer = make_trainer(process, options, student, TeacherNetwork(TEACHER, teacher, classes), data)
+    for name, purpose in (("_rematch", "rematch"), ("save", "checkpoint"), ("evaluate", "evaluation")):
+        meter.attach(trainer, name, purpose)
+    meter.attach(trainer, "_observe_pass", "evaluation")
+    meter.attach(trainer.stepper, "backward", "synchronised norms")
+    meter.attach(engine, "largest", "agreement")
+    meter.attach(engine, "average_buffers", "running statistics")
+    wrapped = trainer.stepper.step.student
+    if isinstance(wrapped, nn.parallel.DistributedDataParallel):
+
+        def hook(state, bucket):  # type: ignore[no-untyped-def]  # postponed annotations are refused here
+            with meter.of("gradients"):
+                return allreduce_hook(None, bucket)  # type: ignore[arg-type]  # None: all processes
+
+        wrapped.register_comm_hook(None, hook)
+    return trainer
+
+
+@torch.no_grad()
+def _settled(network: nn.Module) -> nn.Module:
+    """Set running statistics that fit fresh weights, so that maps have a sane size and one best matching."""
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = None
+        nn.init.normal_(norm.bias, std=0.5)
+    for _ in range(2):
+        network.train()(torch.randn(8, 3, 64, 64))
+    for norm in norms:
+        norm.momentum = 0.1
+    return network
+
+
+def _watch_wire(trainer: engine.Trainer) -> dict[str, int]:
+    """Count the bytes that all processes together send in the steps and in the rematches."""
+    wire = {"steps": 0, "rematches": 0}
+
+    def watched(name: str, what: str) -> None:
+        original = getattr(trainer, name)
+
+        def around(*arguments: Any) -> Any:
+            c10d.barrier()
+            before = loopback_bytes()
+            result = original(*arguments)
+            c10d.barrier()
+            wire[what] += loopback_bytes() - before
+            return result
+
+        setattr(trainer, name, around)
+
+    watched("_train", "steps")
+    watched("_rematch", "rematches")
+    return wire
+
+
+def _held() -> int:
+    """Return the bytes of all tensors of this process."""
+    gc.collect()
+    stores = {}
+    for thing in gc.get_objects():
+        if isinstance(thing, Tensor) and not thing.is_meta:
+            store = thing.untyped_storage()
+            stores[store.data_ptr()] = store.nbytes()
+            if thing.grad is not None:
+                stores[thing.grad.untyped_storage().data_ptr()] = thing.grad.untyped_storage().nbytes()
+    return sum(stores.values())
+
+
+def _saved_by_step(trainer: engine.Trainer) -> int:
+    trainer.step.train()
+    trainer.order.set_epoch(0)
+    images, targets = trainer.intake(next(iter(trainer.batches)))
+    student = trainer.student
+    teacher = trainer.stepper.step.teacher
+    assert isinstance(teacher, nn.Module)
+    maps, logits = teacher(images)
+    return saved_bytes(lambda: student(images, targets, maps, logits), student.parameters())
