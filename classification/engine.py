@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from classification.checkpoint import Checkpoints
+from classification.checkpoint import checkpoints_of
 from classification.data import (
     Batch,
     ImageDataset,
@@ -111,7 +111,7 @@ class Trainer:
         self.progress = Progress(epoch=options.start_epoch)
         self.sums = Sums(process.device)
         self.summed: list[str] = []  # names of what is summed over the epoch
-        self.checkpoints = Checkpoints(options.output_dir, options.keep_checkpoints)
+        self.checkpoints = checkpoints_of(options.output_dir, options.keep_checkpoints)
         optimizer = torch.optim.SGD(
             student.parameters(),
             options.lr,

@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
-from classification.checkpoint import save_atomically
 from classification.data import Batch
 from classification.options import as_values
-from d2_mgd.errors import UserError
+from d2_mgd.training import write_atomically
 
 if TYPE_CHECKING:
     from classification.engine import Trainer
@@ -59,9 +59,9 @@ def dump_step(trainer: Trainer, batch: Batch, losses: Mapping[str, Tensor], rand
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_atomically(own, folder / f"rank_{process.rank:04d}.pth")
+        write_atomically(folder / f"rank_{process.rank:04d}.pth", lambda file: torch.save(own, file))
         if process.is_main:
-            save_atomically(state, folder / "student.pth")
-    except (OSError, UserError) as error:
+            write_atomically(folder / "student.pth", lambda file: torch.save(state, file))
+    except (OSError, RuntimeError) as error:
         logger.warning("what is needed to repeat the step could not be kept: %s", error)
     return folder

@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from classification.checkpoint import STUDENT_BEST, STUDENT_LAST, save_atomically, save_safetensors
+from classification.checkpoint import STUDENT_BEST, STUDENT_LAST, save_student
 from d2_mgd.distill import RematchReport, save_reports
-from d2_mgd.errors import UserError
-from d2_mgd.training import system_reason
+from d2_mgd.training import disk_errors
 
 if TYPE_CHECKING:
     from classification.engine import Trainer
@@ -25,7 +24,7 @@ def write_checkpoint(trainer: Trainer, state: dict[str, Any]) -> None:
         return
     progress = trainer.progress
     step = f"_step_{progress.step:06d}" if progress.step else ""
-    trainer.checkpoints.write(state, f"checkpoint_epoch_{progress.epoch:04d}{step}.pth", _position(trainer))
+    trainer.checkpoints.write(f"checkpoint_epoch_{progress.epoch:04d}{step}.pth", state, _position(trainer))
 
 
 def _position(trainer: Trainer) -> int:
@@ -55,10 +54,7 @@ def write_epoch(trainer: Trainer, line: Mapping[str, Any], is_best: bool) -> Non
         "state_dict": trainer.student.network.state_dict(),
     }
     for name in [STUDENT_LAST, *([STUDENT_BEST] if is_best else [])]:
-        path = trainer.options.output_dir / name
-        save_atomically(content, path)
-        if trainer.options.safetensors:
-            save_safetensors(content, path.with_suffix(".safetensors"))
+        save_student(content, trainer.options.output_dir / name, trainer.options.safetensors)
     trainer.journal.epoch(trainer.progress.history, trainer.finished_steps)
 
 
@@ -67,7 +63,5 @@ def write_matching(trainer: Trainer, epoch: int, reports: Mapping[str, RematchRe
     if not trainer.process.is_main:
         return
     path = trainer.options.output_dir / "matching" / f"epoch_{epoch:04d}.npz"
-    try:
+    with disk_errors(path):
         save_reports(path, reports)
-    except OSError as error:
-        raise UserError(f"{path} could not be written ({system_reason(error)}); the checkpoints are intact.") from error

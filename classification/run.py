@@ -24,7 +24,7 @@ from classification.checkpoint import (
     CHECKPOINT,
     STUDENT_BEST,
     STUDENT_LAST,
-    Checkpoints,
+    checkpoints_of,
     read_training_state,
     replace_file,
 )
@@ -38,6 +38,7 @@ from d2_mgd.errors import CommonError, UserError
 from d2_mgd.training import (
     Interrupted,
     StopRequest,
+    check_same_teacher,
     claimed_for_all_ranks,
     lasting_output,
     remove_leftovers,
@@ -124,7 +125,9 @@ def _work(process: Process, options: argparse.Namespace) -> None:
             seed_all(options.seed + 1 + process.rank)
         else:
             if process.is_main:
-                _compare_options(state, options, trainer.teacher)
+                _compare_options(state, options)
+            if trainer.teacher and state["teacher"] and options.method != "base":
+                check_same_teacher(str(resume), _identity(state["teacher"]), _identity(trainer.teacher))
             trainer.restore(state)
             done = trainer.progress
             logger.info("going on from %s: %d epochs and %d steps are done", resume, done.epoch, done.step)
@@ -173,8 +176,9 @@ def _find_resume(options: argparse.Namespace, restart: bool) -> Path | None:
     own = options.output_dir / CHECKPOINT
     named = options.resume not in (None, "auto") and not (restart and own.is_symlink())
     path = Path(options.resume) if named else own
-    checkpoints = Checkpoints(path.parent, options.keep_checkpoints)
-    there = checkpoints.there(path)
+    checkpoints = checkpoints_of(path.parent)
+    last = path.name == CHECKPOINT
+    there = checkpoints.exist() if last else path.is_file()
     if named and not there:
         raise UserError(f"the checkpoint {path} does not exist.")
     if there and options.resume is None and not restart and not options.overwrite:
@@ -183,7 +187,7 @@ def _find_resume(options: argparse.Namespace, restart: bool) -> Path | None:
             "choose another --output-dir."
         )
     if there and (options.resume is not None or restart):
-        return checkpoints.whole(path)
+        return Path(checkpoints.newest_whole(None if last else path.name))
     if options.resume is not None:
         logger.info("%s does not exist yet: starting anew.", own)
     return None
@@ -193,7 +197,7 @@ def _open_folder(options: argparse.Namespace, anew: bool) -> None:
     folder = options.output_dir
     try:
         if anew:
-            _clear(folder, options.keep_checkpoints)
+            _clear(folder)
         remove_leftovers(folder)
         handler = logging.FileHandler(folder / "log.txt")
     except OSError as error:
@@ -202,9 +206,9 @@ def _open_folder(options: argparse.Namespace, anew: bool) -> None:
     logging.getLogger().addHandler(handler)
 
 
-def _clear(folder: Path, keep: int) -> None:
+def _clear(folder: Path) -> None:
     """What an earlier run left must not be taken for this one's."""
-    Checkpoints(folder, keep).clear()
+    checkpoints_of(folder).clear()
     students = [
         Path(name).with_suffix(end).name for name in (STUDENT_LAST, STUDENT_BEST) for end in (".pth", ".safetensors")
     ]
@@ -279,7 +283,7 @@ def _show_errors(trainer: Trainer, teacher: TeacherNetwork | None, num_classes: 
     logger.info("student before training: error top-1 %.3f, top-5 %.3f", found.err1, found.err5)
 
 
-def _compare_options(state: dict[str, Any], options: argparse.Namespace, teacher: dict[str, Any] | None) -> None:
+def _compare_options(state: dict[str, Any], options: argparse.Namespace) -> None:
     now = as_values(options)
     changed = [
         f"{key} {state['options'].get(key)} -> {value}"
@@ -288,9 +292,11 @@ def _compare_options(state: dict[str, Any], options: argparse.Namespace, teacher
     ]
     if changed:
         logger.warning("options that differ from the run so far: %s", "; ".join(changed))
-    before = state["teacher"] or {}
-    if (teacher or {}).get("sha256") != before.get("sha256"):
-        logger.warning("the teacher's weights are not those of the run so far (%s).", before.get("file"))
+
+
+def _identity(teacher: dict[str, Any]) -> dict[str, str]:
+    """Torchvision's own weights have no file of the user's, and their name identifies them."""
+    return {"weights": teacher["file"], "digest": teacher.get("sha256", teacher["file"])}
 
 
 def _record(trainer: Trainer) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from classification.checkpoint import FORMAT
 from classification.options import as_values
 from d2_mgd.errors import UserError, reason
 from d2_mgd.training.processes import averaged_buffers, gather, sum_over_ranks
@@ -41,6 +42,7 @@ def training_state(trainer: Trainer) -> dict[str, Any]:
         own["buffers"] = {name: buffer.cpu() for name, buffer in student.named_buffers() if _differs(buffer)}
     mean = averaged_buffers(student)
     return {
+        "format": FORMAT,
         "arch": trainer.options.arch,
         "classes": list(trainer.data["train"].folder.classes),
         "options": as_values(trainer.options),

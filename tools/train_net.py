@@ -39,14 +39,14 @@ from torch import nn
 from d2_mgd import configs
 from d2_mgd.data.formats import add_dataset_arguments, label_files
 from d2_mgd.detection import Trainer, add_mgd_config
-from d2_mgd.detection.checkpoint import TrainingCheckpointer, load_weights
+from d2_mgd.detection.checkpoint import TrainingCheckpointer
 from d2_mgd.detection.config import student_config
 from d2_mgd.detection.config_checks import CheckedConfig, validate_config, validate_running
 from d2_mgd.detection.config_files import merge_file, merge_overrides
 from d2_mgd.detection.datasets import check_classes, check_datasets_once, register_coco, register_label_files
 from d2_mgd.detection.networks import build_network
 from d2_mgd.detection.teacher import build_teacher
-from d2_mgd.detection.weights import local_weights_file
+from d2_mgd.detection.weights import load_weights, local_weights_file
 from d2_mgd.errors import UserError
 from d2_mgd.training import claimed_for_all_ranks, lasting_output, restarted
 from d2_mgd.training.launch import rank_status, start_ranks, under_launcher

@@ -79,6 +79,11 @@ class FrozenTeacher:
         self.watch({})
 
     @property
+    def record(self) -> dict[str, str]:
+        """What checkpoints contain of the teacher."""
+        return {"weights": self.weights_path, "digest": self.digest}
+
+    @property
     def device(self) -> torch.device:
         return self._normalisation[0].device
 

@@ -19,7 +19,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils.env import seed_all_rng
 from torch import nn
 
-from d2_mgd.detection.checkpoint import TrainingCheckpointer, check_same_teacher, load_weights
+from d2_mgd.detection.checkpoint import TrainingCheckpointer
 from d2_mgd.detection.config import META_ARCHITECTURE, student_config
 from d2_mgd.detection.config_checks import CheckedConfig, rematch_schedule, validate_config
 from d2_mgd.detection.config_loaders import build_evaluation_loader, build_pass_loader, build_train_loader
@@ -38,9 +38,11 @@ from d2_mgd.detection.state import (
     set_module_numbers,
 )
 from d2_mgd.detection.steps import Precision, StepTrainer, predict_in_float32
+from d2_mgd.detection.weights import load_weights
 from d2_mgd.distill import MATCHED_ALIGNMENTS
 from d2_mgd.errors import UserError
 from d2_mgd.training import Interrupted
+from d2_mgd.training.checkpoints import check_same_teacher
 from d2_mgd.training.processes import distributed, largest
 from d2_mgd.training.randomness import preserved_randomness, random_state, set_random_state
 
@@ -172,7 +174,7 @@ class Trainer(DefaultTrainer):
             The metrics of the last evaluation, in the main process.
 
         Raises:
-            SampleError, RematchError, NonFiniteError, CheckpointError: what ended it, in one sentence.
+            SampleError, RematchError, NonFiniteError, CommonError: what ended it, in one sentence.
             SystemExit: it was asked to leave, see :class:`PreemptionHook`.
         """
         if self.distilled and self.cfg.MGD.TEACHER.EVAL_FIRST and self.start_iter == 0:
@@ -270,7 +272,7 @@ class Trainer(DefaultTrainer):
             state["distillation"] = {
                 "distiller": None if distiller is None else distiller.state_dict(),
                 "costs": None if distiller is None else distiller.cost_state_dict(),
-                "teacher": {"weights": teacher.weights_path, "digest": teacher.digest},
+                "teacher": teacher.record,
             }
         return state
 
@@ -328,7 +330,7 @@ class Trainer(DefaultTrainer):
 
     def _resume_distillation(self, path: str, state: dict[str, Any]) -> None:
         teacher, distiller = self.detector.teacher, self.detector.distiller
-        check_same_teacher(path, state["teacher"], teacher.weights_path, teacher.digest)
+        check_same_teacher(path, state["teacher"], teacher.record)
         if (distiller is None) != (state["distiller"] is None):
             raise KeyError("one of the two distils features and the other does not")
         if distiller is None:

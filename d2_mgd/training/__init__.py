@@ -3,9 +3,9 @@
 Knows no network, no Detectron2.
 """
 
+from d2_mgd.training.checkpoints import Checkpoints, check_same_teacher, disk_errors
 from d2_mgd.training.claims import claimed_folder, claimed_for_all_ranks
 from d2_mgd.training.files import file_digest, remove_leftovers, system_reason, write_atomically
-from d2_mgd.training.manifest import CheckpointManifest
 from d2_mgd.training.output import lasting_output
 from d2_mgd.training.restarts import restarted
 from d2_mgd.training.signals import (
@@ -18,11 +18,13 @@ from d2_mgd.training.signals import (
 )
 
 __all__ = [
-    "CheckpointManifest",
+    "Checkpoints",
     "Interrupted",
     "StopRequest",
+    "check_same_teacher",
     "claimed_folder",
     "claimed_for_all_ranks",
+    "disk_errors",
     "file_digest",
     "forwarded_signals",
     "lasting_output",

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from d2_mgd.errors import UserError, reason
-from d2_mgd.training import write_atomically
+from d2_mgd.training.files import write_atomically
 
 __all__ = [
     "UntrustedFileError",

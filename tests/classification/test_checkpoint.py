@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from classification import main_base
-from classification.checkpoint import Checkpoints
+from classification.checkpoint import checkpoints_of
 from d2_mgd.errors import CommonError, UserError
 from d2_mgd.training.processes import failing_together
 from tests.classification.conftest import SMALL, Run, assert_same_run, command, free_port
@@ -99,7 +99,8 @@ def test_without_list_and_pointer_the_newest_that_can_be_read_is_used(
     assert base(data, *METHOD, "--epochs", 2, "--output-dir", run) == 2
     assert "holds a run already" in capsys.readouterr().err
     assert base(data, *METHOD, "--epochs", 2, "--output-dir", run, "--resume") == 0
-    assert f"{run}/checkpoint.pth is gone: checkpoint_epoch_0001_step_000002.pth is used" in capsys.readouterr().err
+    used = "checkpoint_epoch_0001_step_000002.pth, the newest whole one, is used"
+    assert f"{run}/checkpoint.pth names no checkpoint: {used}" in capsys.readouterr().err
     assert_same_run(finished, run)
     (run / "checkpoints.json").unlink()
     assert base(data, *METHOD, "--output-dir", run, "--overwrite") == 0
@@ -177,9 +178,9 @@ def test_a_full_disk_stops_the_run_with_that_sentence(data: Path, tmp_path: Path
     assert done.returncode == 2, done.stderr
     assert "could not be written (No space left on device)" in done.stderr
     assert "Traceback" not in done.stderr
-    left = Checkpoints(tmp_path / "left", keep=2)
-    assert left.manifest.read()
-    assert all(left.manifest.damage(name) is None for name in left.manifest.read())
+    left = checkpoints_of(tmp_path / "left")
+    assert left.read()
+    assert all(left.damage(name) is None for name in left.read())
 
 
 def _fail(rank: int, url: str, folder: Path) -> None:
@@ -243,5 +244,5 @@ def test_a_teacher_of_safetensors(
 
 
 def test_a_name_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"checkpoint\.pth is gone; there is no whole one"):
-        Checkpoints(tmp_path, keep=2).whole(tmp_path / "checkpoint.pth")
+    with pytest.raises(UserError, match=r"checkpoint\.pth names no checkpoint, and there is no whole one"):
+        checkpoints_of(tmp_path).newest_whole()
