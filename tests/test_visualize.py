@@ -31,7 +31,7 @@ from d2_mgd.visualize import (
     read_metrics,
     smoothed,
 )
-from d2_mgd.visualize.report import Bar, Report, picture
+from d2_mgd.visualize.report import Bar, Report
 
 
 def _report(students: int, teachers: int, seed: int = 0, name: str = "p3") -> RematchReport:
@@ -251,7 +251,7 @@ def test_a_report_is_written_twice_and_needs_no_other_file(tmp_path: Path) -> No
     report = Report("A <title>", lead="found `x < y` & **more**")
     report.heading("Numbers")
     report.table(["network", "AP"], [["one", "1.0"], ["two", "2.0"]], emphasised=[1])
-    report.bars([Bar("one", 0.0, "none", "#000"), Bar("two", 2.0, "2.0 AP", "#111")], "AP")
+    report.bars([Bar("one", None, "#000"), Bar("two", 2.0, "#111")], "AP")
     report.figure("matching", draw_matching(np.eye(3), solve_matching(np.eye(3)), "p3"), 'the `cost` of "all"')
     report.code("python x.py --a '<b>'")
     markdown, page = report.write(tmp_path)
@@ -277,7 +277,9 @@ def test_a_row_that_does_not_fit_its_table_is_an_error() -> None:
         Report("x").table(["a", "b"], [["1", "2", "3"]])
 
 
-def test_a_picture_carries_its_figure() -> None:
-    tag = picture(draw_group(np.eye(3), [np.eye(3)], np.eye(3)), 'a "b"')
-    assert 'alt="a &quot;b&quot;"' in tag
-    assert "data:image/png;base64," in tag
+def test_equal_values_draw_equal_bars(tmp_path: Path) -> None:
+    report = Report("x")
+    report.bars([Bar("one", 0.01, "#000"), Bar("two", 0.04, "#111"), Bar("three", None, "#222")], "AP")
+    report.bars([Bar("one", 20.01, "#000"), Bar("two", 40.04, "#111"), Bar("three", 39.96, "#222")], "AP")
+    page = report.write(tmp_path)[1].read_text(encoding="utf-8")
+    assert re.findall(r"width:([\d.]+)%", page) == ["0.0", "0.0", "0.0", "50.0", "100.0", "100.0"]

@@ -91,10 +91,9 @@ def _add_results(report: Report, compared: Compared) -> None:
         bars = []
         for name, rows in compared.rows.items():
             last = measure.last(rows)
-            value = 0.0 if last is None else float(last[measure.key])
-            bars.append(Bar(name, value, _number(last, measure.key), compared.colours[name]))
+            bars.append(Bar(name, None if last is None else float(last[measure.key]), compared.colours[name]))
         report.text(f"**{measure.title}**, at the last evaluation ({_better(measure)}):")
-        report.bars(bars, measure.title)
+        report.bars(bars, digits=2)
         best = f"best {measure.title}"
         header = ["run", best, f"at {compared.step}", f"last {measure.title}", *(f"last {t}" for t in measure.beside)]
         header += [f"{compared.step}s", "seconds"]

@@ -1,8 +1,7 @@
-"""Pictures of matchings, of the maps they pair, of trainings, and of what networks find, each as a figure.
+"""Figures of matchings, of the maps they pair, of trainings, and of detections and predictions.
 
-Nothing here opens a window or keeps a figure: save one with ``figure.savefig(path)``, or make HTML of it with
-:func:`d2_mgd.visualize.report.picture`. Colours are told apart by colour-blind eyes too (Okabe and Ito's palette;
-cividis).
+No window is opened and no figure is kept: save one with ``figure.savefig(path)``, or collect several in a
+:class:`d2_mgd.visualize.report.Report`. The palettes (Okabe and Ito's; cividis) are safe for colour-blind readers.
 """
 
 from d2_mgd.visualize.detections import Detections, draw_detections

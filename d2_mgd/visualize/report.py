@@ -1,7 +1,7 @@
 """A report of a training or a comparison: one text, written as Markdown and as one self-contained HTML page.
 
-The page needs no other file and no network: pictures are inside it as data URIs, and there is no script. In paragraphs
-and cells `` `code` `` and ``**bold**`` mean what they mean in Markdown; everything else is text.
+The page needs no other file and no network: pictures are data URIs, and there is no script. In titles, paragraphs and
+cells `` `code` `` and ``**bold**`` have their meaning of Markdown; all other characters are text.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-__all__ = ["Bar", "Report", "picture"]
+__all__ = ["Bar", "Report"]
 
 
 @dataclass(frozen=True)
@@ -25,30 +25,23 @@ class Bar:
     """A bar of :meth:`Report.bars`.
 
     Args:
-        label: what it measures.
-        value: not negative.
-        text: the value in words.
+        label: what was measured.
+        value: not negative; None where nothing was measured.
         colour: of the bar, as in CSS.
     """
 
     label: str
-    value: float
-    text: str
+    value: float | None
     colour: str
-
-
-def picture(figure: Figure, alt: str = "") -> str:
-    """An ``<img>`` with the figure inside it."""
-    return f'<img alt="{html.escape(alt, quote=True)}" src="data:image/png;base64,{_base64(_png(figure))}">'
 
 
 @dataclass
 class Report:
-    """Collects a report's parts in order; :meth:`write` makes the files.
+    """Collects a report's parts in order; :meth:`write` writes the files.
 
     Args:
-        title: of the page.
-        lead: a sentence or two below it: what was found.
+        title: of the page; its ``**bold**`` part, such as the gain with its unit, is printed largest.
+        lead: a sentence or two below it: the result.
     """
 
     title: str
@@ -56,6 +49,11 @@ class Report:
     _markdown: list[str] = field(default_factory=list)
     _html: list[str] = field(default_factory=list)
     _pictures: dict[str, bytes] = field(default_factory=dict)
+
+    @property
+    def headline(self) -> str:
+        """The title as plain text."""
+        return _plain(self.title)
 
     def heading(self, text: str) -> None:
         """A new section."""
@@ -65,18 +63,25 @@ class Report:
         """A paragraph."""
         self._add(text, f"<p>{_inline(text)}</p>")
 
-    def bars(self, bars: Sequence[Bar], unit: str) -> None:
-        """Horizontal bars on a common scale; in Markdown a list."""
-        largest = max((bar.value for bar in bars), default=0.0) or 1.0
-        lines = [f"- {bar.label}: **{bar.text}**" for bar in bars]
+    def bars(self, bars: Sequence[Bar], unit: str = "", digits: int = 1) -> None:
+        """Horizontal bars on a common scale; in Markdown a list.
+
+        Args:
+            bars: from top to bottom.
+            unit: behind each value.
+            digits: decimals of the values. Bars are as long as the rounded value, so equal numbers have equal bars.
+        """
+        values = [None if bar.value is None else round(bar.value, digits) for bar in bars]
+        texts = ["-" if value is None else f"{value:.{digits}f} {unit}".rstrip() for value in values]
+        largest = max((value for value in values if value), default=1.0)
         rows = [
             f'<div class="bar"><span class="label">{_inline(bar.label)}</span><span class="track">'
-            f'<span class="fill" style="width:{100 * bar.value / largest:.1f}%;background:{bar.colour}"></span></span>'
-            f'<span class="value">{_inline(bar.text)}</span></div>'
-            for bar in bars
+            f'<span class="fill" style="width:{100 * (value or 0.0) / largest:.1f}%;background:{bar.colour}"></span>'
+            f'</span><span class="value">{_inline(text)}</span></div>'
+            for bar, value, text in zip(bars, values, texts)
         ]
-        caption = html.escape(unit, quote=True)
-        self._add("\n".join(lines), f'<div class="bars" role="img" aria-label="{caption}">{"".join(rows)}</div>')
+        lines = [f"- {bar.label}: **{text}**" for bar, text in zip(bars, texts)]
+        self._add("\n".join(lines), f'<div class="bars">{"".join(rows)}</div>')
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[str]], emphasised: Sequence[int] = ()) -> None:
         """A table; the first column holds names, the others numbers.
@@ -109,7 +114,7 @@ class Report:
         self._pictures[name] = _png(figure)
         source = f"data:image/png;base64,{_base64(self._pictures[name])}"
         width = round(figure.get_size_inches()[0] * figure.dpi)
-        plain = re.sub(r"[`*]", "", caption)
+        plain = _plain(caption)
         self._add(
             f"![{plain}](figures/{name}.png)\n\n{caption}",
             f'<figure><img width="{width}" alt="{html.escape(plain, quote=True)}" src="{source}">'
@@ -117,7 +122,7 @@ class Report:
         )
 
     def code(self, text: str) -> None:
-        """Commands or a config, as they are."""
+        """Commands or a config, verbatim."""
         self._add(f"```\n{text.strip()}\n```", f"<pre>{html.escape(text.strip())}</pre>")
 
     def write(self, folder: str | os.PathLike[str]) -> tuple[Path, Path]:
@@ -131,7 +136,7 @@ class Report:
         for name, png in self._pictures.items():
             (target / "figures" / f"{name}.png").write_bytes(png)
         lead = [self.lead] if self.lead else []
-        markdown = "\n\n".join([f"# {self.title}", *lead, *self._markdown]) + "\n"
+        markdown = "\n\n".join([f"# {self.headline}", *lead, *self._markdown]) + "\n"
         (target / "report.md").write_text(markdown, encoding="utf-8")
         (target / "report.html").write_text(self._page(), encoding="utf-8")
         return target / "report.md", target / "report.html"
@@ -146,7 +151,7 @@ class Report:
         return (
             '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            f"<title>{html.escape(self.title)}</title>\n<style>{_CSS}</style>\n</head>\n<body>\n<main>\n"
+            f"<title>{html.escape(self.headline)}</title>\n<style>{_CSS}</style>\n</head>\n<body>\n<main>\n"
             f"<h1>{_inline(self.title)}</h1>\n{lead}\n{body}\n</main>\n</body>\n</html>\n"
         )
 
@@ -159,6 +164,10 @@ def _png(figure: Figure) -> bytes:
 
 def _base64(content: bytes) -> str:
     return base64.b64encode(content).decode("ascii")
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[`*]", "", text)
 
 
 def _inline(text: str) -> str:
@@ -175,6 +184,7 @@ body { margin: 0; background: #fff; color: var(--ink); font: 16px/1.55 system-ui
   "Helvetica Neue", Arial, sans-serif; }
 main { max-width: 62rem; margin: 0 auto; padding: 2.5rem 1.5rem 4rem; }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .6rem; letter-spacing: -.01em; }
+h1 strong { display: block; font-size: 3.4rem; line-height: 1.15; color: var(--accent); }
 h2 { font-size: 1.25rem; margin: 2.6rem 0 .6rem; padding-top: 1.2rem; border-top: 1px solid var(--line); }
 p { margin: .6rem 0; max-width: 46rem; }
 .lead { font-size: 1.12rem; color: var(--soft); }

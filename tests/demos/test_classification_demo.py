@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from demos.beetles import SPECIES, render_beetle, write_image_folder
-from demos.classification_demo import DISTILLED, conclusion, folder_name, main, measure
+from demos.classification_demo import TITLES, folder_name, main, read_histories, table_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -55,19 +55,14 @@ def test_colours_say_nothing_about_the_species() -> None:
 
 def test_image_folder(tmp_path: Path) -> None:
     counts = {"train": 3, "valid": 2}
-    write_image_folder(tmp_path, counts, size=32, seed=1, workers=2, progress=False)
+    write_image_folder(tmp_path, counts, size=32, seed=1)
     files = {path.relative_to(tmp_path).as_posix(): path.read_bytes() for path in tmp_path.rglob("*.jpg")}
     assert len(files) == len(set(files.values())) == 5 * len(SPECIES)
     assert {name.split("/")[1] for name in files} == set(SPECIES)
-    some = tmp_path / "valid" / "rimmed" / "0001.jpg"
-    before = some.stat().st_mtime_ns
-    write_image_folder(tmp_path, counts, size=32, seed=1, progress=False)
-    assert some.stat().st_mtime_ns == before
-    with pytest.raises(ValueError, match="other settings"):
-        write_image_folder(tmp_path, counts, size=32, seed=2, progress=False)
-    (tmp_path / "recipe.json").unlink()  # as after an interruption
-    some.unlink()
-    write_image_folder(tmp_path, counts, size=32, seed=1, progress=False)
+    (tmp_path / "valid" / "rimmed" / "0001.jpg").unlink()  # as after an interruption
+    kept = (tmp_path / "valid" / "rimmed" / "0000.jpg").stat().st_mtime_ns
+    write_image_folder(tmp_path, counts, size=32, seed=1)
+    assert (tmp_path / "valid" / "rimmed" / "0000.jpg").stat().st_mtime_ns == kept
     assert files == {path.relative_to(tmp_path).as_posix(): path.read_bytes() for path in tmp_path.rglob("*.jpg")}
 
 
@@ -77,18 +72,11 @@ def _history(folder: Path, errors: list[float]) -> None:
     (folder / "metrics.json").write_text("\n".join(lines) + "\n")
 
 
-def test_numbers_and_what_they_say(tmp_path: Path) -> None:
-    errors = {"teacher": 5.0, "student alone": 30.0, "KD": 29.0, "MGD": 20.0, "MGD + KD": 41.0}
-    for title, error in errors.items():
+def test_accuracies_of_all_networks(tmp_path: Path) -> None:
+    for title, error in zip(TITLES, (5.0, 30.0, 29.0, 20.0, 41.0)):
         _history(tmp_path / folder_name(title), [90.0, 15.0, error])
-    rows = measure(tmp_path, list(errors), num_images=2100)
-    alone = rows[1]
-    assert (alone["err1"], alone["best_err1"], alone["best_epoch"], alone["seconds"]) == (30.0, 15.0, 2, 6.0)
-    assert alone["standard_error"] == pytest.approx(1.0)
-    text = conclusion(rows)
-    assert "KD ends 1.0 points below (within the noise of the student)" in text
-    assert "MGD ends 10.0 points below (better than the student)" in text
-    assert "MGD + KD ends 11.0 points above (worse than the student)" in text
+    rows = table_rows(read_histories(tmp_path), num_images=2100)
+    assert rows[1] == ["student alone (shufflenet_v2_x0_5)", "70.0 ± 1.0", "85.0 (epoch 2)", "3", "6"]
 
 
 def test_demo_end_to_end(tmp_path: Path) -> None:
@@ -97,12 +85,11 @@ def test_demo_end_to_end(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     report = (tmp_path / "out" / "report.md").read_text()
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    titles = ["teacher", "student alone", *DISTILLED]
-    assert [row["network"].split(" (")[0] for row in results["rows"]] == titles
-    assert all(0 <= row["err1"] <= 100 for row in results["rows"])
-    for row in results["rows"]:
-        assert f"| {row['network']} | {row['err1']:.1f}" in report
-        assert f"| {row['network']} | {row['err1']:.1f}" in done.stdout
+    assert report.startswith("# The teacher is worth ")
+    assert list(results["accuracy"]) == list(TITLES)
+    for accuracy in results["accuracy"].values():
+        assert 0 <= accuracy <= 100
+        assert f"| {accuracy:.1f} ± " in report and f" {accuracy:.1f} ± " in done.stdout
     assert "main_base.py" in results["commands"]["teacher"] and "main_mgd.py" in results["commands"]["MGD"]
     assert (tmp_path / "out" / "mgd" / "matching").is_dir()
     page = (tmp_path / "out" / "report.html").read_text()
@@ -126,20 +113,20 @@ def test_told_to_leave_it_waits_for_its_training_to_save(tmp_path: Path) -> None
     finally:
         process.kill()
     assert process.returncode == 143, said
-    assert "Waiting for the training (teacher) to save and leave." in said
+    assert "Waiting for the training of the teacher to save and exit." in said
     assert "all of it saved" in (tmp_path / "teacher" / "log.txt").read_text()
 
 
-def test_output_of_another_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_no_demo_made_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "beetles").mkdir()
-    (tmp_path / "beetles" / "recipe.json").write_text("{}")
-    assert main(["--quick", "--output", str(tmp_path)]) == 1
-    assert "name another folder" in capsys.readouterr().err
+    assert main(["--quick", "--output", str(tmp_path)]) == 2
+    assert "is not of this demo" in capsys.readouterr().err
+    assert (tmp_path / "beetles").exists()
 
 
 def test_an_output_that_cannot_be_written_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("mine")
     assert main(["--quick", "--output", str(tmp_path / "file" / "output")]) == 2
     said = capsys.readouterr().err
-    assert said.startswith(f"error: --output {tmp_path / 'file' / 'output'} cannot be used: ")
+    assert said.startswith(f"classification_demo.py: error: --output {tmp_path / 'file' / 'output'} cannot be used: ")
     assert said.endswith(": Not a directory.\n") and said.count("\n") == 1

@@ -18,10 +18,13 @@ import pytest
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
 import torch
-from demos import detection_demo as demo
-from demos import detection_report
+from demos import detection_stages as demo
+from demos import running
+from demos.results import share_recovered, start_report
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
+
+from d2_mgd.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "tools" / "demos" / "detection_demo.py"
@@ -32,16 +35,12 @@ def _run(output: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=280)
 
 
-def _mark(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / demo.MARK).read_text(encoding="utf-8"))
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("demo")
     run = _run(output)
     assert run.returncode == 0, run.stderr[-3000:]
-    assert "student distilled" in run.stdout
+    assert "The teacher is worth " in run.stdout and "student distilled" in run.stdout
     return output
 
 
@@ -70,18 +69,15 @@ def test_the_report_has_every_part(finished: Path) -> None:
         assert "tools/train_net.py" in text
 
 
-def test_what_is_finished_is_used_again_and_what_is_not_goes_on(finished: Path) -> None:
-    marks = {name: (finished / name / demo.MARK).read_text() for name in ("scenes", "teacher", "distilled")}
-    unfinished = _mark(finished / "student")
-    before = unfinished.pop("result")
-    (finished / "student" / demo.MARK).write_text(json.dumps(unfinished))
+def test_finished_trainings_are_kept_and_others_continue(finished: Path) -> None:
+    results = {name: (finished / name / demo.RESULT).read_text() for name in ("teacher", "student", "distilled")}
+    (finished / "student" / demo.RESULT).unlink()
     run = _run(finished)
     assert run.returncode == 0, run.stderr[-3000:]
-    for name, text in marks.items():
-        assert (finished / name / demo.MARK).read_text() == text, f"{name} was done again"
-    after = _mark(finished / "student")
-    assert after["result"]["AP"] == before["AP"]
-    assert after["seconds"] > unfinished["seconds"]  # of both runs
+    for name in ("teacher", "distilled"):
+        assert f"{finished / name} is finished" in run.stdout
+    after = json.loads((finished / "student" / demo.RESULT).read_text())
+    assert after["AP"] == json.loads(results["student"])["AP"]
 
 
 def test_the_distilled_checkpoint_is_a_plain_student(finished: Path) -> None:
@@ -95,12 +91,12 @@ def test_both_students_start_alike_and_see_the_same_images(finished: Path) -> No
     from d2_mgd.detection import Trainer
     from d2_mgd.detection.datasets import register_coco
 
-    run = demo.Demo(finished, seed=0, size=demo.QUICK)
+    run = demo.Demo(finished, 0, demo.QUICK)
     for name, split in ((demo.TRAIN, "train"), (demo.TEST, "test")):
         register_coco(name, str(finished / "scenes" / f"{split}.json"), str(finished / "scenes" / split))
     started = []
     for stage in (demo.STUDENT, demo.DISTILLED):
-        cfg = run.parsed_config(stage)
+        cfg = run.config(stage)
         cfg.merge_from_list(["OUTPUT_DIR", str(finished / "unused"), "DATALOADER.NUM_WORKERS", "0"])
         cfg.MGD.TEACHER.WEIGHTS = str(finished / "teacher" / "model_final.pth")
         trainer = Trainer(cfg)
@@ -115,14 +111,13 @@ def test_both_students_start_alike_and_see_the_same_images(finished: Path) -> No
 
 
 def test_another_seed_starts_over(tmp_path: Path) -> None:
-    size = demo.Size(train=2, test=1)
-    demo.Demo(tmp_path, 0, size).make_scenes()
-    first = (tmp_path / "scenes" / "train.json").read_text()
-    stamp = (tmp_path / "scenes" / "train.json").stat().st_mtime_ns
-    demo.Demo(tmp_path, 0, size).make_scenes()
-    assert (tmp_path / "scenes" / "train.json").stat().st_mtime_ns == stamp
-    demo.Demo(tmp_path, 1, size).make_scenes()
-    assert (tmp_path / "scenes" / "train.json").read_text() != first
+    size, described = demo.Size(train=2, test=1), tmp_path / "scenes" / "train.json"
+    demo.Demo(tmp_path, 0, size).prepare(fresh=False)
+    first, stamp = described.read_text(), described.stat().st_mtime_ns
+    demo.Demo(tmp_path, 0, size).prepare(fresh=False)
+    assert described.stat().st_mtime_ns == stamp
+    demo.Demo(tmp_path, 1, size).prepare(fresh=False)
+    assert described.read_text() != first
 
 
 def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
@@ -130,7 +125,7 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "scenes" / "precious.txt").write_text("mine")
     for arguments in ([], ["--fresh"]):
         run = _run(tmp_path, *arguments)
-        assert run.returncode == demo.BAD_INPUT
+        assert run.returncode == running.BAD_INPUT
         assert f"{tmp_path / 'scenes'} is not of this demo" in run.stderr
         assert "Traceback" not in run.stderr
     assert (tmp_path / "scenes" / "precious.txt").read_text() == "mine"
@@ -139,24 +134,29 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
 def test_an_output_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     run = _run(tmp_path / "file" / "output")
-    assert run.returncode == demo.BAD_INPUT
+    assert run.returncode == running.BAD_INPUT
     assert f"detection_demo.py: error: --output {tmp_path / 'file' / 'output'} cannot be used" in run.stderr
     assert "Not a directory" in run.stderr and "Traceback" not in run.stderr
 
 
-def test_a_training_that_fails_says_why(tmp_path: Path, capfd: Any) -> None:
+def test_a_training_that_fails_shows_its_last_lines(tmp_path: Path, capfd: Any) -> None:
     broken = demo.Size(train=2, test=1, overrides=(*demo.QUICK.overrides, "MODEL.RETINANET.NUM_CLASSES", "5"))
     run = demo.Demo(tmp_path, 0, broken)
-    run.make_scenes()
-    with pytest.raises(demo.DemoError, match="training the teacher failed with status 2"):
+    run.prepare(fresh=False)
+    with pytest.raises(UserError, match="training the teacher failed with status 2"):
         run.train(demo.TEACHER)
     assert "classes" in capfd.readouterr().err
 
 
-def test_a_training_that_goes_on_counts_its_own_iterations_as_done_now() -> None:
-    with demo._bar("teacher", 1000) as bar:
-        demo._show("[d2.engine.train_loop]: Starting training from iteration 900", bar)
-        demo._show("[d2.utils.events]:  eta: 0:00:10  iter: 919  total_loss: 1.5  lr: 0.01", bar)
+def test_threads_of_a_training_sleep_while_they_wait(capfd: Any) -> None:
+    running.train("student", [sys.executable, "-c", "import os; print(os.environ['OMP_WAIT_POLICY'])"])
+    assert capfd.readouterr().out == "PASSIVE\n"
+
+
+def test_a_training_that_continues_counts_its_own_iterations_alone() -> None:
+    with running.progress_bar("teacher", 1000) as bar:
+        running.show_progress("[d2.engine.train_loop]: Starting training from iteration 900", bar)
+        running.show_progress("[d2.utils.events]:  eta: 0:00:10  iter: 919  total_loss: 1.5  lr: 0.01", bar)
         state = bar.format_dict
     assert (state["initial"], state["n"]) == (900, 920)
 
@@ -164,7 +164,7 @@ def test_a_training_that_goes_on_counts_its_own_iterations_as_done_now() -> None
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_told_to_leave_it_waits_for_its_training_to_save(tmp_path: Path, number: signal.Signals) -> None:
     command = [sys.executable, str(DEMO), "--output", str(tmp_path)]
-    small = "from demos import detection_demo as demo; demo.FULL = demo.Size(8, 4, ('SOLVER.IMS_PER_BATCH', '2'))"
+    small = "from demos import detection_demo as demo; demo.FULL = demo.QUICK.__class__(8, 4)"
     command[1:2] = ["-c", f"import sys; sys.path.insert(0, {str(ROOT / 'tools')!r}); {small}; sys.exit(demo.main())"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "teacher" / "log.txt"
@@ -175,8 +175,8 @@ def test_told_to_leave_it_waits_for_its_training_to_save(tmp_path: Path, number:
     finally:
         process.kill()
     assert process.returncode == 128 + number, said
-    assert "Waiting for the teacher's training to save and leave." in said
-    assert "the same command goes on from here" in said
+    assert "Waiting for the training of the teacher to save and exit." in said
+    assert "the same command continues from here" in said
     assert f"{number.name}: stopped after" in log.read_text()
     assert (tmp_path / "teacher" / (tmp_path / "teacher" / "last_checkpoint").read_text()).exists()
 
@@ -188,18 +188,21 @@ def _wait_for(happened: Callable[[], bool], process: subprocess.Popen[str]) -> N
 
 
 @pytest.mark.parametrize(
-    ("teacher", "student", "distilled", "share", "words"),
+    ("teacher", "alone", "distilled", "share", "words"),
     [
-        (40.0, 20.0, 30.0, 0.5, "50% of the way"),
-        (40.0, 20.0, 15.0, -0.25, "did not help"),
-        (20.0, 25.0, 30.0, None, "25.0 AP alone, 30.0 AP with its teacher."),
-        (None, 25.0, 25.0, None, "did not help"),
-        (0.03, 0.01, 0.02, None, "compares nothing"),
+        (40.0, 20.0, 30.0, 0.5, "+10.0 AP"),
+        (40.0, 20.0, 15.0, -0.25, "-5.0 AP"),
+        (20.0, 25.0, 30.0, None, "+5.0 AP"),
+        (None, 25.0, 25.0, None, "+0.0 AP"),
+        (0.03, 0.01, 0.02, None, "+0.0 AP"),
     ],
 )
-def test_the_report_says_what_came_out(
-    teacher: float | None, student: float, distilled: float, share: float | None, words: str
+def test_the_report_begins_with_the_gain(
+    tmp_path: Path, teacher: float | None, alone: float, distilled: float, share: float | None, words: str
 ) -> None:
-    results = {"teacher": {"AP": teacher}, "student": {"AP": student}, "distilled": {"AP": distilled}}
-    assert detection_report.share_recovered(results) == share
-    assert words in detection_report._lead(results)
+    report = start_report({"teacher": teacher, "alone": alone, "distilled": distilled}, "AP", "some scenes")
+    markdown, page = report.write(tmp_path)
+    assert markdown.read_text().splitlines()[0] == f"# The teacher is worth {words}"
+    assert f"<h1>The teacher is worth <strong>{words}</strong></h1>" in page.read_text()
+    assert share_recovered(teacher, alone, distilled) == share
+    assert ("of the gap" in markdown.read_text()) == (share is not None)

@@ -9,9 +9,7 @@ Shape shorthand: H, W height and width of an image (equal); all coordinates on a
 from __future__ import annotations
 
 import colorsys
-import json
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -202,45 +200,26 @@ def render_beetle(species: str, rng: np.random.Generator, size: int = 80) -> Arr
     return np.asarray(picture.resize((size, size), Image.Resampling.BOX))
 
 
-def write_image_folder(
-    root: Path, counts: dict[str, int], size: int = 80, seed: int = 0, workers: int = 1, progress: bool = True
-) -> None:
-    """Writes ``root/<split>/<species>/<number>.jpg``; a folder that an equal call has finished is left as it is.
+def write_image_folder(root: Path, counts: dict[str, int], size: int = 80, seed: int = 0) -> None:
+    """Write ``root/<split>/<species>/<number>.jpg``; images that exist are kept.
 
     Args:
-        root: a folder of its own.
+        root: for these images alone.
         counts: images a species for each split, as ``{"train": 80, "valid": 40}``.
         size: H = W.
         seed: of everything; images of different seeds or splits have nothing in common.
-        workers: processes that draw.
-        progress: show a bar.
-
-    Raises:
-        ValueError: ``root`` holds images that were drawn with other settings.
     """
-    recipe = {"species": list(SPECIES), "counts": counts, "size": size, "seed": seed}
-    note = root / "recipe.json"
-    if note.exists():
-        if json.loads(note.read_text()) != recipe:
-            raise ValueError(
-                f"{root} holds images drawn with other settings ({note}); remove it or name another folder."
-            )
-        return
     jobs = [
         (root / split / name / f"{number:04d}.jpg", name, size, (seed, split_index, species_index, number))
         for split_index, (split, count) in enumerate(sorted(counts.items()))
         for species_index, name in enumerate(SPECIES)
         for number in range(count)
     ]
-    for folder in {job[0].parent for job in jobs}:
+    missing = [job for job in jobs if not job[0].exists()]
+    for folder in {job[0].parent for job in missing}:
         folder.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(workers) as pool:
-        written = pool.map(_write, jobs, chunksize=16)
-        for _ in tqdm(written, total=len(jobs), unit="image", desc="drawing beetles", disable=not progress):
-            pass
-    note.write_text(json.dumps(recipe, indent=2))
-
-
-def _write(job: tuple[Path, str, int, tuple[int, ...]]) -> None:
-    path, species, size, seed = job
-    Image.fromarray(render_beetle(species, np.random.default_rng(seed), size)).save(path, quality=92)
+    for path, species, side, seeds in tqdm(missing, unit="image", desc="drawing beetles", disable=not missing):
+        partial = path.with_suffix(".partial")
+        image = Image.fromarray(render_beetle(species, np.random.default_rng(seeds), side))
+        image.save(partial, format="JPEG", quality=92)
+        partial.replace(path)
