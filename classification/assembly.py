@@ -17,7 +17,6 @@ from classification.data import ImageDataset, image_statistics, renormalize
 from classification.distillation import DistillationStep, Precision, Student, Teacher
 from classification.engine import Trainer
 from classification.features import FeaturePair, margins, pair_features, published_factors
-from classification.folders import Folder
 from classification.models import architecture, build, measure_features
 from classification.options import SUMMED_LOSSES, logit_loss
 from classification.processes import Process
@@ -26,8 +25,8 @@ from classification.weights import (
     load_weights,
     network_from_file,
     pretrained_network,
-    pretrained_teacher,
 )
+from d2_mgd.data.class_folders import Folder
 from d2_mgd.distill import MatchingGuidedDistiller
 from d2_mgd.distill.norms import MaskedBatchNorm
 from d2_mgd.errors import UserError
@@ -56,12 +55,12 @@ class TeacherNetwork:
     record: dict[str, Any] = field(default_factory=dict)
 
 
-def make_student(process: Process, options: argparse.Namespace, num_classes: int) -> nn.Module:
+def make_student(options: argparse.Namespace, num_classes: int) -> nn.Module:
     """The student with its first weights, on the CPU; its head has the data's K classes."""
     name = options.arch
     if options.use_pretrained:
         with one_rank_first():
-            return pretrained_network(name, num_classes)
+            return pretrained_network(name, num_classes)[0]
     network = build(name, num_classes)
     if options.student_resume is not None:
         what = f"the student's file {options.student_resume}"
@@ -70,7 +69,7 @@ def make_student(process: Process, options: argparse.Namespace, num_classes: int
     return network
 
 
-def make_teacher(process: Process, options: argparse.Namespace, num_classes: int) -> TeacherNetwork | None:
+def make_teacher(options: argparse.Namespace, num_classes: int) -> TeacherNetwork | None:
     """The teacher that the options ask for, on the CPU; None for training without one.
 
     Raises:
@@ -90,7 +89,7 @@ def make_teacher(process: Process, options: argparse.Namespace, num_classes: int
         record = {"arch": name, "file": str(path.resolve()), "sha256": file_digest(path)}
     else:
         with one_rank_first():
-            network, classes, source = pretrained_teacher(name)
+            network, classes, source = pretrained_network(name)
         record = {"arch": name, "file": source}
     if classes != num_classes and not features_only:
         raise UserError(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from classification.folders import Folder
+from d2_mgd.data.class_folders import Folder
 from d2_mgd.data.images import ImageError, read_rgb
 from d2_mgd.errors import UserError
 from d2_mgd.training.loading import keyed_loader

@@ -150,7 +150,7 @@ def architecture(name: str) -> Architecture:
     if name in ARCHITECTURES:
         return ARCHITECTURES[name]
     if name.startswith(TIMM):
-        return Architecture(lambda num_classes: _timm_model(name, num_classes), {}, teacher=None)
+        return Architecture(lambda num_classes: timm_model(name, num_classes), {}, teacher=None)
     if name in available():
         return Architecture(_from_torchvision(name), {}, teacher=None, torchvision=name)
     raise UserError(
@@ -163,7 +163,8 @@ def build(name: str, num_classes: int) -> nn.Module:
     return architecture(name).build(num_classes)
 
 
-def _timm_model(name: str, num_classes: int | None, pretrained: bool = False) -> nn.Module:
+def timm_model(name: str, num_classes: int | None, pretrained: bool = False) -> nn.Module:
+    """A network of timm; ``num_classes`` None keeps the published head."""
     try:
         import timm
     except ImportError as error:
@@ -172,7 +173,7 @@ def _timm_model(name: str, num_classes: int | None, pretrained: bool = False) ->
     if not timm.is_model(bare):
         near = ", ".join(timm.list_models(f"*{bare.split('_')[0]}*")[:20])
         raise UserError(f"timm has no model {bare!r}; near it there are: {near or 'none'}.")
-    head: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}  # None: the published head
+    head: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     return timm.create_model(bare, pretrained=pretrained, **head)
 
 

@@ -29,11 +29,11 @@ from classification.checkpoint import (
     replace_file,
 )
 from classification.engine import Progress, Trainer
-from classification.folders import find_classes, find_folders
 from classification.metrics import table
 from classification.models import architecture
 from classification.options import as_values, gives_student
 from classification.processes import Process, launch
+from d2_mgd.data.class_folders import find_classes, find_folders
 from d2_mgd.errors import CommonError, UserError
 from d2_mgd.training import (
     Interrupted,
@@ -110,8 +110,8 @@ def _work(process: Process, options: argparse.Namespace) -> None:
     resume = None if options.evaluate else _agreed_resume(process, options)
     state = None if resume is None else read_training_state(resume, options.arch, classes)
     seed_all(options.seed)
-    network = make_student(process, options, len(classes))  # before the teacher: every method starts from the same
-    teacher = make_teacher(process, options, len(classes))
+    network = make_student(options, len(classes))  # before the teacher: every method starts from the same
+    teacher = make_teacher(options, len(classes))
     trainer = make_trainer(process, options, network, teacher, folders)
     _describe(trainer, teacher)
     if options.evaluate:

@@ -15,9 +15,9 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum
 
-from classification.models import TIMM, _timm_model, architecture, build
-from d2_mgd.errors import UserError, reason
-from d2_mgd.training.weights_files import UntrustedFileError, read_safetensors, read_tensors
+from classification.models import TIMM, architecture, build, timm_model
+from d2_mgd.errors import UserError, located, reason
+from d2_mgd.training.weights_files import read_safetensors, read_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -38,24 +38,15 @@ def read_checkpoint(path: Path, what: str) -> dict[str, Any]:
     """
     if not path.is_file():
         raise UserError(f"{what} {path} does not exist.")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path, what)
-    try:
-        return read_tensors(str(path))
-    except UntrustedFileError as error:
-        raise UserError(f"{what} {error}") from error
-
-
-def _read_safetensors(path: Path, what: str) -> dict[str, Any]:
-    """The tensors as ``state_dict``, and the metadata beside it: json where it is json, else text."""
-    try:
+    with located(f"{what} "):
+        if path.suffix != ".safetensors":
+            return read_tensors(str(path))
         tensors, metadata = read_safetensors(str(path))
-    except UntrustedFileError as error:
-        raise UserError(f"{what} {error}") from error
-    return {**{name: _plain(text) for name, text in metadata.items()}, "state_dict": tensors}
+        return {**{name: _plain(text) for name, text in metadata.items()}, "state_dict": tensors}
 
 
 def _plain(text: str) -> Any:
+    """A value of a safetensors file's metadata: JSON where it is JSON, else text."""
     try:
         return json.loads(text)
     except ValueError:
@@ -130,46 +121,30 @@ def head_mismatch(own: State, state: State) -> list[str]:
     return differ if len(modules) == 1 and same_inputs else []
 
 
-def pretrained_network(name: str, num_classes: int) -> nn.Module:
+def pretrained_network(name: str, num_classes: int | None = None) -> tuple[nn.Module, int, str]:
     """A network with the ImageNet weights that torchvision (or timm) publishes.
 
     Args:
         name: architecture.
-        num_classes: of the head; where that is not the published number, the head starts anew.
+        num_classes: of the head, which starts anew where that is not the published number; by default the published.
+
+    Returns:
+        The network, its number of classes, and whose weights they are.
 
     Raises:
         UserError: there are none, or they are neither on this machine nor can be downloaded; it says where to put them.
     """
     if name.startswith(TIMM):
-        return _timm_pretrained(name, num_classes)
-    return _with_published(name, num_classes, published_weights(name))
-
-
-def pretrained_teacher(name: str) -> tuple[nn.Module, int, str]:
-    """A network with published weights and the published head: the network, its classes, and whose weights they are.
-
-    Errors as in :func:`pretrained_network`.
-    """
-    if name.startswith(TIMM):
-        network: Any = _timm_pretrained(name, None)
+        try:
+            network: Any = timm_model(name, num_classes, pretrained=True)
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"the weights of {name} could not be loaded: {reason(error)}.") from error
         return network, int(network.num_classes), "timm"
     weights = published_weights(name)
-    classes = len(weights.meta["categories"])
-    return _with_published(name, classes, weights), classes, f"torchvision {weights.name}"
-
-
-def _timm_pretrained(name: str, num_classes: int | None) -> nn.Module:
-    try:
-        return _timm_model(name, num_classes, pretrained=True)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"the weights of {name} could not be loaded: {reason(error)}") from error
-
-
-def _with_published(name: str, num_classes: int, weights: WeightsEnum) -> nn.Module:
-    state = _published_state(name, weights)
-    model = build(name, num_classes)
-    load_weights(model, state, name, f"torchvision's file of {name}", new_head=True)
-    return model
+    classes = num_classes or len(weights.meta["categories"])
+    network = build(name, classes)
+    load_weights(network, _published_state(name, weights), name, f"torchvision's file of {name}", new_head=True)
+    return network, classes, f"torchvision {weights.name}"
 
 
 def published_weights(name: str) -> WeightsEnum:

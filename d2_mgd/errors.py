@@ -25,7 +25,8 @@ def located(where: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise type(error)(f"{where}{error}") from error
+        kind = CommonError if isinstance(error, CommonError) else UserError
+        raise kind(f"{where}{error}") from error
 
 
 def reason(error: BaseException) -> str:

@@ -27,12 +27,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # works without an installation too
 
-from d2_mgd.data.class_folders import class_names, files_below
+from d2_mgd.data.class_folders import EXTENSIONS, class_names, files_below
 from d2_mgd.data.images import ImageError, read_rgb
 
 SPLITS = ("train", "valid", "val", "test")
-# What torchvision's ImageFolder takes for an image; it passes over all other files.
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 _PORTION = 4096
 

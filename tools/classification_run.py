@@ -18,15 +18,15 @@ from torch import nn
 from classification.checkpoint import STUDENT_LAST
 from classification.data import ImageDataset, Key, image_statistics, normalize
 from classification.features import pair_features
-from classification.folders import Folder, find_folders
 from classification.models import build
 from classification.weights import (
     load_file,
     load_weights,
     network_from_file,
-    pretrained_teacher,
+    pretrained_network,
     read_checkpoint,
 )
+from d2_mgd.data.class_folders import Folder, find_folders
 from d2_mgd.distill import FeatureTaps, Tap
 from d2_mgd.errors import UserError, located
 from d2_mgd.training import file_digest
@@ -126,7 +126,7 @@ def feature_maps(run: Run, image: Path) -> Maps:
 def _teacher(run: Run, num_classes: int) -> nn.Module:
     record = run.record["teacher"]
     if run.settings["teacher_resume"] is None:
-        return pretrained_teacher(record["arch"])[0]
+        return pretrained_network(record["arch"])[0]
     file = Path(record["file"])
     network, _ = network_from_file(record["arch"], file, num_classes, "its file", other_classes=True)
     if file_digest(file) != record["sha256"]:

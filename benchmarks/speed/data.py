@@ -16,7 +16,7 @@ from torchvision import datasets, transforms
 
 from benchmarks.speed.measure import Row, in_turn, ratio_row
 from classification.data import ImageDataset, ShuffledBatches, loader, normalize
-from classification.folders import find_folders
+from d2_mgd.data.class_folders import find_folders
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

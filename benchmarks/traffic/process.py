@@ -23,10 +23,10 @@ import classification.engine as engine
 from benchmarks.traffic.collectives import Meter, loopback_bytes, raise_loopback
 from benchmarks.traffic.formulas import expected_bytes, expected_held, saved_bytes
 from classification.assembly import TeacherNetwork, make_trainer
-from classification.folders import find_folders
 from classification.models import build
 from classification.options import parse_mgd
 from classification.processes import Process
+from d2_mgd.data.class_folders import find_folders
 
 STUDENT, TEACHER = "shufflenet_v2_x0_5", "resnet18"
 TOGETHER = 16  # images of a step of all processes

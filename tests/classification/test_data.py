@@ -23,8 +23,8 @@ from classification.data import (
     strided_batches,
 )
 from classification.evaluation import Intake
-from classification.folders import find_folders
 from classification.models import build
+from d2_mgd.data.class_folders import find_folders
 from d2_mgd.errors import UserError
 from tests.classification.conftest import CLASSES, make_folder
 

@@ -14,11 +14,11 @@ from classification import main_base
 from classification.assembly import TeacherNetwork, make_trainer, synchronised_norms
 from classification.distillation import Student
 from classification.engine import Trainer
-from classification.folders import find_folders
 from classification.metrics import Sums
 from classification.models import build
 from classification.options import parse_mgd
 from classification.processes import Process
+from d2_mgd.data.class_folders import find_folders
 from d2_mgd.distill import MatchingGuidedDistiller, Tap, load_reports
 from d2_mgd.distill.norms import MaskedBatchNorm
 from d2_mgd.errors import CommonError

@@ -16,11 +16,11 @@ from classification.assembly import TeacherNetwork, make_trainer
 from classification.data import IMAGENET
 from classification.distillation import DistillationStep, Forward, Precision
 from classification.engine import Trainer, learning_rate_factor
-from classification.folders import find_folders
 from classification.metrics import Sums, errors, table
 from classification.models import build
 from classification.options import parse_base, parse_mgd
 from classification.processes import Process
+from d2_mgd.data.class_folders import find_folders
 from tests.classification.conftest import CLASSES, SMALL, settled
 
 CPU = torch.device("cpu")

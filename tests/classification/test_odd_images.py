@@ -11,7 +11,7 @@ from odd_images import READABLE, UNREADABLE
 from PIL import Image
 
 from classification.data import ImageDataset, Key
-from classification.folders import Folder
+from d2_mgd.data.class_folders import Folder
 
 # As torchvision's ImageFolder, classification takes an image as it is stored; Pillow itself makes a TIFF upright.
 TURNED = [kind for kind in READABLE if kind.startswith("EXIF") and "tiff" not in kind]

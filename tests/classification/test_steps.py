@@ -15,11 +15,11 @@ from classification.data import Batch
 from classification.distillation import DistillationStep, Precision, Student, Teacher
 from classification.engine import Trainer
 from classification.evaluation import Intake
-from classification.folders import find_folders
 from classification.models import build
 from classification.options import parse_mgd
 from classification.processes import Process
 from classification.steps import Stepper, parts_of
+from d2_mgd.data.class_folders import find_folders
 from d2_mgd.distill import LogitLoss, MatchingGuidedDistiller, Tap
 from d2_mgd.errors import CommonError
 from d2_mgd.training.processes import largest

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from check_imagefolder import EXTENSIONS, check_folder, main, reason_unreadable
+from check_imagefolder import check_folder, main, reason_unreadable
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from classification.folders import find_folders
+from d2_mgd.data.class_folders import EXTENSIONS, find_folders
 from d2_mgd.errors import UserError
 
 CLASSES = ("auk", "bittern", "crane")
