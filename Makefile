@@ -51,7 +51,7 @@ demo: install  ## teacher, student alone and distilled student on rendered scene
 	    $(PY) tools/demos/detection_demo.py --output demo_output; \
 	else \
 	    echo "Detectron2 is not installed, so this demo distils torchvision's RetinaNet; $(VENV)/detectron2.log says why."; \
-	    $(PY) examples/torchvision_detection.py --demo --output demo_output; \
+	    OMP_WAIT_POLICY=PASSIVE $(PY) examples/torchvision_detection.py --demo --output demo_output; \
 	fi
 
 demo-classification: install  ## the classification pipeline on generated images: minutes on two cores

@@ -11,21 +11,19 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from matplotlib.figure import Figure
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import pil_to_tensor
-from torchvision.utils import draw_bounding_boxes, save_image
 from tqdm import tqdm
 
 from d2_mgd.data.files import find_files
 from d2_mgd.data.images import prepared
+from d2_mgd.visualize import Detections, draw_detections
 
-__all__ = ["CocoImages", "draw_detections", "evaluate"]
-
-_COLOURS = ("red", "lime", "cyan", "yellow", "magenta", "orange", "white")
+__all__ = ["CocoImages", "evaluate", "show_detections"]
 
 
 class CocoImages(torch.utils.data.Dataset):
@@ -126,23 +124,17 @@ def evaluate(
 
 
 @torch.no_grad()
-def draw_detections(models: Mapping[str, nn.Module], data: CocoImages, device: str, path: Path, least: float) -> None:
+def show_detections(models: Mapping[str, nn.Module], data: CocoImages, device: str, least: float) -> Figure:
     """Some images, one a row: the annotations, then every network's detections that score ``least`` or more."""
-    rows = []
-    for index in range(min(5, len(data))):
-        image, target = data[index]
-        scale = 256 / image.shape[-1]
-        large = F.interpolate(image[None], (round(image.shape[-2] * scale), 256), mode="bilinear")[0]
-        outputs = [target, *(model.to(device).eval()([image.to(device)])[0] for model in models.values())]
-        rows.append(torch.cat([_draw(large, output, scale, data.names, least) for output in outputs], dim=2))
-    save_image(torch.cat(rows, dim=1), path)
+    samples = [data[index] for index in range(min(5, len(data)))]
+    columns = {"ground truth": [_detections(target) for _, target in samples]}
+    for caption, model in models.items():
+        model.to(device).eval()
+        columns[caption] = [_detections(model([image.to(device)])[0]) for image, _ in samples]
+    pixels = [(image.permute(1, 2, 0) * 255).byte().numpy() for image, _ in samples]
+    return draw_detections(pixels, columns, data.names, threshold=least, truth="ground truth")
 
 
-def _draw(image: Tensor, output: dict[str, Tensor], scale: float, names: list[str], least: float) -> Tensor:
-    boxes, labels = output["boxes"].cpu() * scale, output["labels"].cpu() - 1
-    if "scores" in output:
-        boxes, labels = boxes[output["scores"].cpu() >= least], labels[output["scores"].cpu() >= least]
-    if len(boxes):
-        colours = [_COLOURS[label % len(_COLOURS)] for label in labels.tolist()]
-        image = draw_bounding_boxes(image, boxes, [names[label] for label in labels.tolist()], colours, width=2)
-    return F.pad(image, (2, 2, 2, 2), value=1.0)
+def _detections(output: Mapping[str, Tensor]) -> Detections:
+    found = {key: output[key].cpu().numpy() for key in ("boxes", "labels", "scores") if key in output}
+    return Detections(found["boxes"], found["labels"] - 1, found.get("scores"))

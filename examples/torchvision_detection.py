@@ -5,8 +5,8 @@
         --valid-json valid.json --valid-images images --size 320 --steps 5000
 
 Trains a teacher, a small student alone, and the same student from the same start distilled on its FPN levels; writes
-their COCO AP as a table (report.md, results.json), detections.png, and weights that plain torchvision loads. A run that
-was interrupted goes on with the first network that it had not finished.
+report.html with their COCO AP and detections, results.json, and weights that plain torchvision loads. An interrupted
+run continues with the first network that is not finished.
 
 Shape shorthand: N images, C channels, H, W.
 """
@@ -28,7 +28,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]  # the repository need not be in
 
 import torch
 import torch.nn.functional as F
-from coco_format import CocoImages, draw_detections, evaluate
+from coco_format import CocoImages, evaluate, show_detections
+from demos.results import start_report, terminal_table
+from demos.scenes import write_scenes
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -153,27 +156,31 @@ def run_stage(name: str, data: dict[str, CocoImages], options: argparse.Namespac
     return model, row
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| network | AP | AP50 | parameters | steps | seconds |", "| --- | --- | --- | --- | --- | --- |"]
-    for row in rows:
-        accuracy = f"{row['AP']:.2f} | {row['AP50']:.2f}"
-        lines.append(
-            f"| {row['network']} | {accuracy} | {row['parameters']:,} | {row['steps']} | {row['seconds']:.0f} |"
-        )
-    return "\n".join(lines)
+def write_report(rows: list[dict[str, Any]], detections: Figure, data: str, output: Path) -> str:
+    """Write report.md, report.html and results.json; the summary for the terminal."""
+    report = start_report({row["network"]: row["AP"] for row in rows}, "AP", data)
+    header = ["network", "AP", "AP50", "parameters", "steps", "seconds"]
+    cells = [
+        [row["network"], *(f"{row[key]:.1f}" for key in ("AP", "AP50")), f"{row['parameters']:,}", str(row["steps"])]
+        for row in rows
+    ]
+    cells = [[*line, f"{row['seconds']:.0f}"] for line, row in zip(cells, rows)]
+    report.heading("Results")
+    report.table(header, cells, emphasised=[2])
+    report.heading("Detections")
+    report.figure("detections", detections, "Detections with a score of 40% or more; dashed where no such object is.")
+    markdown, page = report.write(output)
+    (output / "results.json").write_text(json.dumps(rows, indent=2))
+    return f"{report.headline}\n\n{terminal_table(header, cells)}\n\n{markdown}\n{page}"
 
 
 def demo_data(options: argparse.Namespace) -> None:
-    """Rendered scenes of this project in place of the user's data."""
-    from demos.scenes import write_scenes
-
-    sizes = {"train": 24, "valid": 8} if options.quick else {"train": 800, "valid": 200}
+    """Rendered scenes in place of the user's data."""
+    sizes = {"train": 24, "valid": 8} if options.quick else {"train": 1500, "valid": 200}
     with tqdm(total=sum(sizes.values()), desc="rendering scenes") as bar:
-
-        def show(done: int, _: int) -> None:
-            bar.update(done - bar.n)
-
-        paths = write_scenes(options.output / "scenes", sizes, options.seed, progress=show)
+        paths = write_scenes(
+            options.output / "scenes", sizes, options.seed, options.size, lambda done, _: bar.update(done - bar.n)
+        )
     (options.train_json, options.train_images), (options.valid_json, options.valid_images) = paths.values()
 
 
@@ -185,8 +192,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.add_argument(f"--{split}-json", type=Path, help="annotations in COCO format")
         parser.add_argument(f"--{split}-images", type=Path, help="folder of the images")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--size", type=int, default=128, help="shorter side of the images (longer: twice that at most)")
-    parser.add_argument("--steps", type=int, default=300, help="of the students; the teacher gets half as many more")
+    parser.add_argument("--size", type=int, default=64, help="shorter side of the images (longer: twice that at most)")
+    parser.add_argument("--steps", type=int, default=400, help="of the students; the teacher gets half as many more")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--weight", type=float, default=1.0, help="of the distillation loss of each FPN level")
@@ -218,11 +225,8 @@ def main(argv: list[str] | None = None) -> int:
     for name in ("teacher", "student alone", "student distilled"):
         models[name], row = run_stage(name, data, options, models.get("teacher") if "distilled" in name else None)
         rows.append(row)
-    draw_detections(models, data["valid"], options.device, options.output / "detections.png", least=0.4)
-    text = f"# torchvision's RetinaNet, distilled on its FPN levels\n\n{table(rows)}\n\n![detections](detections.png)\n"
-    (options.output / "report.md").write_text(text)
-    (options.output / "results.json").write_text(json.dumps(rows, indent=2))
-    print(f"{table(rows)}\n\n{options.output / 'report.md'}, {options.output / 'detections.png'}")
+    detections = show_detections(models, data["valid"], options.device, least=0.4)
+    print(write_report(rows, detections, f"{len(data['valid'])} images", options.output))
     return 0
 
 
