@@ -11,7 +11,6 @@ import logging
 import os
 from collections.abc import Iterable, Sequence
 
-import detectron2.utils.comm as comm
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
@@ -23,7 +22,7 @@ from d2_mgd.data.formats import LabelFiles
 from d2_mgd.data.inspection import OUTSIDE, inspect_set
 from d2_mgd.errors import UserError
 from d2_mgd.training import write_atomically
-from d2_mgd.training.processes import first_failure
+from d2_mgd.training.processes import failing_together, local_rank
 
 __all__ = [
     "Inspection",
@@ -76,16 +75,10 @@ def register_label_files(sets: Iterable[LabelFiles], cfg: CfgNode) -> None:
     folder = os.path.join(cfg.OUTPUT_DIR, "datasets")
     used = {one.name: one for one in sets if one.name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)}
     paths = {name: os.path.join(folder, f"{name.replace(os.sep, '_')}.json") for name in used}
-    failure = ""
-    if comm.get_world_size() == 1 or comm.get_local_rank() == 0:
-        try:
+    with failing_together():
+        if local_rank() == 0:
             for name, one in used.items():
                 _write_json(one, paths[name])
-        except UserError as error:
-            failure = str(error)
-    failure = first_failure(failure)
-    if failure:
-        raise UserError(failure)
     for name, one in used.items():
         register_coco(name, paths[name], one.image_root)
 
@@ -126,15 +119,9 @@ def check_datasets(cfg: CfgNode, train: bool = True) -> None:
 
 def check_datasets_once(cfg: CfgNode, train: bool = True) -> None:
     """:func:`check_datasets` in the first process of each machine; what one of them finds, all raise. A collective."""
-    failure = ""
-    if comm.get_world_size() == 1 or comm.get_local_rank() == 0:
-        try:
+    with failing_together():
+        if local_rank() == 0:
             check_datasets(cfg, train)
-        except UserError as error:
-            failure = str(error)
-    failure = first_failure(failure)
-    if failure:
-        raise UserError(failure)
 
 
 def registered(name: str) -> Metadata:
