@@ -55,19 +55,9 @@ _TABLE = ("network", "top-1 error", "top-5 error", "epoch")
 _LOG_FORMAT = "%(asctime)s %(message)s"
 # Options that may differ when a run goes on, and it is still the same run.
 _FREE = {
-    "workers",
-    "resume",
-    "print_freq",
-    "overwrite",
-    "device",
-    "gpu",
-    "dist_url",
-    "rank",
-    "data",
-    "output_dir",
-    "nproc",
+    "workers", "resume", "print_freq", "overwrite", "device", "gpu", "dist_url", "rank", "data", "output_dir", "nproc",
     "trust_weights",
-}
+}  # fmt: skip
 
 
 def main(parse: Callable[[Sequence[str] | None], argparse.Namespace], arguments: Sequence[str] | None) -> int:
