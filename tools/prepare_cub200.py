@@ -28,16 +28,16 @@ from typing import IO, NamedTuple, cast
 
 from tqdm import tqdm
 
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # works without an installation too
+
+from d2_mgd.errors import UserError, reason
+
 LISTS = ("images.txt", "train_test_split.txt", "image_class_labels.txt", "classes.txt")
 OFFICIAL_COUNTS = {"train": 5994, "valid": 5794}
 OFFICIAL_CLASSES = 200
 MODES = ("symlink", "hardlink", "copy")
 
 _PARTIAL = ".partial"  # a file being written; no image loader takes it for an image
-
-
-class PreparationError(Exception):
-    """What is wrong with the source or the output, in one sentence."""
 
 
 class Image(NamedTuple):
@@ -56,12 +56,12 @@ def parse_list(name: str, text: str) -> dict[str, str]:
         key, _, value = line.strip().partition(" ")
         value = value.strip()
         if not value:
-            raise PreparationError(f"{name}, line {number}: expected '<id> <value>', found {line.strip()!r}.")
+            raise UserError(f"{name}, line {number}: expected '<id> <value>', found {line.strip()!r}.")
         if key in values:
-            raise PreparationError(f"{name}, line {number}: the id {key} occurs twice.")
+            raise UserError(f"{name}, line {number}: the id {key} occurs twice.")
         values[key] = value
     if not values:
-        raise PreparationError(f"{name} is empty.")
+        raise UserError(f"{name} is empty.")
     return values
 
 
@@ -72,28 +72,26 @@ def read_images(lists: dict[str, str]) -> list[Image]:
         different = sorted(paths.keys() ^ values.keys())
         if different:
             where = name if different[0] in paths else "images.txt"
-            raise PreparationError(f"the image id {different[0]} is missing in {where} ({len(different)} such ids).")
+            raise UserError(f"the image id {different[0]} is missing in {where} ({len(different)} such ids).")
     images = [Image(paths[key], _target(key, paths[key], splits[key], labels[key], classes)) for key in paths]
     twice = [source for source, count in collections.Counter(image.source for image in images).items() if count > 1]
     if twice:
-        raise PreparationError(f"images.txt names {twice[0]} more than once.")
+        raise UserError(f"images.txt names {twice[0]} more than once.")
     return images
 
 
 def _target(key: str, path: str, split: str, label: str, classes: dict[str, str]) -> str:
     """split/class/name of one image, or why there is none."""
     if split not in ("0", "1"):
-        raise PreparationError(f"train_test_split.txt: image {key} has {split!r}, expected 0 or 1.")
+        raise UserError(f"train_test_split.txt: image {key} has {split!r}, expected 0 or 1.")
     if label not in classes:
-        raise PreparationError(
-            f"image_class_labels.txt: image {key} has class {label}, which classes.txt does not have."
-        )
+        raise UserError(f"image_class_labels.txt: image {key} has class {label}, which classes.txt does not have.")
     parts = PurePosixPath(path).parts
     harmless = len(parts) == 2 and ".." not in parts and not any(set(part) & set('\\:"\0') for part in parts)
     if not harmless or path.startswith("/"):
-        raise PreparationError(f"images.txt: image {key} has the path {path!r}, expected 'class/name.jpg'.")
+        raise UserError(f"images.txt: image {key} has the path {path!r}, expected 'class/name.jpg'.")
     if parts[0] != classes[label]:
-        raise PreparationError(
+        raise UserError(
             f"image {key} lies in {parts[0]} (images.txt) but is labelled {classes[label]} (image_class_labels.txt)."
         )
     return "/".join(("train" if split == "1" else "valid", *parts))
@@ -105,7 +103,7 @@ def check_counts(images: list[Image]) -> None:
         targets = [PurePosixPath(image.target).parts for image in images if image.target.startswith(f"{split}/")]
         classes = len({parts[1] for parts in targets})
         if len(targets) != expected or classes != OFFICIAL_CLASSES:
-            raise PreparationError(
+            raise UserError(
                 f"{split} would have {len(targets):,} images of {classes} classes, CUB-200-2011 has {expected:,} of "
                 f"{OFFICIAL_CLASSES}; for a part of the data set add --subset."
             )
@@ -117,7 +115,7 @@ class FolderSource:
     def __init__(self, folder: Path, mode: str) -> None:
         found = [path for path in (folder, folder / "CUB_200_2011") if (path / LISTS[0]).is_file()]
         if not found:
-            raise PreparationError(f"{folder} has no images.txt, so it is not the CUB-200-2011 folder.")
+            raise UserError(f"{folder} has no images.txt, so it is not the CUB-200-2011 folder.")
         self.root = found[0].resolve()
         self.mode = mode
 
@@ -125,7 +123,7 @@ class FolderSource:
         texts = {}
         for name in LISTS:
             if not (self.root / name).is_file():
-                raise PreparationError(f"{self.root} has no {name}.")
+                raise UserError(f"{self.root} has no {name}.")
             texts[name] = _decode(name, (self.root / name).read_bytes())
         return texts
 
@@ -158,7 +156,7 @@ class FolderSource:
         except OSError as error:
             links_fail = self.mode != "copy" and error.errno not in (errno.EACCES, errno.ENOSPC, errno.EROFS)
             way_out = "; --mode copy does without links" if links_fail else ""
-            raise PreparationError(f"cannot {self.mode} {target}: {error.strerror or error}{way_out}.") from error
+            raise UserError(f"cannot {self.mode} {target}: {error.strerror or error}{way_out}.") from error
         return True
 
 
@@ -178,7 +176,7 @@ class ArchiveSource:
                 texts.setdefault(str(path), _decode(str(path), content().read()))
         missing = [name for name in LISTS if name not in texts]
         if missing:
-            raise PreparationError(f"{self.archive} has no {missing[0]}, so it is not the CUB-200-2011 archive.")
+            raise UserError(f"{self.archive} has no {missing[0]}, so it is not the CUB-200-2011 archive.")
         return texts
 
     def present(self, images: list[Image]) -> list[Image]:
@@ -208,7 +206,7 @@ class ArchiveSource:
         try:
             _write_through_partial(target, fill)
         except OSError as error:
-            raise PreparationError(f"cannot write {target}: {error.strerror or error}.") from error
+            raise UserError(f"cannot write {target}: {error.strerror or error}.") from error
 
     def _members(self, doing: str) -> Iterator[tuple[tarfile.TarInfo, PurePosixPath, Callable[[], IO[bytes]]]]:
         """Regular files of the archive in order, with their path below the data set's folder. Links are passed over."""
@@ -226,9 +224,8 @@ class ArchiveSource:
                     if member.isreg() and path.parts:
                         yield member, path, lambda member=member: archive.extractfile(member)  # type: ignore[misc]
         except (tarfile.ReadError, EOFError, zlib.error) as error:
-            reason = str(error).splitlines()[0] if str(error) else "it ends too early"
-            raise PreparationError(
-                f"{doing}: {self.archive} is not a tar archive, or is cut short or damaged ({reason})."
+            raise UserError(
+                f"{doing}: {self.archive} is not a tar archive, or is cut short or damaged ({reason(error)})."
             ) from error
 
 
@@ -236,7 +233,7 @@ def _decode(name: str, content: bytes) -> str:
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise PreparationError(f"{name} is not a text file ({error.reason} at byte {error.start}).") from error
+        raise UserError(f"{name} is not a text file ({error.reason} at byte {error.start}).") from error
 
 
 def _write_through_partial(target: Path, make: Callable[[Path], object]) -> None:
@@ -258,7 +255,7 @@ def check_output(output: Path, images: list[Image]) -> None:
                 if name.startswith(".") and name.endswith(_PARTIAL):
                     path.unlink()
                 elif path.relative_to(output).as_posix() not in expected:
-                    raise PreparationError(f"{path} does not belong to this data set; give a new output folder.")
+                    raise UserError(f"{path} does not belong to this data set; give a new output folder.")
 
 
 def prepare(source: Path, output: Path, mode: str | None = None, subset: bool = False) -> dict[str, int]:
@@ -275,16 +272,16 @@ def prepare(source: Path, output: Path, mode: str | None = None, subset: bool = 
         Number of images of ``train`` and ``valid``, and of those that were ``new`` in this run.
 
     Raises:
-        PreparationError: one sentence; what was made before it stays, and the next run goes on from there.
+        UserError: one sentence; what was made before it stays, and the next run goes on from there.
     """
     if source.is_dir():
         found: FolderSource | ArchiveSource = FolderSource(source, mode or "symlink")
     elif source.is_file():
         if mode not in (None, "copy"):
-            raise PreparationError(f"there is nothing to {mode} in an archive; unpack it first, or leave out --mode.")
+            raise UserError(f"there is nothing to {mode} in an archive; unpack it first, or leave out --mode.")
         found = ArchiveSource(source)
     else:
-        raise PreparationError(f"{source} does not exist; it should be CUB_200_2011.tgz or the folder in it.")
+        raise UserError(f"{source} does not exist; it should be CUB_200_2011.tgz or the folder in it.")
     images = read_images(found.lists())
     images = _checked_images(images, found.present(images), subset)
     check_output(output, images)
@@ -292,19 +289,19 @@ def prepare(source: Path, output: Path, mode: str | None = None, subset: bool = 
     counts = {split: sum(image.target.startswith(f"{split}/") for image in images) for split in OFFICIAL_COUNTS}
     absent = [image.target for image in images if not (output / image.target).is_file()]
     if absent:
-        raise PreparationError(f"{output / absent[0]} was not made ({len(absent)} such images); start again.")
+        raise UserError(f"{output / absent[0]} was not made ({len(absent)} such images); start again.")
     return {**counts, "new": new}
 
 
 def _checked_images(listed: list[Image], present: list[Image], subset: bool) -> list[Image]:
     if subset and not present:
-        raise PreparationError("none of the listed images is there.")
+        raise UserError("none of the listed images is there.")
     if subset:
         return present
     if len(present) < len(listed):
         there = set(present)
         first = next(image for image in listed if image not in there)
-        raise PreparationError(
+        raise UserError(
             f"images/{first.source} is listed but absent ({len(listed) - len(present):,} of {len(listed):,} images); "
             "for a part of the data set add --subset."
         )
@@ -321,7 +318,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         counts = prepare(arguments.source, arguments.output, arguments.mode, arguments.subset)
-    except (PreparationError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(

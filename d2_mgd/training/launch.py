@@ -19,7 +19,7 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from d2_mgd.errors import CommonError, UserError
+from d2_mgd.errors import CommonError, UserError, reason
 from d2_mgd.training.processes import local_rank
 
 BAD_INPUT = 2  # exit status, as argparse has it
@@ -66,9 +66,8 @@ def start_ranks(
     except SignalException as error:
         return 128 + error.sigval
     except dist.DistNetworkError as error:
-        reason = str(error).splitlines()[0]
         raise UserError(
-            f"--dist-url {url} cannot be used ({reason}): check the address or choose another port."
+            f"--dist-url {url} cannot be used ({reason(error)}): check the address or choose another port."
         ) from error
     finally:
         logging.disable(logging.NOTSET)
@@ -106,8 +105,7 @@ def rank_status(work: Callable[[], Any]) -> int:
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
-        reason = str(error).splitlines()[0][:200]
-        _print(f"rank {os.environ.get('RANK', 0)}: another rank ended, whose error says why ({reason}).")
+        _print(f"rank {os.environ.get('RANK', 0)}: another rank ended, whose error says why ({reason(error)}).")
         time.sleep(3 * _PATIENCE)  # longer than report(): the launcher's status is that of the rank that ends first
         return 1
     return 0

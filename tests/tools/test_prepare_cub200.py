@@ -178,7 +178,7 @@ def test_wrong_lists(
 ) -> None:
     text = (source / name).read_text()
     (source / name).write_text(new if old is None else text.replace(old, new, 1))
-    with pytest.raises(prepare_cub200.PreparationError, match=message):
+    with pytest.raises(ValueError, match=message):
         prepare_cub200.prepare(source, tmp_path / "cub", subset=True)
     assert not (tmp_path / "cub").exists()
 
