@@ -19,7 +19,6 @@ from d2_mgd.matching import ChannelMatching, solve_matching
 from d2_mgd.visualize import (
     Detections,
     Prediction,
-    draw_costs,
     draw_curves,
     draw_detections,
     draw_group,
@@ -111,17 +110,6 @@ def test_the_history_of_a_training_is_read_and_drawn(tmp_path: Path) -> None:
     _pixels(draw_rematches({0: history[0]}))
     with pytest.raises(FileNotFoundError, match="no matching"):
         load_history(tmp_path / "nothing")
-
-
-def test_costs_are_drawn_at_their_means() -> None:
-    reports = {name: _report(6, 14, seed, name) for seed, name in enumerate(("p3", "p4", "p5"))}
-    figure = draw_costs(reports)
-    (axes,) = figure.axes
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["p3", "p4", "p5"]
-    matched, every = (line.get_xdata() for line in axes.lines if line.get_marker() == "o")
-    np.testing.assert_allclose(matched, [found.mean_cost for found in reports.values()])
-    np.testing.assert_allclose(every, [found.cost.mean() for found in reports.values()])
-    assert _pixels(figure).std() > 2
 
 
 # --- trainings ---

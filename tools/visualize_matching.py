@@ -155,12 +155,6 @@ def build_report(shown: Shown, image: Path | None) -> tuple[Report, str]:
         "Cost is the distance of two channels' maps: 0 for the same map but for its scale, 2 for unrelated ones, 4 for "
         "opposite ones. The mean over all pairs is what a matching by chance would cost."
     )
-    report.figure(
-        "costs",
-        visualize.draw_costs(newest),
-        "Costs at the last rematch. Boxes hold the middle half of the pairs, whiskers nine tenths of them; the bar in "
-        "a box is the median, the dot the mean.",
-    )
     report.heading("Cost, ordered by the matching")
     report.text(
         "A row is a student channel, a column a teacher channel. Channels are ordered by the matching, so its pairs, "

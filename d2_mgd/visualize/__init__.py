@@ -6,7 +6,6 @@ No window is opened and no figure is kept: save one with ``figure.savefig(path)`
 
 from d2_mgd.visualize.detections import Detections, draw_detections
 from d2_mgd.visualize.matchings import (
-    draw_costs,
     draw_group,
     draw_matching,
     draw_rematches,
@@ -21,7 +20,6 @@ __all__ = [
     "PALETTE",
     "Detections",
     "Prediction",
-    "draw_costs",
     "draw_curves",
     "draw_detections",
     "draw_group",

@@ -23,7 +23,7 @@ from d2_mgd.distill import RematchReport, load_reports
 from d2_mgd.matching import ChannelMatching
 from d2_mgd.visualize.style import PALETTE, new_figure, style
 
-__all__ = ["draw_costs", "draw_group", "draw_matching", "draw_rematches", "load_history", "matching_order"]
+__all__ = ["draw_group", "draw_matching", "draw_rematches", "load_history", "matching_order"]
 
 _COST_COLOURS = "cividis"
 _MAP_COLOURS = "viridis"
@@ -123,40 +123,6 @@ def _draw_cost_of_rows(axes: Axes, cost: np.ndarray, matching: ChannelMatching, 
     axes.tick_params(left=False, labelleft=False)
     place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (-0.03, 1.0), "ncols": 2}
     axes.legend(**place, columnspacing=1.0, handlelength=1.2, borderpad=0)
-
-
-def draw_costs(reports: Mapping[str, RematchReport]) -> Figure:
-    """Costs of each feature: those of the matched pairs, and those of all pairs, which is what chance would cost.
-
-    Boxes go from the first to the third quartile, with a line at the median; whiskers from the 5th to the 95th
-    percentile; dots are means.
-
-    Args:
-        reports: feature -> its rematch.
-    """
-    with style():
-        figure = new_figure(6.4, 0.7 * len(reports) + 1.3)
-        axes = figure.subplots()
-        for index, (costs, colour, label) in enumerate(
-            [
-                ([report.cost[report.matching.pairs] for report in reports.values()], PALETTE[0], "matched pairs"),
-                ([report.cost.ravel() for report in reports.values()], PALETTE[1], "all pairs"),
-            ]
-        ):
-            places = np.arange(len(reports)) + 0.4 * index - 0.2
-            for place, found in zip(places, costs):
-                low, first, middle, third, high = np.percentile(found, [5, 25, 50, 75, 95])
-                axes.plot([low, high], [place, place], color=colour, lw=1.2)
-                axes.barh(place, third - first, left=first, height=0.28, color=colour, alpha=0.55)
-                axes.plot([middle, middle], [place - 0.14, place + 0.14], color=colour, lw=2)
-            means = [float(found.mean()) for found in costs]
-            axes.plot(means, places, "o", ms=4.5, color=colour, mec="white", label=label)
-        axes.set_yticks(np.arange(len(reports)), list(reports))
-        axes.invert_yaxis()
-        axes.set(xlabel="cost (0: the same map, 2: unrelated, 4: opposite)", xlim=(0, None))
-        axes.grid(axis="x", alpha=0.25)
-        figure.legend(loc="outside upper center", ncols=2)
-    return figure
 
 
 def draw_group(

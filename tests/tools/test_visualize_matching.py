@@ -42,7 +42,7 @@ def test_a_detection_run(detection_runs: Path, tmp_path: Path, capsys: pytest.Ca
     assert main([str(detection_runs / "distilled"), "--output", str(tmp_path)]) == 0
     assert capsys.readouterr().out.splitlines() == [str(tmp_path / "report.html")]
     figures = _figures(tmp_path)
-    assert figures - _groups(figures) == {"costs", "rematches", "matching_res4", "matching_p4"}
+    assert figures - _groups(figures) == {"rematches", "matching_res4", "matching_p4"}
     assert len([name for name in figures if name.startswith("group_p4_")]) == 3
     assert len([name for name in figures if name.startswith("group_res4_")]) == 3
 
@@ -52,7 +52,7 @@ def test_a_classification_run(classification_runs: Path, capsys: pytest.CaptureF
     assert main([str(run), "--feature", "stage3"]) == 0
     capsys.readouterr()
     figures = _figures(run / "matching_pictures")
-    assert figures - _groups(figures) == {"costs", "rematches", "matching_stage3"}
+    assert figures - _groups(figures) == {"rematches", "matching_stage3"}
     assert "epochs" in (run / "matching_pictures" / "report.md").read_text(encoding="utf-8")
     _, steps = open_run(run).history()
     assert steps == "epochs"
@@ -65,7 +65,7 @@ def test_chosen_feature_channels_and_image(
     words = ["--image", image, "--feature", "p4", "--channels", 5, 2, "--output", tmp_path]
     assert main([str(detection_runs / "distilled"), *map(str, words)]) == 0
     capsys.readouterr()
-    assert _figures(tmp_path) == {"costs", "rematches", "matching_p4", "group_p4_5", "group_p4_2"}
+    assert _figures(tmp_path) == {"rematches", "matching_p4", "group_p4_5", "group_p4_2"}
     assert image.name in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
@@ -126,7 +126,7 @@ def test_without_a_part_of_a_detection_run_the_rest_is_shown(
     _, left_out = capsys.readouterr().out.splitlines()
     assert said in left_out
     assert left_out in (run / "matching_pictures" / "report.md").read_text(encoding="utf-8")
-    assert _figures(run / "matching_pictures") == {"costs", "rematches", "matching_res4", "matching_p4"}
+    assert _figures(run / "matching_pictures") == {"rematches", "matching_res4", "matching_p4"}
 
 
 def test_with_nothing_but_matchings(
@@ -135,7 +135,7 @@ def test_with_nothing_but_matchings(
     shutil.copytree(classification_runs / "distilled" / "matching", tmp_path / "kept")
     assert main([str(tmp_path / "kept")]) == 0
     assert "only matchings" in capsys.readouterr().out
-    assert "costs" in _figures(tmp_path / "kept" / "matching_pictures")
+    assert "rematches" in _figures(tmp_path / "kept" / "matching_pictures")
 
 
 def test_another_or_no_teacher(classification_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
