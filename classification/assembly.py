@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from classification.data import ImageDataset, image_statistics, renormalize
+from classification.data_parallel import over_gpus
 from classification.distillation import DistillationStep, Precision, Student, Teacher
 from classification.engine import Trainer
 from classification.features import FeaturePair, margins, pair_features, published_factors
@@ -177,19 +178,7 @@ def _wrapped(process: Process, options: argparse.Namespace, student: Student, te
     """One module that a batch goes through, on one device, in one of several processes, or over several GPUs."""
     if process.world > 1:
         return DistillationStep(distributed(student, gradient_as_bucket_view=True), teacher)
-    step = DistillationStep(student, teacher)
-    if (
-        process.device.type == "cuda"
-        and options.gpu is None
-        and ":" not in options.device
-        and torch.cuda.device_count() > 1
-    ):
-        logger.info(
-            "data parallel on %d GPUs in one process; --multiprocessing-distributed is faster.",
-            torch.cuda.device_count(),
-        )
-        return nn.DataParallel(step)
-    return step
+    return over_gpus(process, options, DistillationStep(student, teacher))
 
 
 def synchronised_norms(module: nn.Module, device: torch.device) -> nn.Module:

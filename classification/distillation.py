@@ -3,7 +3,7 @@
 Shape shorthand: N images, K classes.
 
 The teacher and the trainable part are two modules, so that only the trainable part is wrapped for DDP. Both together
-are one module, :class:`DistillationStep`, which nn.DataParallel can split over GPUs.
+are one module, :class:`DistillationStep`, which can be run over several GPUs.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from classification.data_parallel import summable
 from d2_mgd.distill import FeatureTaps, LogitLoss, MatchingGuidedDistiller, Tap
 
 __all__ = ["Classifier", "DistillationStep", "Forward", "Precision", "Student", "Teacher"]
@@ -111,12 +112,10 @@ class Teacher(nn.Module):
         ``images`` are normalised for the student.
         """
         with_logits = self.with_logits if with_logits is None else with_logits
-        # The taps of a replica of DataParallel belong to the original network, so a replica runs to the end.
-        replica = getattr(self, "_is_replica", False)
         images = self.renormalize(images)
         with self.precision.on(images.device):
-            if self.taps is not None and not with_logits and not replica:
-                return self.taps.run(images), None
+            if self.taps is not None and not with_logits:
+                return self.taps.run_in(self.network, images), None
             logits = self.network(images)
         return ({} if self.taps is None else self.taps.collect()), logits if with_logits else None
 
@@ -184,18 +183,14 @@ class Student(nn.Module):
             losses.update(self.distiller.no_losses(logits.device))
         if teacher_logits is not None:
             losses["loss_kd"] = factor * self.logit_loss(logits, teacher_logits, targets)
-        summed = {name: loss.reshape(1) * images.shape[0] for name, loss in losses.items()}
-        return Forward(logits, summed, kept, of_teacher)
+        return Forward(logits, summable(losses, images.shape[0]), kept, of_teacher)
 
     @torch.no_grad()
     def maps(self, images: Tensor) -> Maps:
         """The tapped maps alone."""
         assert self.taps is not None
         with self.precision.on(images.device):
-            if getattr(self, "_is_replica", False):
-                self.network(images)
-                return self.taps.collect()
-            return self.taps.run(images)
+            return self.taps.run_in(self.network, images)
 
 
 class DistillationStep(nn.Module):

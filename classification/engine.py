@@ -25,6 +25,7 @@ from classification.data import (
     renormalize,
     strided_batches,
 )
+from classification.data_parallel import over_same_gpus
 from classification.distillation import Classifier, Student
 from classification.evaluation import Evaluation, Intake, evaluate, progress_bar, raise_if_interrupted
 from classification.metrics import Journal, Sums, Throughput
@@ -356,9 +357,7 @@ class Trainer:
         """A network, by default the student, on the evaluation split (collective)."""
         network = self.student.network if network is None else network
         renormalized = renormalize(self.statistics, image_statistics(network)).to(self.process.device)
-        model: nn.Module = Classifier(network, self.student.precision, renormalized)
-        if isinstance(self.step, nn.DataParallel):
-            model = nn.DataParallel(model)
+        model = over_same_gpus(self.step, Classifier(network, self.student.precision, renormalized))
         data = self.data["valid"]
         batches = self._strided(data, range(len(data)))
         return evaluate(model, batches, self.intake, "evaluation", self.process.is_main)

@@ -20,8 +20,8 @@ from detectron2.structures import Instances
 from torch import Tensor, nn
 
 from d2_mgd.detection.state import module_numbers, set_module_numbers
-from d2_mgd.errors import UserError
-from d2_mgd.training import system_reason, write_atomically
+from d2_mgd.errors import UserError, reason
+from d2_mgd.training import write_atomically
 from d2_mgd.training.randomness import random_state
 
 __all__ = ["NonFiniteError", "NonFinitePolicy", "StepMemory", "StepReport"]
@@ -180,7 +180,7 @@ class NonFinitePolicy:
             os.makedirs(self.folder, exist_ok=True)
             write_atomically(path, lambda file: torch.save(data, file))
         except (OSError, RuntimeError) as error:
-            return f"; what repeats it cannot be written to {path}: {system_reason(error)}"
+            return f"; what repeats it cannot be written to {path}: {reason(error)}"
         return f"; {path} holds what repeats it"
 
     def state_dict(self) -> dict[str, Any]:

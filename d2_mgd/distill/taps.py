@@ -119,10 +119,14 @@ class FeatureTaps:
 
     def run(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Run the model's forward as far as the deepest tap and no further; return the maps."""
+        return self.run_in(self.model, *args, **kwargs)
+
+    def run_in(self, replica: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """:meth:`run` in a replica of the model that DataParallel has made, which has the model's hooks."""
         thread = threading.get_ident()
         self._calls[thread] = _Call(stop=True)
         try:
-            self.model(*args, **kwargs)
+            replica(*args, **kwargs)
         except _AllTaken:
             pass
         except BaseException:

@@ -5,7 +5,7 @@ Knows no network, no Detectron2.
 
 from d2_mgd.training.checkpoints import Checkpoints, check_same_teacher, disk_errors
 from d2_mgd.training.claims import claimed_folder, claimed_for_all_ranks
-from d2_mgd.training.files import file_digest, remove_leftovers, system_reason, write_atomically
+from d2_mgd.training.files import file_digest, remove_leftovers, write_atomically
 from d2_mgd.training.output import lasting_output
 from d2_mgd.training.restarts import restarted
 from d2_mgd.training.signals import (
@@ -33,6 +33,5 @@ __all__ = [
     "received_signal",
     "remove_leftovers",
     "restarted",
-    "system_reason",
     "write_atomically",
 ]

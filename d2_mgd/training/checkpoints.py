@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from d2_mgd.errors import UserError
-from d2_mgd.training.files import file_digest, remove_leftovers, system_reason, write_atomically
+from d2_mgd.errors import UserError, reason
+from d2_mgd.training.files import file_digest, remove_leftovers, write_atomically
 from d2_mgd.training.weights_files import UntrustedFileError, read_tensors
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ def disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except (OSError, RuntimeError) as error:  # torch's writer wraps a full disk in a RuntimeError
         raise UserError(
-            f"{os.fspath(path)} could not be written ({system_reason(error)}); earlier checkpoints are intact, and "
+            f"{os.fspath(path)} could not be written ({reason(error)}); earlier checkpoints are intact, and "
             "--resume continues from the last of them."
         ) from error
 

@@ -8,8 +8,6 @@ import re
 from collections.abc import Callable
 from typing import IO, Any
 
-__all__ = ["file_digest", "remove_leftovers", "system_reason", "write_atomically"]
-
 _LEFTOVER = re.compile(r"\..+\.\d+\.tmp")
 
 
@@ -65,13 +63,3 @@ def file_digest(path: str | os.PathLike[str]) -> str:
         for block in iter(lambda: file.read(1 << 20), b""):
             digest.update(block)
     return digest.hexdigest()
-
-
-def system_reason(error: BaseException) -> str:
-    """What the system said, such as "No space left on device": torch's own errors hide it in what they came from."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.strerror:
-            return cause.strerror
-        cause = cause.__cause__ or cause.__context__
-    return (" ".join(str(error).split()) or type(error).__name__).split(" Exception raised from")[0][:200]

@@ -264,7 +264,7 @@ def test_what_was_kept_repeats_the_step(base: Run, data: Path, tmp_path: Path, c
     student = Student(build(state["arch"], len(CLASSES)))
     student.network.load_state_dict(state["student"])
     student.network.to(memory_format=torch.channels_last)
-    torch.set_rng_state(own["random"]["cpu"])
+    torch.set_rng_state(own["random"]["torch"])
     images, targets = Intake(CPU, False)(Batch(own["images"], own["targets"], []))
     losses = student.train()(images, targets, {}, None).losses
     repeated = losses["loss_class"].item() / len(targets)

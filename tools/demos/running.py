@@ -19,8 +19,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from d2_mgd.errors import UserError
-from d2_mgd.training import Interrupted, forwarded_signals, lasting_output, raised_signals, system_reason
+from d2_mgd.errors import UserError, reason
+from d2_mgd.training import Interrupted, forwarded_signals, lasting_output, raised_signals
 
 BAD_INPUT = 2  # exit status, as in argparse
 MARK = "demo.json"  # in the output folder: a digest of what was asked for
@@ -137,8 +137,8 @@ def run(program: str, demo: Callable[[], str], output: Path) -> int:
         print(f"{program}: error: {error}", file=sys.stderr)
         return BAD_INPUT
     except OSError as error:
-        place, reason = error.filename or output, system_reason(error)
-        print(f"{program}: error: --output {output} cannot be used: {place}: {reason}.", file=sys.stderr)
+        place = error.filename or output
+        print(f"{program}: error: --output {output} cannot be used: {place}: {reason(error)}.", file=sys.stderr)
         return BAD_INPUT
     except Interrupted as stopped:
         print("\ninterrupted; the same command continues from here", file=sys.stderr)
