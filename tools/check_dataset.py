@@ -29,6 +29,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # works without an installation too
 
+from d2_mgd._warnings import ignore_deprecations
 from d2_mgd.data.coco import ERROR, NOTE, WARNING, Finding, Inspection
 from d2_mgd.data.formats import LabelFiles, add_dataset_arguments, coco_files, label_files
 from d2_mgd.data.inspection import OUTSIDE, inspect_content, inspect_pixels
@@ -162,6 +163,7 @@ def lines_of(finding: Finding) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     args = parser().parse_args(arguments)
+    ignore_deprecations()
     # Odd metadata is no problem for a training, and its warnings would hide the report.
     warnings.filterwarnings("ignore", module="PIL")
     failed = False

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from run_folder import distinct_names, open_run, read_image
 from run_numbers import Compared, Measure, finished_steps, finite, training_seconds, with_sums
 
 from d2_mgd import visualize
+from d2_mgd._warnings import ignore_deprecations
 from d2_mgd.errors import UserError
 from d2_mgd.visualize import Detections
 from d2_mgd.visualize.report import Bar, Report
@@ -273,7 +273,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
-    warnings.simplefilter("ignore")  # of libraries, about what they will drop some day
+    ignore_deprecations()
     try:
         report, left_out = build_report(open_runs(options.runs))
         try:

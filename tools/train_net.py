@@ -20,6 +20,10 @@ from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # works without an installation too
 
+from d2_mgd._warnings import ignore_deprecations
+
+ignore_deprecations()  # before Detectron2 is imported
+
 try:
     import detectron2.utils.comm as comm
 except ModuleNotFoundError as error:
@@ -125,6 +129,7 @@ def set_up(args: argparse.Namespace, cfg: CfgNode, claims: ExitStack) -> None:
     if trains:
         claims.enter_context(claimed_for_all_ranks(cfg.OUTPUT_DIR))
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2_mgd")
+    logger.info(_purpose(args, cfg))
     register_label_files(label_files(args), cfg)
     check_datasets_once(cfg, train=trains)
     default_setup(cfg, args)
@@ -134,6 +139,18 @@ def set_up(args: argparse.Namespace, cfg: CfgNode, claims: ExitStack) -> None:
     if trains and comm.is_main_process():
         _write_student_config(cfg)
         _write_places(cfg)
+
+
+def _purpose(args: argparse.Namespace, cfg: CfgNode) -> str:
+    """What this run does, in one line."""
+    teacher = cfg.MGD.TEACHER.CONFIG_FILE
+    if args.eval_teacher:
+        return f"Evaluating the teacher {teacher} on {', '.join(cfg.DATASETS.TEST)}"
+    student = f"{student_config(cfg).MODEL.META_ARCHITECTURE} of {args.config_file or 'the command line'}"
+    if args.eval_only:
+        return f"Evaluating {student} on {', '.join(cfg.DATASETS.TEST)}"
+    source = f"from the teacher {teacher}" if cfg.MGD.ENABLED else "without a teacher"
+    return f"Training {student} {source} on {', '.join(cfg.DATASETS.TRAIN)}; output: {cfg.OUTPUT_DIR}"
 
 
 @lasting_output()

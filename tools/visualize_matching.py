@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from matplotlib.figure import Figure
 from run_folder import History, Maps, Run, open_run, read_image
 
 from d2_mgd import visualize
+from d2_mgd._warnings import ignore_deprecations
 from d2_mgd.distill import REDUCERS, RematchReport
 from d2_mgd.errors import UserError
 from d2_mgd.visualize.report import Report
@@ -283,7 +283,7 @@ def choose(options: argparse.Namespace) -> Shown:
 
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
-    warnings.simplefilter("ignore")  # of libraries, about what they will drop some day
+    ignore_deprecations()
     output = options.output or options.run / "matching_pictures"
     try:
         report, left_out = build_report(choose(options), options.image)

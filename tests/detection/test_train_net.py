@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -26,7 +27,9 @@ from d2_mgd.distill import load_reports
 def whole(workplace: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An undisturbed training: evaluation and rematch every two steps, checkpoints after three and six."""
     output = tmp_path_factory.mktemp("whole")
-    train_net(*workplace.arguments(output))
+    done = train_net(*workplace.arguments(output))
+    (output / "stdout.txt").write_text(done.stdout)
+    (output / "stderr.txt").write_text(done.stderr)
     return output
 
 
@@ -106,6 +109,12 @@ def test_plain_detectron2_detects_the_same(workplace: Any, whole: Path, tmp_path
     assert "not found in the checkpoint" not in done.stdout and "not used by the model" not in done.stdout
     ours = whole / "inference" / "tiny_valid" / "coco_instances_results.json"
     assert json.loads((tmp_path / "coco_instances_results.json").read_text()) == json.loads(ours.read_text())
+
+
+def test_a_run_starts_with_its_purpose_and_without_warnings(whole: Path) -> None:
+    first = (whole / "stdout.txt").read_text().splitlines()[0]
+    assert re.search(r"Training \w+ of \S+ from the teacher \S+ on tiny_train; output: \S+$", first), first
+    assert not re.search(r"Warning: |deprecated", (whole / "stderr.txt").read_text())
 
 
 def test_the_outcome_of_a_training_is_all_there(whole: Path) -> None:

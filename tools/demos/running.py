@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from d2_mgd._warnings import ignore_deprecations
 from d2_mgd.errors import UserError, reason
 from d2_mgd.training import Interrupted, forwarded_signals, lasting_output, raised_signals
 
@@ -128,7 +128,7 @@ def run(program: str, demo: Callable[[], str], output: Path) -> int:
         demo: does all the work.
         output: the folder that it writes to.
     """
-    warnings.simplefilter("ignore")  # deprecations inside libraries
+    ignore_deprecations()
     begin = time.monotonic()
     try:
         with raised_signals():
