@@ -12,8 +12,8 @@ DETECTRON2_URL = runpy.run_path(str(ROOT / "d2_mgd" / "_install.py"))["DETECTRON
 EXTRAS = {
     "timm": ["timm>=1.0"],
     "export": ["onnx>=1.16", "onnxruntime>=1.18", "onnxscript>=0.1"],
-    "wandb": ["wandb>=0.17"],
-    "mlflow": ["mlflow-skinny>=2.14"],
+    "wandb": ["wandb>=0.31"],
+    "mlflow": ["mlflow>=2.14"],
 }
 
 setup(
@@ -65,6 +65,7 @@ setup(
             "pytest-xdist>=3.5",
             "hypothesis>=6.90",
             "scipy>=1.10",
+            *EXTRAS["wandb"],
         ],
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings-python>=1.19", "markdown>=3.6"],
         "dev": [

@@ -12,6 +12,7 @@ from d2_mgd.distill import ALIGNMENTS, DECAYS, FEATURE_LOSSES, LOGIT_LOSSES, RED
 from d2_mgd.distill.registry import names
 from d2_mgd.errors import UserError
 from d2_mgd.matching import METRICS, MODES
+from d2_mgd.training.services import add_log_arguments
 
 
 class Parser(argparse.ArgumentParser):
@@ -69,6 +70,7 @@ def add_common(parser: argparse.ArgumentParser, nesterov: int, drops: list[int])
     add("--keep-checkpoints", type=_whole(2), default=2, metavar="N",
         help="how many checkpoints stay; the older one is used where the newest is damaged")
     add("--safetensors", action="store_true", help="write the student's files as safetensors, too")
+    add_log_arguments(parser)
     add("-p", "--print-freq", type=_whole(1), default=10, metavar="STEPS", help="steps from one log line to the next")
 
 

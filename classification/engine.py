@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from classification.checkpoint import checkpoints_of
+from classification.checkpoint import STUDENT_LAST, checkpoints_of
 from classification.data import (
     Batch,
     ImageDataset,
@@ -28,9 +28,9 @@ from classification.data import (
 from classification.data_parallel import over_same_gpus
 from classification.distillation import Classifier, Student
 from classification.evaluation import Evaluation, Intake, evaluate, progress_bar, raise_if_interrupted
-from classification.metrics import Journal, Sums, Throughput
+from classification.metrics import Journal, Remaining, Sums, Throughput
 from classification.nonfinite import dump_step
-from classification.options import rematch_schedule, weight_schedule
+from classification.options import as_values, rematch_schedule, weight_schedule
 from classification.processes import Process
 from classification.records import write_checkpoint, write_epoch, write_matching
 from classification.state import restore_training, training_state
@@ -41,6 +41,7 @@ from d2_mgd.matching import SolverError
 from d2_mgd.training import Interrupted, received_signal
 from d2_mgd.training.processes import all_gather, average_buffers, failing_together, largest
 from d2_mgd.training.randomness import random_state
+from d2_mgd.training.services import open_logs
 
 __all__ = ["Progress", "Trainer", "learning_rate_factor"]
 
@@ -162,7 +163,10 @@ class Trainer:
         """
         if self.process.is_main:
             self.options.output_dir.mkdir(parents=True, exist_ok=True)
-            self.journal = Journal(self.options.output_dir, self.finished_steps)
+            options, folder = self.options, self.options.output_dir
+            logs = open_logs(options.log, folder, as_values(options), "step", resume=self.finished_steps > 0)
+            self.journal = Journal(folder, self.finished_steps, logs)
+        self.remaining = Remaining(self.finished_steps, self.options.epochs * self.order.steps)
         try:
             if self.schedule.start and self.weight.active(self.progress.epoch) and not self.distiller.matched:
                 self._observe_pass(self.progress.epoch)
@@ -172,7 +176,8 @@ class Trainer:
         except Interrupted as stopped:
             self._leave(stopped.number)
         if self.journal is not None:
-            self.journal.close()
+            student = self.options.output_dir / STUDENT_LAST if self.options.log_student else None
+            self.journal.close(student, success=True)
         return self.progress
 
     def _leave(self, received: int) -> NoReturn:
@@ -230,9 +235,9 @@ class Trainer:
         progress.epoch, progress.step = progress.epoch + 1, 0
         self.sums = Sums(self.process.device)
         logger.info(
-            "epoch %d of %d: error top-1 %.3f, top-5 %.3f; best top-1 %.3f (epoch %d); %.0f s",
+            "epoch %d of %d: error top-1 %.3f, top-5 %.3f; best top-1 %.3f (epoch %d); %.0f s; %s left",
             line["epoch"], self.options.epochs, line["err1"], line["err5"],
-            progress.best["err1"], progress.best["epoch"], line["seconds"],
+            progress.best["err1"], progress.best["epoch"], line["seconds"], self.remaining.after(self.finished_steps),
         )  # fmt: skip
         with failing_together():
             write_epoch(self, line, is_best)
@@ -338,13 +343,14 @@ class Trainer:
             return
         values = {name: float(loss) for name, loss in losses.items()}
         text = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        left = self.remaining.after(self.finished_steps)
         if bar.disable:
             logger.info(
-                "epoch %d, step %d of %d: %s; %.0f images/s",
-                self.progress.epoch + 1, self.progress.step, self.order.steps, text, clock.per_second,
+                "epoch %d, step %d of %d: %s; %.0f images/s; %s left",
+                self.progress.epoch + 1, self.progress.step, self.order.steps, text, clock.per_second, left,
             )  # fmt: skip
         else:
-            bar.set_postfix_str(text)
+            bar.set_postfix_str(f"{text}, {left} to the end of the run")
         rate = self.stepper.optimizer.param_groups[0]["lr"]
         values = {**values, "lr": rate, "images_per_second": clock.per_second}
         if self.options.method != "base":

@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ import torch
 from torch import Tensor
 
 from classification.checkpoint import replace_file
+from d2_mgd.distill import RematchReport
 from d2_mgd.training.processes import sum_over_ranks
+from d2_mgd.training.services import ServiceLog
+from d2_mgd.visualize import matching_images
 
 logger = logging.getLogger(__name__)
 
@@ -89,35 +93,76 @@ class Throughput:
         return self.images / max(self.seconds, 1e-9)
 
 
+class Remaining:
+    """The time that a run still takes, from the mean of its steps so far, evaluations and rematches included.
+
+    Args:
+        done: finished steps when the clock starts.
+        total: steps of the whole run.
+    """
+
+    def __init__(self, done: int, total: int) -> None:
+        self.start, self.done, self.total = time.perf_counter(), done, total
+
+    def after(self, done: int) -> str:
+        """As H:MM:SS."""
+        seconds = (time.perf_counter() - self.start) / max(done - self.done, 1) * (self.total - done)
+        return str(timedelta(seconds=round(seconds)))
+
+
 class Journal:
-    """`metrics.json`, one line an epoch, and TensorBoard's files; after a restart both go on from the checkpoint.
+    """`metrics.json`, one line an epoch, TensorBoard's files and the services of --log.
+
+    After a restart all of them go on from the checkpoint.
 
     Args:
         folder: the run's.
         step: number of finished steps; what TensorBoard has of later ones is dropped.
+        logs: the services.
     """
 
-    def __init__(self, folder: Path, step: int) -> None:
+    def __init__(self, folder: Path, step: int, logs: Sequence[ServiceLog] = ()) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = folder / "metrics.json"
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step if step else None)
+        self.logs = logs
 
     def step(self, values: Mapping[str, float], step: int) -> None:
         """Curves of the training steps."""
-        for name, value in values.items():
-            self.writer.add_scalar(f"step/{name}", value, step)
+        self._scalars({f"step/{name}": value for name, value in values.items()}, step)
 
     def epoch(self, history: Sequence[Mapping[str, Any]], step: int) -> None:
         """Write all epochs' lines, and the newest one's curves."""
         replace_file(self.path, "".join(json.dumps(line, allow_nan=True) + "\n" for line in history))
-        for name, value in history[-1].items():
-            if isinstance(value, (int, float)) and math.isfinite(value):
-                self.writer.add_scalar(f"epoch/{name}", value, step)
+        numbers = {name: value for name, value in history[-1].items() if isinstance(value, (int, float))}
+        self._scalars({f"epoch/{name}": value for name, value in numbers.items() if math.isfinite(value)}, step)
         self.writer.flush()
 
-    def close(self) -> None:
+    def matchings(self, reports: Mapping[str, RematchReport], step: int) -> None:
+        """Pictures of new matchings, for the services."""
+        for name, image in matching_images(reports).items() if self.logs else ():
+            for log in self.logs:
+                log.image(f"matching/{name}", image, step)
+
+    def close(self, student: Path | None = None, success: bool = False) -> None:
+        """End all logs.
+
+        Args:
+            student: a file that the services store.
+            success: whether the run has finished.
+        """
         self.writer.close()
+        for log in self.logs:
+            if student is not None:
+                log.file(student)
+            log.close(success)
+
+    def _scalars(self, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+        for log in self.logs:
+            log.scalars(values, step)
 
 
 def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:

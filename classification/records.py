@@ -60,8 +60,9 @@ def write_epoch(trainer: Trainer, line: Mapping[str, Any], is_best: bool) -> Non
 
 def write_matching(trainer: Trainer, epoch: int, reports: Mapping[str, RematchReport]) -> None:
     """Write what a rematch after ``epoch`` epochs found."""
-    if not trainer.process.is_main:
+    if trainer.journal is None:
         return
+    trainer.journal.matchings(reports, trainer.finished_steps)
     path = trainer.options.output_dir / "matching" / f"epoch_{epoch:04d}.npz"
     with disk_errors(path):
         save_reports(path, reports)

@@ -47,6 +47,7 @@ from d2_mgd.training import (
 from d2_mgd.training.launch import report
 from d2_mgd.training.processes import failing_together, from_main, largest
 from d2_mgd.training.randomness import seed_all
+from d2_mgd.training.services import SERVICES, check_services
 from d2_mgd.training.weights_files import trust
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ _LOG_FORMAT = "%(asctime)s %(message)s"
 # Options that may differ when a run goes on, and it is still the same run.
 _FREE = {
     "workers", "resume", "print_freq", "overwrite", "device", "gpu", "dist_url", "rank", "data", "output_dir", "nproc",
-    "trust_weights",
+    "trust_weights", "log", "log_student",
 }  # fmt: skip
 
 
@@ -139,6 +140,9 @@ def _start_logging(process: Process) -> None:
 def _check_process(process: Process, options: argparse.Namespace) -> None:
     if options.mixed_precision == "fp16" and process.device.type != "cuda":
         raise UserError("--mixed-precision fp16 needs a GPU; on a CPU use bf16.")
+    with failing_together():
+        if process.is_main:
+            check_services(options.log, options.log_student)
     if options.batch_size % process.local_world:
         logger.warning(
             "--batch-size %d is no multiple of the %d processes: each takes %d images.",
@@ -202,7 +206,8 @@ def _clear(folder: Path) -> None:
     students = [
         Path(name).with_suffix(end).name for name in (STUDENT_LAST, STUDENT_BEST) for end in (".pth", ".safetensors")
     ]
-    for name in (*students, "metrics.json", "run.json", "log.txt"):
+    ids = [f"{name}_run.txt" for name in SERVICES]
+    for name in (*students, *ids, "metrics.json", "run.json", "log.txt"):
         (folder / name).unlink(missing_ok=True)
     for name in ("tensorboard", "matching", "nonfinite"):
         shutil.rmtree(folder / name, ignore_errors=True)

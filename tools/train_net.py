@@ -51,10 +51,12 @@ from d2_mgd.detection.datasets import check_classes, check_datasets_once, regist
 from d2_mgd.detection.networks import build_network
 from d2_mgd.detection.teacher import build_teacher
 from d2_mgd.detection.weights import load_weights, local_weights_file
+from d2_mgd.detection.writers import service_writers
 from d2_mgd.errors import UserError
 from d2_mgd.training import claimed_for_all_ranks, lasting_output, restarted
 from d2_mgd.training.launch import rank_status, start_ranks, under_launcher
-from d2_mgd.training.processes import local_rank, process_group, share_cores
+from d2_mgd.training.processes import failing_together, local_rank, process_group, share_cores
+from d2_mgd.training.services import add_log_arguments, check_services
 from d2_mgd.training.weights_files import trust
 
 logger = logging.getLogger("d2_mgd.train_net")
@@ -72,6 +74,7 @@ def parser() -> argparse.ArgumentParser:
     built.add_argument(
         "--eval-teacher", action="store_true", help="evaluate the teacher alone on DATASETS.TEST, and train nothing"
     )
+    add_log_arguments(built)
     built.add_argument(
         "--trust-weights",
         action="append",
@@ -132,6 +135,9 @@ def set_up(args: argparse.Namespace, cfg: CfgNode, claims: ExitStack) -> None:
     logger.info(_purpose(args, cfg))
     register_label_files(label_files(args), cfg)
     check_datasets_once(cfg, train=trains)
+    with failing_together():
+        if comm.is_main_process():
+            check_services(args.log, args.log_student)
     default_setup(cfg, args)
     if cfg.MODEL.DEVICE == "cpu":
         logger.info("No GPU is used: the model is on the CPU")
@@ -163,9 +169,10 @@ def run(args: argparse.Namespace, cfg: CfgNode, checked: CheckedConfig | None) -
                 return evaluate_teacher(cfg)
             if args.eval_only:
                 return evaluate_student(cfg, args.resume)
-            trainer = Trainer(cfg, checked=checked)
-            # after a restart by torchrun, a training goes on by itself
-            trainer.resume_or_load(resume=args.resume or restarted())
+            resume = args.resume or restarted()  # after a restart by torchrun, a training goes on by itself
+            writers = service_writers(cfg, args.log, args.log_student, resume)
+            trainer = Trainer(cfg, checked=checked, writers=writers)
+            trainer.resume_or_load(resume=resume)
             return trainer.train()
     except OSError as error:
         if error.errno not in _DISK_FULL:

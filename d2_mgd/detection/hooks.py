@@ -30,6 +30,7 @@ from d2_mgd.matching import SolverError
 from d2_mgd.matching.cost import collective_device
 from d2_mgd.training import Interrupted
 from d2_mgd.training.randomness import preserved_randomness
+from d2_mgd.visualize import matching_images
 
 __all__ = ["CheckpointHook", "MatchingHook", "RematchError", "gather_costs"]
 
@@ -63,6 +64,7 @@ class MatchingHook(HookBase):
         autocast: makes the context in which networks run in training; by default none.
         leave: ends the training for a signal, given its number, which broke a pass off: the training that continues
             does that rematch first.
+        pictures: put a picture of each feature's matching into the event storage.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class MatchingHook(HookBase):
         output_dir: str = "",
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         leave: Callable[[int], NoReturn],
+        pictures: bool = False,
     ) -> None:
         self.model = model
         self.schedule = schedule
@@ -85,6 +88,7 @@ class MatchingHook(HookBase):
         self.output_dir = output_dir
         self.autocast = autocast
         self.leave = leave
+        self.pictures = pictures
         self.newest = -1  # finished iterations at the newest rematch
 
     def state_dict(self) -> dict[str, Any]:
@@ -178,6 +182,9 @@ class MatchingHook(HookBase):
                 report.seconds,
             )
         logger.info("Rematch after %d iterations: %.1f s in all", finished, seconds)
+        if self.pictures and comm.is_main_process():
+            for name, image in matching_images(reports).items():
+                storage.put_image(f"matching/{name}", image.transpose(2, 0, 1))
         if self.output_dir and comm.is_main_process():
             save_reports(os.path.join(self.output_dir, "matching", f"iter_{finished:07d}.npz"), reports)
 

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
 import detectron2.utils.comm as comm
@@ -17,6 +18,7 @@ from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import EventWriter
 from torch import nn
 
 from d2_mgd.detection.checkpoint import TrainingCheckpointer
@@ -62,13 +64,17 @@ class Trainer(DefaultTrainer):
         cfg: a config with the `MGD` node; ``MODEL.WEIGHTS`` are the student's, loaded by :meth:`resume_or_load`.
         checked: what :func:`~d2_mgd.detection.config_checks.validate_config` returned, where the caller has also run
             :func:`~d2_mgd.detection.datasets.check_datasets_once`; otherwise both are done here.
+        writers: event writers beside Detectron2's own; with any, each rematch also draws its matchings.
 
     Raises:
         ValueError: anything that cannot be trained, before the first step; one sentence.
     """
 
-    def __init__(self, cfg: CfgNode, *, checked: CheckedConfig | None = None) -> None:
+    def __init__(
+        self, cfg: CfgNode, *, checked: CheckedConfig | None = None, writers: Sequence[EventWriter] = ()
+    ) -> None:
         TrainerBase.__init__(self)
+        self.writers = writers
         _check_scaling(cfg)
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
         _check_supported(cfg)
@@ -144,7 +150,7 @@ class Trainer(DefaultTrainer):
         built.append(CheckpointHook(self.save_checkpoint, cfg.SOLVER.CHECKPOINT_PERIOD))
         built.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate))
         if comm.is_main_process():
-            built.append(hooks.PeriodicWriter(self.build_writers(), period=20))
+            built.append(hooks.PeriodicWriter([*self.writers, *self.build_writers()], period=20))
         return built
 
     def _matching_hook(self) -> MatchingHook:
@@ -158,6 +164,7 @@ class Trainer(DefaultTrainer):
             output_dir=cfg.OUTPUT_DIR,
             autocast=self.precision.autocast,
             leave=self.preemption.leave,
+            pictures=bool(self.writers),
         )
 
     def run_step(self) -> None:

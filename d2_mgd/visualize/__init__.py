@@ -10,6 +10,7 @@ from d2_mgd.visualize.matchings import (
     draw_matching,
     draw_rematches,
     load_history,
+    matching_images,
     matching_order,
 )
 from d2_mgd.visualize.predictions import Prediction, draw_predictions
@@ -27,6 +28,7 @@ __all__ = [
     "draw_predictions",
     "draw_rematches",
     "load_history",
+    "matching_images",
     "matching_order",
     "read_metrics",
     "smoothed",

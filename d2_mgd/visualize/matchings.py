@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PatchCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -23,7 +24,7 @@ from d2_mgd.distill import RematchReport, load_reports
 from d2_mgd.matching import ChannelMatching
 from d2_mgd.visualize.style import PALETTE, new_figure, style
 
-__all__ = ["draw_group", "draw_matching", "draw_rematches", "load_history", "matching_order"]
+__all__ = ["draw_group", "draw_matching", "draw_rematches", "load_history", "matching_images", "matching_order"]
 
 _COST_COLOURS = "cividis"
 _MAP_COLOURS = "viridis"
@@ -98,6 +99,16 @@ def draw_matching(cost: np.ndarray, matching: ChannelMatching, title: str = "") 
         bar.outline.set_visible(False)
         _draw_cost_of_rows(side, cost, matching, rows)
     return figure
+
+
+def matching_images(reports: Mapping[str, RematchReport]) -> dict[str, np.ndarray]:
+    """:func:`draw_matching` of each feature as (H, W, 3) uint8 RGB, for logs of images."""
+    images = {}
+    for name, report in reports.items():
+        canvas = FigureCanvasAgg(draw_matching(report.cost, report.matching, name))
+        canvas.draw()
+        images[name] = np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    return images
 
 
 def _outline_pairs(axes: Axes, rows: np.ndarray, columns: np.ndarray, matching: ChannelMatching) -> None:

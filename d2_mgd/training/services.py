@@ -1,0 +1,251 @@
+"""Logs of a training in Weights & Biases and MLflow.
+
+Calls of a service run in a thread, in their order, so that a slow service does not slow the training. The first one
+that fails ends the log with a warning; the training goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import logging
+import os
+import queue
+import re
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from d2_mgd.errors import UserError
+from d2_mgd.training.files import write_atomically
+
+__all__ = ["SERVICES", "ServiceLog", "add_log_arguments", "check_services", "open_logs"]
+
+logger = logging.getLogger(__name__)
+
+_PROJECT = "d2-mgd"
+_LAST_CALLS = 600.0  # seconds for what is left at the end of a training: uploads of large files
+_LAST_CALLS_INTERRUPTED = 20.0  # a cluster soon kills a process that it asked to stop
+_MLFLOW_BATCH = 100  # its limit of values in one request
+_MLFLOW_VALUE = 500  # characters
+_NOT_IN_MLFLOW = re.compile(r"[^\w\-. /]")
+
+
+class Service(Protocol):
+    """One run in one service. Every method may raise whatever the service's library raises."""
+
+    def start(self) -> str:
+        """Open the run; returns its id, with which a resumed training continues it."""
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None: ...
+
+    def image(self, name: str, image: np.ndarray, step: int) -> None: ...
+
+    def file(self, path: Path) -> None: ...
+
+    def finish(self, success: bool) -> None: ...
+
+
+class _WandB:
+    def __init__(self, folder: Path, name: str, config: Mapping[str, Any], step_name: str, run_id: str | None) -> None:
+        self.options = {"dir": folder, "name": name, "config": dict(config), "id": run_id or uuid.uuid4().hex[:8]}
+        self.step_name = step_name
+        self.run: Any = None
+
+    def start(self) -> str:
+        import wandb
+
+        settings = wandb.Settings(console="off")
+        project, mode = os.environ.get("WANDB_PROJECT", _PROJECT), os.environ.get("WANDB_MODE")
+        self.run = wandb.init(project=project, mode=mode, resume="allow", settings=settings, **self.options)
+        # W&B's own step may not go back, but a resumed training repeats steps.
+        self.run.define_metric("*", step_metric=self.step_name)
+        return str(self.options["id"])
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        self.run.log({**values, self.step_name: step})
+
+    def image(self, name: str, image: np.ndarray, step: int) -> None:
+        import wandb
+
+        self.run.log({name: wandb.Image(image), self.step_name: step})
+
+    def file(self, path: Path) -> None:
+        self.run.log_artifact(str(path), name=re.sub(r"[^\w.-]", "_", path.name), type="model")
+
+    def finish(self, success: bool) -> None:
+        self.run.finish(exit_code=0 if success else 1)
+
+
+class _MLflow:
+    def __init__(self, folder: Path, name: str, config: Mapping[str, Any], step_name: str, run_id: str | None) -> None:
+        self.name, self.config, self.run_id = name, config, run_id or ""
+        self.client: Any = None
+
+    def start(self) -> str:
+        from mlflow import MlflowClient
+
+        self.client = MlflowClient()
+        if self.run_id:
+            self.client.update_run(self.run_id, status="RUNNING")
+            return self.run_id
+        experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", _PROJECT)
+        found = self.client.get_experiment_by_name(experiment)
+        number = self.client.create_experiment(experiment) if found is None else found.experiment_id
+        self.run_id = self.client.create_run(number, run_name=self.name).info.run_id
+        from mlflow.entities import Param
+
+        values = [(key, str(value)[:_MLFLOW_VALUE]) for key, value in _flat(self.config)]
+        for part in _parts([Param(_NOT_IN_MLFLOW.sub("_", key), value) for key, value in values]):
+            self.client.log_batch(self.run_id, params=part)
+        return self.run_id
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        from mlflow.entities import Metric
+
+        now = int(1000 * time.time())
+        for part in _parts([Metric(_NOT_IN_MLFLOW.sub("_", key), value, now, step) for key, value in values.items()]):
+            self.client.log_batch(self.run_id, metrics=part)
+
+    def image(self, name: str, image: np.ndarray, step: int) -> None:
+        self.client.log_image(self.run_id, image, artifact_file=f"{_NOT_IN_MLFLOW.sub('_', name)}/{step:07d}.png")
+
+    def file(self, path: Path) -> None:
+        self.client.log_artifact(self.run_id, str(path), "student")
+
+    def finish(self, success: bool) -> None:
+        self.client.set_terminated(self.run_id, "FINISHED" if success else "KILLED")
+
+
+SERVICES: dict[str, Callable[[Path, str, Mapping[str, Any], str, str | None], Service]] = {
+    "wandb": _WandB,
+    "mlflow": _MLflow,
+}
+
+
+class ServiceLog:
+    """The log of one training in one service.
+
+    Args:
+        name: of the service, for messages.
+        service: opened in the thread of the log.
+        id_file: where the id of the run is written.
+    """
+
+    def __init__(self, name: str, service: Service, id_file: Path) -> None:
+        self.name, self.service = name, service
+        self._calls: queue.Queue[Callable[[], Any] | None] = queue.Queue()
+        self._thread = threading.Thread(target=self._work, args=(id_file,), name=f"log {name}", daemon=True)
+        self._thread.start()
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Log numbers of one step."""
+        values = dict(values)
+        self._calls.put(lambda: self.service.scalars(values, step))
+
+    def image(self, name: str, image: np.ndarray, step: int) -> None:
+        """Log a picture, (H, W, 3) uint8 RGB."""
+        self._calls.put(lambda: self.service.image(name, image, step))
+
+    def file(self, path: Path) -> None:
+        """Store a file with the run; it must stay until :meth:`close`."""
+        self._calls.put(lambda: self.service.file(path))
+
+    def close(self, success: bool) -> None:
+        """Make the calls that are left and end the run.
+
+        Args:
+            success: whether the training has finished.
+        """
+        self._calls.put(lambda: self.service.finish(success))
+        self._calls.put(None)
+        seconds = _LAST_CALLS if success else _LAST_CALLS_INTERRUPTED
+        self._thread.join(seconds)
+        if self._thread.is_alive():
+            logger.warning("--log %s: the service did not take all of the log within %.0f s.", self.name, seconds)
+
+    def _work(self, id_file: Path) -> None:
+        try:
+            run_id = self.service.start()
+            write_atomically(id_file, lambda file: file.write(run_id.encode()))
+            while (call := self._calls.get()) is not None:
+                call()
+        except Exception as error:  # of another's library, on a network: it must not end the training
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            logger.warning("--log %s stops, and the training goes on: %s", self.name, reason)
+
+
+def add_log_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --log and --log-student."""
+    parser.add_argument(
+        "--log",
+        action="append",
+        default=[],
+        choices=list(SERVICES),
+        help="log to Weights & Biases or MLflow, too: numbers, settings, matchings; may be given for each",
+    )
+    parser.add_argument("--log-student", action="store_true", help="with --log: store the final student with the run")
+
+
+def check_services(names: Sequence[str], log_student: bool = False) -> None:
+    """Check --log before a training starts.
+
+    Raises:
+        UserError: a service's package is not installed, or W&B has no key.
+    """
+    if log_student and not names:
+        raise UserError("--log-student stores the student in the services of --log: add --log wandb or --log mlflow.")
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"--log {name} needs the package {name}, which is not installed: pip install {name}.")
+    if "wandb" in names and os.environ.get("WANDB_MODE", "online") not in ("offline", "disabled", "dryrun"):
+        import wandb
+
+        if not wandb.login(prompt=False, verify=False):
+            raise UserError(
+                "--log wandb has no key of W&B: run `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline to "
+                "upload later with `wandb sync`."
+            )
+
+
+def open_logs(
+    names: Sequence[str], folder: Path, config: Mapping[str, Any], step_name: str, resume: bool
+) -> list[ServiceLog]:
+    """Open a log in each service. In one process of a training.
+
+    Args:
+        names: of ``SERVICES``.
+        folder: the training's, which the run is named after.
+        config: all settings, possibly nested.
+        step_name: what steps count: "iteration" or "step".
+        resume: continue the runs that an earlier start of this training opened.
+    """
+    logs = []
+    for name in dict.fromkeys(names):
+        id_file = folder / f"{name}_run.txt"
+        run_id = None
+        if resume:
+            with suppress(FileNotFoundError):
+                run_id = id_file.read_text().strip()
+        service = SERVICES[name](folder, folder.resolve().name, config, step_name, run_id)
+        logs.append(ServiceLog(name, service, id_file))
+    return logs
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _parts(values: list[Any]) -> Iterator[list[Any]]:
+    for start in range(0, len(values), _MLFLOW_BATCH):
+        yield values[start : start + _MLFLOW_BATCH]
