@@ -62,6 +62,7 @@ from d2_mgd.training.weights_files import trust
 logger = logging.getLogger("d2_mgd.train_net")
 
 _NAMED = 3  # weights in an error
+_SCHEDULERS = ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR")  # Detectron2's
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -106,6 +107,10 @@ def build_config(args: argparse.Namespace) -> tuple[CfgNode, CheckedConfig | Non
     merge_overrides(cfg, args.opts, what="KEY VALUE overrides")
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
+    if cfg.SOLVER.LR_SCHEDULER_NAME not in _SCHEDULERS:
+        raise UserError(
+            f"SOLVER.LR_SCHEDULER_NAME is {cfg.SOLVER.LR_SCHEDULER_NAME!r}; there are: {', '.join(_SCHEDULERS)}."
+        )
     checked = None
     if args.eval_only or args.eval_teacher:  # a student is evaluated where its teacher is not at hand
         validate_running(cfg)

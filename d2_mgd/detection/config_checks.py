@@ -31,6 +31,13 @@ from d2_mgd.matching import METRICS, MODES
 
 LAST_NORMS = ("affine", "sync_bn", "none")
 SOURCES = ("pass", "online")
+SAMPLERS = (
+    "TrainingSampler",
+    "RepeatFactorTrainingSampler",
+    "RandomSubsetTrainingSampler",
+    "WeightedTrainingSampler",
+    "WeightedCategoryTrainingSampler",
+)  # those of Detectron2's training loader
 PRECISIONS = ("", "float16", "bfloat16")
 MARGIN_LOSSES = ("partial_l2",)  # need a teacher's pre-activations with the margins of their batch-norm
 _MOST_REMATCHES = 10_000
@@ -160,6 +167,7 @@ def validate_config(cfg: CfgNode) -> CheckedConfig:
     for key in ("IMS_PER_BATCH", "MAX_ITER"):
         if cfg.SOLVER[key] < 1:
             raise UserError(f"SOLVER.{key} must be at least 1, got {cfg.SOLVER[key]}.")
+    _check_choice("DATALOADER.SAMPLER_TRAIN", cfg.DATALOADER.SAMPLER_TRAIN, SAMPLERS)
     _check_milestones(cfg)
     if mgd.CHECKPOINT.KEEP < 0:
         raise UserError(f"MGD.CHECKPOINT.KEEP must be at least 0, which keeps all, got {mgd.CHECKPOINT.KEEP}.")

@@ -94,6 +94,8 @@ OVERRIDES = {
     ),
     "drops that are no numbers": (("SOLVER.STEPS", "('a',)"), r"SOLVER.STEPS must be numbers of iterations"),
     "fewer than no workers": (("DATALOADER.NUM_WORKERS", "-1"), "DATALOADER.NUM_WORKERS must be at least 0, .* got -1"),
+    "an unknown scheduler": (("SOLVER.LR_SCHEDULER_NAME", "Steps"), "LR_SCHEDULER_NAME is 'Steps'; there are: Warmup"),
+    "an unknown sampler": (("DATALOADER.SAMPLER_TRAIN", "All"), "SAMPLER_TRAIN is 'All'; there are: TrainingSampler"),
     "no device": (("MODEL.DEVICE", "gpu"), "MODEL.DEVICE is 'gpu', which is no device: give cpu, cuda or cuda:N"),
     "a last key without a value": (("SEED", "1", "MODEL.WEIGHTS"), "overrides: MODEL.WEIGHTS has no value"),
     "a key without a value": (("MODEL.WEIGHTS", "SEED", "1"), "overrides: MODEL.WEIGHTS has no value"),
