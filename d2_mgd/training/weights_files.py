@@ -63,7 +63,8 @@ def _refused(path: str, what: str) -> UntrustedFileError:
 
 
 def _unreadable(path: str, error: Exception) -> UntrustedFileError:
-    return UntrustedFileError(f"{path} is damaged or cut short, or no weights file at all: {reason(error)}.")
+    first = reason(error).split(". ")[0]  # torch goes on with addresses and advice
+    return UntrustedFileError(f"{path} is damaged or cut short, or no weights file at all: {first}.")
 
 
 def _as_dict(path: str, data: Any) -> dict[str, Any]:
