@@ -15,7 +15,7 @@ from torch import nn
 
 from classification.data import ImageDataset, image_statistics, renormalize
 from classification.data_parallel import over_gpus
-from classification.distillation import DistillationStep, Precision, Student, Teacher
+from classification.distillation import DistillationStep, Student, Teacher
 from classification.engine import Trainer
 from classification.features import FeaturePair, margins, pair_features, published_factors
 from classification.models import architecture, build, measure_features
@@ -33,10 +33,11 @@ from d2_mgd.distill.norms import MaskedBatchNorm
 from d2_mgd.errors import UserError
 from d2_mgd.training import file_digest
 from d2_mgd.training.processes import distributed, one_rank_first
+from d2_mgd.training.steps import Precision
 
 logger = logging.getLogger(__name__)
 
-_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+_DTYPES = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def make_trainer(
         distiller = _make_distiller(process, options, network, teacher, every)
     if options.sync_bn and process.world > 1:
         network = synchronised_norms(network, process.device)
-    precision = Precision(_DTYPES[options.mixed_precision])
+    precision = Precision(process.device.type, _DTYPES[options.mixed_precision])
     statistics = image_statistics(network)
     student = Student(
         network.to(memory_format=torch.channels_last),

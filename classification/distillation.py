@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from classification.data_parallel import summable
 from d2_mgd.distill import FeatureTaps, LogitLoss, MatchingGuidedDistiller, Tap
-
-__all__ = ["Classifier", "DistillationStep", "Forward", "Precision", "Student", "Teacher"]
+from d2_mgd.training.steps import Precision
 
 Maps = dict[str, Tensor]
 
@@ -39,21 +38,6 @@ class Forward(NamedTuple):
     teacher_maps: Maps
 
 
-class Precision:
-    """Mixed precision or none; entered inside a forward, since DataParallel's threads start without it.
-
-    Args:
-        dtype: ``torch.bfloat16`` or ``torch.float16``, or None for float32.
-    """
-
-    def __init__(self, dtype: torch.dtype | None = None) -> None:
-        self.dtype = dtype
-
-    def on(self, device: torch.device) -> torch.autocast:
-        """The context to run a network in."""
-        return torch.autocast(device.type, dtype=self.dtype or torch.bfloat16, enabled=self.dtype is not None)
-
-
 class Classifier(nn.Module):
     """A network alone, to be evaluated as it is trained.
 
@@ -71,7 +55,7 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) -> (N, K) float32 logits."""
-        with self.precision.on(images.device):
+        with self.precision.autocast():
             logits: Tensor = self.network(self.renormalize(images))
         return logits.float()
 
@@ -113,7 +97,7 @@ class Teacher(nn.Module):
         """
         with_logits = self.with_logits if with_logits is None else with_logits
         images = self.renormalize(images)
-        with self.precision.on(images.device):
+        with self.precision.autocast():
             if self.taps is not None and not with_logits:
                 return self.taps.run_in(self.network, images), None
             logits = self.network(images)
@@ -176,7 +160,7 @@ class Student(nn.Module):
                 loss = self.distiller.compare(name, student_map, teacher_maps.pop(name))
                 found[f"loss_distill/{name}"] = factor * loss
 
-        with self.precision.on(images.device), nullcontext() if self.taps is None else self.taps.each(compare):
+        with self.precision.autocast(), nullcontext() if self.taps is None else self.taps.each(compare):
             logits = self.network(images)
         losses = {"loss_class": F.cross_entropy(logits.float(), targets), **found}
         if self.distiller is not None and not factor:
@@ -189,7 +173,7 @@ class Student(nn.Module):
     def maps(self, images: Tensor) -> Maps:
         """The tapped maps alone."""
         assert self.taps is not None
-        with self.precision.on(images.device):
+        with self.precision.autocast():
             return self.taps.run_in(self.network, images)
 
 

@@ -1,4 +1,4 @@
-"""Training: epochs, steps, evaluation and rematching of one process's share of a run."""
+"""Training: epochs, steps, evaluation and rematching on one rank of a run."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import argparse
 import logging
 import math
 import signal
-from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -26,38 +25,30 @@ from classification.data import (
     strided_batches,
 )
 from classification.data_parallel import over_same_gpus
-from classification.distillation import Classifier, Student
-from classification.evaluation import Evaluation, Intake, evaluate, progress_bar, raise_if_interrupted
+from classification.distillation import Classifier, Forward, Student
+from classification.evaluation import Evaluation, Intake, evaluate, progress_bar, until_signal
 from classification.metrics import Journal, Remaining, Sums, Throughput
-from classification.nonfinite import dump_step
-from classification.options import as_values, rematch_schedule, weight_schedule
+from classification.options import as_values
 from classification.processes import Process
 from classification.records import write_checkpoint, write_epoch, write_matching
+from classification.schedules import Schedules
 from classification.state import restore_training, training_state
-from classification.steps import FINE, Gradients, Stepper
-from d2_mgd.distill import MatchingGuidedDistiller, RematchSchedule, WeightSchedule
-from d2_mgd.errors import CommonError, UserError, located
-from d2_mgd.matching import SolverError
+from classification.steps import Found, backward
+from d2_mgd.distill import MatchingGuidedDistiller
+from d2_mgd.distill.rematching import observe_pass, rematch
+from d2_mgd.errors import UserError, located
 from d2_mgd.training import Interrupted, received_signal
-from d2_mgd.training.processes import all_gather, average_buffers, failing_together, largest
-from d2_mgd.training.randomness import random_state
+from d2_mgd.training.nonfinite import NonFinitePolicy, StepReport
+from d2_mgd.training.processes import all_gather, average_buffers, failing_together
 from d2_mgd.training.services import open_logs
-
-__all__ = ["Progress", "Trainer", "learning_rate_factor"]
+from d2_mgd.training.steps import Stepper
 
 logger = logging.getLogger(__name__)
 
-_WARMUP_FACTOR = 0.1  # published
-_OFFENCES = 1 << 48  # more than losses and gradients times processes
-
-
-def learning_rate_factor(epoch: int, drops: Sequence[int], ratio: float, warmup_epochs: int = 0) -> float:
-    """What the learning rate is multiplied by in an epoch (counted from 0): drops, and a linear warm-up."""
-    factor = ratio ** bisect_right(sorted(drops), epoch)
-    if epoch < warmup_epochs:
-        share = epoch / warmup_epochs
-        factor *= _WARMUP_FACTOR * (1.0 - share) + share
-    return factor
+_ADVICE = (
+    " Try a smaller --learning-rate, --warmup 1 or another --mixed-precision, or skip such steps by --skip-nonfinite; "
+    "the last checkpoint is from before."
+)
 
 
 @dataclass
@@ -69,7 +60,6 @@ class Progress:
         history: a line an epoch.
         best: the line with the least top-1 error.
         teacher: the teacher's errors, where it knows the data's classes.
-        skipped, skipped_in_row: steps that were skipped, in all and since the last that was not.
     """
 
     epoch: int = 0
@@ -77,16 +67,14 @@ class Progress:
     history: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, Any] | None = None
     teacher: dict[str, float] | None = None
-    skipped: int = 0
-    skipped_in_row: int = 0
 
 
 class Trainer:
-    """One process of a run.
+    """One rank of a run.
 
     Args:
         options: as parsed.
-        process: which of the processes this is.
+        process: which rank this is.
         student: the trainable part, on its device.
         step: the module that a batch goes through: the student (possibly wrapped) and the teacher.
         data: the data sets ``train``, ``valid`` and ``rematch``.
@@ -121,23 +109,16 @@ class Trainer:
             weight_decay=options.weight_decay,
             nesterov=bool(options.nesterov),
         )
-        self.stepper = Stepper(
-            step,
-            student,
-            optimizer,
-            self.intake,
-            options.accumulate,
-            float16=options.mixed_precision == "fp16",
-            restorable=options.skip_nonfinite > 0,
+        self.stepper = Stepper(student, optimizer, student.precision, getattr(step, "student", step))
+        folder = options.output_dir / "nonfinite"
+        self.nonfinite = NonFinitePolicy(
+            student, options.skip_nonfinite, folder, lambda random: training_state(self, random), advice=_ADVICE
         )
         self.batch_size = options.batch_size // process.local_world
         self.workers = math.ceil(options.workers / process.local_world)
         self.order = ShuffledBatches(len(data["train"]), self.batch_size, options.seed, process.rank, process.world)
         self.batches = loader(data["train"], self.order, self.workers, process.device, keep=True)
-        self.schedule = RematchSchedule(start=False)
-        if student.distiller is not None and student.distiller.needs_matching:
-            self.schedule = rematch_schedule(options)
-        self.weight = WeightSchedule() if options.method == "base" else weight_schedule(options)
+        self.schedules = Schedules(options, student.distiller, self.order.steps, self.together)
         self.journal: Journal | None = None
 
     @property
@@ -147,7 +128,7 @@ class Trainer:
 
     @property
     def together(self) -> int:
-        """Images of a step of all processes."""
+        """Images of a step of all ranks."""
         return self.batch_size * self.process.world
 
     @property
@@ -168,7 +149,7 @@ class Trainer:
             self.journal = Journal(folder, self.finished_steps, logs)
         self.remaining = Remaining(self.finished_steps, self.options.epochs * self.order.steps)
         try:
-            if self.schedule.start and self.weight.active(self.progress.epoch) and not self.distiller.matched:
+            if self.schedules.starts_matched(self.progress.epoch) and not self.distiller.matched:
                 self._observe_pass(self.progress.epoch)
                 self._rematch(self.progress.epoch)
             while self.progress.epoch < self.options.epochs:
@@ -195,16 +176,15 @@ class Trainer:
         raise SystemExit(128 + received)
 
     def _say(self, text: str, *values: object) -> None:
-        """A warning that all processes have alike, once."""
+        """Log a warning on one rank."""
         if self.process.is_main:
             logger.warning(text, *values)
 
     # ---- an epoch
 
     def _epoch(self) -> None:
-        epoch, options = self.progress.epoch, self.options
-        warmup = options.warmup_epochs if options.warmup else 0
-        rate = options.lr * learning_rate_factor(epoch, options.lr_drop_epochs, options.lr_drop_ratio, warmup)
+        epoch = self.progress.epoch
+        rate = self.schedules.learning_rate(epoch)
         for group in self.stepper.optimizer.param_groups:
             group["lr"] = rate
         clock = Throughput()
@@ -216,12 +196,12 @@ class Trainer:
         average_buffers(self.student)
         found = self.evaluate()
         line.update(err1=found.err1, err5=found.err5, loss=found.loss)
-        if self._rematch_due(epoch + 1):
-            if options.mgd_update_source == "pass" or not self.distiller.matched:
+        if self.schedules.rematch_due(epoch + 1):
+            if self.options.mgd_update_source == "pass" or not self.distiller.matched:
                 self._observe_pass(epoch + 1)
             line.update(self._rematch(epoch + 1))
         line["broken_images"] = len(set().union(*all_gather(self.intake.broken)))
-        line["skipped_steps"] = self.progress.skipped
+        line["skipped_steps"] = self.nonfinite.skipped
         line["seconds"] = round(clock.seconds, 1)
         self._finish(line)
 
@@ -262,81 +242,50 @@ class Trainer:
                 self.save()
 
     def _train_step(self, batch: Batch) -> dict[str, Tensor]:
-        """One step, or none where something is not finite; returns mean losses, of this process.
+        """One step, unless it is skipped because of non-finite numbers; returns mean losses, of this rank.
 
         Raises:
-            CommonError: something is not finite, and that is not to be skipped.
+            NonFiniteError: losses or gradients are not finite, and the step is not to be skipped.
             Interrupted: a rank received a signal.
         """
-        random = random_state()
-        factor = self.weight.factor(self.finished_steps / self.order.steps)
-        gradients = self.stepper.backward(batch, factor > 0.0 and self._observing(), factor)
-        # In one exchange: whether to leave, and the first that is not finite, of all processes. To read it is to wait
-        # for the device, once a step and in a single process too: until it is known, the weights may not change.
-        world = self.process.world
-        first = gradients.offence * world + self.process.rank
-        first = torch.where(gradients.offence > FINE, _OFFENCES - first, 0)
-        received, worst = largest(torch.stack([torch.full_like(first, received_signal()), first]))
-        if worst:
-            self._not_finite(batch, gradients, random, *divmod(_OFFENCES - worst, world))
-            found = {}
+        factor = self.schedules.distill_factor(self.finished_steps)
+        observing = factor > 0.0 and self.schedules.observing(self.finished_steps)
+        self.nonfinite.before_step()
+        found = backward(
+            self.stepper, self.step, self.intake, batch, self.options.accumulate, keep_maps=observing, factor=factor
+        )
+        received, stop = self.stepper.agree(found.losses, received_signal())
+        means: dict[str, Tensor] = {}
+        if stop:
+            self._not_finite(batch, found.losses)
         else:
-            found = self._apply(gradients)
+            self.nonfinite.after_finite_step()
+            self.stepper.apply()
+            means = self._add_up(len(batch.targets), found)
         self.progress.step += 1
         if received:
             raise Interrupted(received)
-        return found
+        return means
 
-    def _apply(self, gradients: Gradients) -> dict[str, Tensor]:
-        self.stepper.apply()
-        for output in gradients.outputs:
+    def _add_up(self, images: int, found: Found) -> dict[str, Tensor]:
+        """Add a step to the matching costs and the epoch's sums; returns its mean losses."""
+        for output in found.outputs:
             self.distiller.observe(output.student_maps, output.teacher_maps)
-        losses = gradients.losses
-        total = torch.stack(list(losses.values())).sum()
-        sums = {**losses, "loss": total, **gradients.wrong}
-        self.summed = list(sums)
-        self.sums.add(gradients.images, sums)
-        self.progress.skipped_in_row = 0
-        return {name: value / gradients.images for name, value in losses.items()}
+        sums = {**found.losses, "loss": torch.stack([*found.losses.values()]).sum(), **found.wrong}
+        self.summed = [*sums]
+        self.sums.add(images, sums)
+        return {name: value / images for name, value in found.losses.items()}
 
-    def _not_finite(self, batch: Batch, gradients: Gradients, random: dict[str, Any], offence: int, rank: int) -> None:
-        """Skip the step if that is allowed, else stop; in all processes alike."""
-        progress, allowed = self.progress, self.options.skip_nonfinite
-        what = self.stepper.name_of(offence, gradients.losses)
-        where = f"{what} is not finite at epoch {progress.epoch + 1}, step {progress.step + 1} (rank {rank})"
-        first = progress.skipped == 0
-        progress.skipped += 1
-        progress.skipped_in_row += 1
-        if first or progress.skipped_in_row > allowed:
-            folder = dump_step(self, batch, gradients.losses, random)
-            where += f"; {folder} has what is needed to repeat it"
-        if progress.skipped_in_row > allowed:
-            raise CommonError(
-                f"{where}. Try a smaller --learning-rate, --warmup 1 or another --mixed-precision, or skip such steps "
-                "by --skip-nonfinite; the last checkpoint is from before."
-            )
-        self.stepper.discard()
-        self._say("%s: the step is skipped, %d in a row of %d.", where, progress.skipped_in_row, allowed)
-
-    def _rematch_due(self, epoch: int) -> bool:
-        """After so many finished epochs, of which the run has more: else nobody would use the matching.
-
-        The first is before the distillation starts.
-        """
-        if not self.weight.active(epoch) or epoch >= self.options.epochs:
-            return False
-        return self.schedule.due(epoch) or (epoch == self.weight.start and self.schedule.start)
-
-    def _observing(self) -> bool:
-        """Whether the next matching looks at this step: at the last steps before it, as many as hold enough images."""
-        if not self.schedule.start or self.options.mgd_update_source == "pass":
-            return False
-        later = range(self.progress.epoch + 1, self.options.epochs)
-        due = next((epoch for epoch in later if self._rematch_due(epoch)), None)
-        if due is None:
-            return False
-        left = due * self.order.steps - self.finished_steps
-        return left <= math.ceil(self.options.mgd_update_images / self.together)
+    def _not_finite(self, batch: Batch, losses: Mapping[str, Tensor]) -> None:
+        epoch, step = self.progress.epoch + 1, self.progress.step + 1
+        folder = self.data["train"].folder
+        report = StepReport(
+            losses={name: float(loss) / max(1, len(batch.targets)) for name, loss in losses.items()},
+            gradients=self.stepper.nonfinite_gradients(),
+            images=[str(folder.path(key.number)) for key in self.order.keys(self.progress.step)],
+        )
+        copy = {"images": batch.images, "targets": batch.targets}
+        self.nonfinite.handle(f"epoch_{epoch:04d}_step_{step:06d}", f"epoch {epoch}, step {step}", report, lambda: copy)
 
     def _report(self, losses: Mapping[str, Tensor], bar: Any, clock: Throughput) -> None:
         if self.journal is None:
@@ -354,7 +303,7 @@ class Trainer:
         rate = self.stepper.optimizer.param_groups[0]["lr"]
         values = {**values, "lr": rate, "images_per_second": clock.per_second}
         if self.options.method != "base":
-            values["distill_factor"] = self.weight.factor((self.finished_steps - 1) / self.order.steps)
+            values["distill_factor"] = self.schedules.distill_factor(self.finished_steps - 1)
         self.journal.step(values, self.finished_steps)
 
     # ---- evaluation and rematching
@@ -366,61 +315,37 @@ class Trainer:
         model = over_same_gpus(self.step, Classifier(network, self.student.precision, renormalized))
         data = self.data["valid"]
         batches = self._strided(data, range(len(data)))
-        return evaluate(model, batches, self.intake, "evaluation", self.process.is_main)
+        return evaluate(model, batches, self.intake, self.process.is_main)
 
     def _strided(self, data: ImageDataset, indices: Any) -> Any:
         order = strided_batches(indices, self.batch_size, self.process.rank, self.process.world)
         return loader(data, order, self.workers, self.process.device)
 
-    @torch.no_grad()
     def _observe_pass(self, epoch: int) -> None:
-        """Measure the matching cost on training images, this process on its share of them (collective at the end)."""
+        """Measure the matching cost on training images, this rank on its share of them (collective at the end)."""
         data = self.data["rematch"]
         indices = rematch_indices(len(data), self.options.mgd_update_images, self.options.seed, epoch)
-        self.step.eval()
-        try:
-            for batch in progress_bar(self._strided(data, indices), "matching", self.process.is_main):
-                if received_signal():
-                    break
-                images, _ = self.intake(batch)
-                if images.shape[0]:
-                    output = self.step(images)
-                    self.distiller.observe(output.student_maps, output.teacher_maps)
-            raise_if_interrupted(self.process.device)
-        except Interrupted:  # the pass is done again, whole
-            self._forget_costs()
-            raise
 
-    def _forget_costs(self) -> None:
-        for cost in self.distiller.costs.values():
-            cost.reset()
+        def batches() -> Iterator[tuple[Tensor, Tensor]]:
+            return until_signal(self._strided(data, indices), self.intake, "matching", self.process.is_main)
+
+        def maps_of(batch: tuple[Tensor, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+            output: Forward = self.step(batch[0])
+            return output.student_maps, output.teacher_maps
+
+        observe_pass(self.distiller, self.student, batches, maps_of)
 
     def _rematch(self, epoch: int) -> dict[str, float]:
-        """Solve what was observed (collective); returns what the metrics keep of it.
-
-        Raises:
-            CommonError: the solver failed, or the cost is empty or not finite, and there is no matching yet. One in
-                force stays, with a warning.
-        """
-        try:
-            reports = self.distiller.rematch()
-        except (UserError, SolverError) as error:  # of the cost or the solver
-            if not self.distiller.matched:
-                raise CommonError(f"the first matching cannot be found: {error}") from error
-            self._forget_costs()
-            self._say("matching after %d epochs: %s The matching in force stays.", epoch, error)
-            return {}
-        kept: dict[str, float] = {}
+        """Solve what was observed (collective); returns the metrics of it, none if the old matching stays."""
+        reports = rematch(self.distiller, f"{epoch} epochs")
+        if reports:
+            with failing_together():
+                write_matching(self, epoch, reports)
+        metrics: dict[str, float] = {}
         for name, report in reports.items():
-            logger.info(
-                "matching of %s: mean cost %.4f over %d images, %.1f%% of student channels changed, solved in %.2f s",
-                name, report.mean_cost, report.num_images, 100.0 * report.changed, report.seconds,
-            )  # fmt: skip
-            kept[f"matching/{name}/mean_cost"] = report.mean_cost
-            kept[f"matching/{name}/changed"] = report.changed
-        with failing_together():
-            write_matching(self, epoch, reports)
-        return kept
+            metrics[f"matching/{name}/mean_cost"] = report.mean_cost
+            metrics[f"matching/{name}/changed"] = report.changed
+        return metrics
 
     # ---- checkpoints
 

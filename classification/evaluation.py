@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,17 +22,6 @@ from d2_mgd.training import Interrupted, received_signal
 from d2_mgd.training.processes import largest
 
 logger = logging.getLogger(__name__)
-
-
-def raise_if_interrupted(device: torch.device) -> None:
-    """Stop every rank if one of them received a signal (collective).
-
-    Raises:
-        Interrupted: on every rank.
-    """
-    (received,) = largest(torch.tensor([received_signal()], device=device))
-    if received:
-        raise Interrupted(received)
 
 
 class Intake:
@@ -73,6 +63,24 @@ class Intake:
             logger.warning("skipped, since it cannot be read: %s (%d so far)", path, len(self.broken))
 
 
+def until_signal(batches: Any, intake: Intake, what: str, is_main: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    """The images and targets of a pass, of which ranks have unequal shares (collective at the end).
+
+    Raises:
+        Interrupted: a rank received a signal; on every rank, after its last batch.
+        UserError: see :class:`Intake`.
+    """
+    for batch in progress_bar(batches, what, is_main):
+        if received_signal():
+            break
+        images, targets = intake(batch)
+        if images.shape[0]:
+            yield images, targets
+    (received,) = largest([received_signal()])
+    if received:
+        raise Interrupted(received)
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """Of a network on a split.
@@ -90,8 +98,8 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Any, intake: Intake, what: str, is_main: bool) -> Evaluation:
-    """Evaluate on this process's share of the images; each image counts once (collective at the end).
+def evaluate(model: nn.Module, batches: Any, intake: Intake, is_main: bool) -> Evaluation:
+    """Evaluate on this rank's share of the images; each image counts once (collective at the end).
 
     ``model`` gives (N, K) float32 logits of what ``intake`` gives of ``batches``.
 
@@ -101,15 +109,10 @@ def evaluate(model: nn.Module, batches: Any, intake: Intake, what: str, is_main:
     """
     model.eval()
     sums = Sums(intake.device)
-    for batch in progress_bar(batches, what, is_main):
-        if received_signal():
-            break
-        images, targets = intake(batch)
-        if images.shape[0]:
-            logits = model(images)
-            losses = nn.functional.cross_entropy(logits, targets, reduction="sum")
-            sums.add(images.shape[0], {"loss": losses, **errors(logits, targets)})
-    raise_if_interrupted(intake.device)
+    for images, targets in until_signal(batches, intake, "evaluation", is_main):
+        logits = model(images)
+        losses = nn.functional.cross_entropy(logits, targets, reduction="sum")
+        sums.add(images.shape[0], {"loss": losses, **errors(logits, targets)})
     count, totals = sums.totals(("loss", "err1", "err5"))
     if count == 0:
         raise UserError("not one image could be read for the evaluation.")

@@ -1,12 +1,11 @@
 """The state of a training: all that it goes on from, gathered from its processes and given back to them.
 
-Saving changes nothing in the run that is saved, so that a run can be left at any step and end as if it had not been.
+Saving changes no result of the run, so a run can be interrupted after any step and end with the same bits.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -16,8 +15,9 @@ from torch import Tensor, nn
 
 from classification.checkpoint import FORMAT
 from classification.options import as_values
+from d2_mgd.distill.rematching import gather_costs
 from d2_mgd.errors import UserError, reason
-from d2_mgd.training.processes import averaged_buffers, gather, sum_over_ranks
+from d2_mgd.training.processes import averaged_buffers, gather
 from d2_mgd.training.randomness import random_state, set_random_state
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def training_state(trainer: Trainer) -> dict[str, Any]:
+def training_state(trainer: Trainer, random: dict[str, Any] | None = None) -> dict[str, Any]:
     """The state of all processes, in the first one (collective); the others' is not complete.
 
     The student's running statistics are the mean over processes. Within an epoch, each process's own are beside them.
@@ -34,12 +34,14 @@ def training_state(trainer: Trainer) -> dict[str, Any]:
     student = trainer.student
     data = trainer.options.data
     own: dict[str, Any] = {
-        "random": random_state(),
+        "random": random or random_state(),
         "sums": trainer.sums.state_dict(),
         "broken": sorted(os.path.relpath(path, data) for path in trainer.intake.broken),
     }
     if trainer.process.world > 1 and trainer.progress.step:
         own["buffers"] = {name: buffer.cpu() for name, buffer in student.named_buffers() if _differs(buffer)}
+    if student.distiller is not None and trainer.options.mgd_update_source == "online":
+        gather_costs(student.distiller)
     mean = averaged_buffers(student)
     return {
         "format": FORMAT,
@@ -50,11 +52,12 @@ def training_state(trainer: Trainer) -> dict[str, Any]:
         "together": trainer.together,
         "teacher": trainer.teacher,
         "progress": dict(vars(trainer.progress)),
+        "nonfinite": trainer.nonfinite.state_dict(),
         "student": _with_means(student.network, "network.", mean),
         "distiller": None if student.distiller is None else _with_means(student.distiller, "distiller.", mean),
-        "costs": None if student.distiller is None else _summed_costs(trainer),
+        "costs": None if student.distiller is None else student.distiller.cost_state_dict(),
         "optimizer": trainer.stepper.optimizer.state_dict(),
-        "scaler": trainer.stepper.scaler.state_dict(),
+        "scaler": trainer.student.precision.scaler.state_dict(),
         "processes": gather(own),
     }
 
@@ -69,22 +72,6 @@ def _with_means(module: nn.Module, prefix: str, mean: Mapping[str, Tensor]) -> d
     state = module.state_dict()
     state.update({name: mean[prefix + name] for name in state if prefix + name in mean})
     return state  # with its metadata, by which some networks know the version of their weights
-
-
-def _summed_costs(trainer: Trainer) -> dict[str, Any]:
-    """The running costs of all processes; each keeps its own."""
-    summed: dict[str, Any] = {}
-    for name, cost in trainer.distiller.costs.items():
-        state = cost.state_dict()
-        shape = (cost.num_student, cost.num_teacher)
-        packed = torch.zeros(math.prod(shape) + 1, dtype=torch.float64, device=trainer.process.device)
-        if state["similarity"] is not None:
-            packed[:-1] = state["similarity"].flatten()
-        packed[-1] = state["count"]
-        sum_over_ranks(packed)
-        count = float(packed[-1])
-        summed[name] = {"similarity": packed[:-1].view(shape) if count else None, "count": count}
-    return summed
 
 
 def restore_training(trainer: Trainer, state: Mapping[str, Any]) -> None:
@@ -103,6 +90,7 @@ def restore_training(trainer: Trainer, state: Mapping[str, Any]) -> None:
     if state["together"] != trainer.together:  # as many images are done, rounded to whole steps
         step = min(trainer.order.steps, step * state["together"] // trainer.together)
     trainer.progress = type(trainer.progress)(**{**state["progress"], "step": step})
+    trainer.nonfinite.load_state_dict(state["nonfinite"])
     trainer.summed = [name for name in processes[0]["sums"] if name != "images"]
     if len(processes) == trainer.process.world:
         own = processes[trainer.process.rank]
@@ -132,8 +120,8 @@ def _load_modules(trainer: Trainer, state: Mapping[str, Any]) -> None:
     except RuntimeError as error:
         raise UserError(reason(error)) from error
     _load_momenta(trainer.stepper.optimizer, state["optimizer"])
-    if state["scaler"] and trainer.stepper.scaler.is_enabled():
-        trainer.stepper.scaler.load_state_dict(state["scaler"])
+    if state["scaler"] and trainer.student.precision.scaler.is_enabled():
+        trainer.student.precision.scaler.load_state_dict(state["scaler"])
 
 
 def _load_momenta(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from classification.distillation import DistillationStep, Precision, Student, Teacher
+from classification.distillation import DistillationStep, Student, Teacher
 from classification.features import margins, pair_features
 from classification.models import build
 from d2_mgd.distill import MatchingGuidedDistiller
+from d2_mgd.training.steps import Precision
 
 
 class Pair:
@@ -36,7 +37,7 @@ class Pair:
         )
         self.images = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
         self.targets = torch.randint(0, 1000, (batch,), device=device)
-        self.device, self.precision = torch.device(device), Precision(dtype)
+        self.precision = Precision(torch.device(device).type, dtype or torch.float32)
         self.plain_student, self.plain_teacher = copy.deepcopy(student), _trunk(copy.deepcopy(teacher))
         self.plain_optimizer = _sgd(self.plain_student)
         pairs = pair_features("mobilenet_v1", "resnet50")
@@ -55,13 +56,13 @@ class Pair:
 
     def floor(self) -> None:
         """Run the teacher's forward and the student's step."""
-        with torch.no_grad(), self.precision.on(self.device):
+        with torch.no_grad(), self.precision.autocast():
             self.plain_teacher(self.images)
         self.student_alone()
 
     def student_alone(self) -> None:
         """Run the plain student's step."""
-        with self.precision.on(self.device):
+        with self.precision.autocast():
             logits = self.plain_student(self.images)
         loss = F.cross_entropy(logits.float(), self.targets)
         self.plain_optimizer.zero_grad(set_to_none=True)
@@ -82,7 +83,7 @@ class Pair:
     def two_forwards(self) -> None:
         """Run both plain networks to their last stage, as a rematch pass needs it."""
         self.plain_student.eval()
-        with torch.no_grad(), self.precision.on(self.device):
+        with torch.no_grad(), self.precision.autocast():
             self.plain_teacher(self.images)
             self.plain_student.get_submodule("model")(self.images)
         self.plain_student.train()

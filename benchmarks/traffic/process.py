@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import classification.engine as engine
+import d2_mgd.distill.rematching as rematching
+import d2_mgd.training.steps as steps
 from benchmarks.traffic.collectives import Meter, loopback_bytes, raise_loopback
 from benchmarks.traffic.formulas import expected_bytes, expected_held, saved_bytes
 from classification.assembly import TeacherNetwork, make_trainer
@@ -105,9 +107,10 @@ def _trainer(meter: Meter, rank: int, world: int, kind: str, folder: Path) -> en
         meter.attach(trainer, name, purpose)
     meter.attach(trainer, "_observe_pass", "evaluation")
     meter.attach(trainer.stepper, "backward", "synchronised norms")
-    meter.attach(engine, "largest", "agreement")
-    meter.attach(engine, "average_buffers", "running statistics")
-    wrapped = trainer.stepper.step.student
+    meter.attach(steps, "largest", "agreement")
+    for module in (engine, rematching):
+        meter.attach(module, "average_buffers", "running statistics")
+    wrapped = trainer.step.student
     if isinstance(wrapped, nn.parallel.DistributedDataParallel):
 
         def hook(state, bucket):  # type: ignore[no-untyped-def]  # postponed annotations are refused here
@@ -172,7 +175,7 @@ def _saved_by_step(trainer: engine.Trainer) -> int:
     trainer.order.set_epoch(0)
     images, targets = trainer.intake(next(iter(trainer.batches)))
     student = trainer.student
-    teacher = trainer.stepper.step.teacher
+    teacher = trainer.step.teacher
     assert isinstance(teacher, nn.Module)
     maps, logits = teacher(images)
     return saved_bytes(lambda: student(images, targets, maps, logits), student.parameters())

@@ -135,8 +135,8 @@ def add_mgd_config(cfg: CfgNode) -> None:
     cfg.MGD.PRECISION = ""
 
     cfg.MGD.NONFINITE = CfgNode()
-    # Steps in a row that may be left out because a loss or gradient is not finite; 0 stops at the first. What repeats
-    # such a step goes to OUTPUT_DIR/nonfinite.
+    # Most steps in a row to skip because a loss or gradient is not finite; 0 stops at the first. A file that repeats
+    # such a step is in OUTPUT_DIR/nonfinite.
     cfg.MGD.NONFINITE.SKIP = 0
 
     cfg.MGD.CHECKPOINT = CfgNode()

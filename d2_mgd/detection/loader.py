@@ -121,7 +121,7 @@ class _GroupedBatches(Sampler):
 class TrainLoader:
     """An endless, resumable stream of training batches.
 
-    A collective at every batch: one that cannot be read in one process is a :class:`SampleError` in all.
+    A batch with an image that cannot be read is a :class:`SampleError`, on this rank alone.
 
     Args:
         records: the data set.
@@ -162,7 +162,7 @@ class TrainLoader:
             sampler = self.make_sampler(self.seed)
         group = _is_wide(self.records, range(len(self.records))) if self.group else None
         batches = _GroupedBatches(sampler, self.batch_size, group, self.first_batch)
-        yield from _together(_load(self.records, self.mapper, batches, self.num_workers, self.seed))
+        yield from _load(self.records, self.mapper, batches, self.num_workers, self.seed)
 
 
 class PassLoader:
@@ -228,49 +228,33 @@ def evaluation_pass(records: DatasetFromList, mapper: Mapper, num_workers: int) 
 
 def _load(records: DatasetFromList, mapper: Mapper, batches: Iterable[Keys], num_workers: int, seed: int) -> Iterator:
     """Batches of samples; raises :class:`SampleError` in this process."""
-    for batch in keyed_loader(_SeededSamples(records, mapper, seed), batches, num_workers, _as_list):
-        for sample in batch:
-            if isinstance(sample, _Unreadable):
-                raise SampleError(sample.message) from RuntimeError(sample.traceback)
-        yield batch
+    try:
+        for batch in keyed_loader(_SeededSamples(records, mapper, seed), batches, num_workers, _as_list):
+            for sample in batch:
+                if isinstance(sample, _Unreadable):
+                    raise SampleError(sample.message) from RuntimeError(sample.traceback)
+            yield batch
+    except (ConnectionError, EOFError) as error:  # torch reports a lost worker itself, but not at this moment
+        raise RuntimeError("DataLoader worker was lost while it handed over a batch") from error
 
 
 def _as_list(samples: list[Sample]) -> list[Sample]:
     return samples
 
 
-def _together(batches: Iterator[list[Sample]]) -> Iterator[list[Sample]]:
-    """An endless stream, until a batch cannot be read in any process."""
-    while True:
-        batch, error = _next(batches)
-        _raise_in_all(error)
-        assert batch is not None
-        yield batch
-
-
 def _to_the_end(batches: Iterator[list[Sample]]) -> Iterator[list[Sample]]:
-    """A pass, of which processes have unequal shares; what ends it early in any of them is raised after the last."""
-    batch, error = _next(batches)
-    while batch is not None and not received_signal():
-        yield batch
-        batch, error = _next(batches)
-    _raise_in_all(error)
+    """A pass, of which ranks have unequal shares; what ends it early on any of them is raised after the last batch."""
+    failure: SampleError | None = None
+    try:
+        for batch in batches:
+            if received_signal():
+                break
+            yield batch
+    except SampleError as error:
+        failure = error
+    message = first_failure(str(failure or ""))
+    if message:
+        raise SampleError(message) from failure
     number = largest([received_signal()])[0]
     if number:
         raise Interrupted(number)
-
-
-def _next(batches: Iterator[list[Sample]]) -> tuple[list[Sample] | None, SampleError | None]:
-    """The next batch or an error; neither at the end."""
-    try:
-        return next(batches, None), None
-    except SampleError as error:
-        return None, error
-    except (ConnectionError, EOFError) as error:  # torch tells of a lost process itself, but not of this moment
-        raise RuntimeError("DataLoader worker was lost while it handed over a batch") from error
-
-
-def _raise_in_all(error: SampleError | None) -> None:
-    sentence = first_failure("" if error is None else str(error))
-    if sentence:
-        raise SampleError(sentence) from (None if error is None else error.__cause__)

@@ -190,7 +190,7 @@ class TeacherStudentDetector(nn.Module):
         return factor
 
     def _run_student(self, batched_inputs: Batch) -> tuple[Any, Maps, Tensor]:
-        """Its losses, its maps and its batch. Where it fails in one process, others must not wait in a norm for it."""
+        """The student's losses, maps and batch. Ranks agree on a failure before they meet in the distiller's norms."""
         failure = ""
         try:
             found = self._watched.forward(batched_inputs)

@@ -1,8 +1,4 @@
-"""Being asked to leave: SIGTERM, as schedulers send it before they take a machine away, and Ctrl-C.
-
-The step in progress is finished, a pass over images broken off, a checkpoint written, and the process leaves with a
-status that says why.
-"""
+"""SIGTERM and Ctrl-C in a training: finish the step or stop the pass over images, save a checkpoint, and exit."""
 
 from __future__ import annotations
 
@@ -13,24 +9,25 @@ from typing import NoReturn
 
 from detectron2.engine import HookBase
 
-from d2_mgd.training import StopRequest, received_signal
-from d2_mgd.training.processes import largest
+from d2_mgd.training import StopRequest
 
 logger = logging.getLogger(__name__)
 
 
 class PreemptionHook(HookBase):
-    """Stops a training at the end of a step, in all processes the same, with status 143 (SIGTERM) or 130 (Ctrl-C).
+    """Stops a training at the end of a step, on every rank, with status 143 (SIGTERM) or 130 (Ctrl-C).
 
-    It comes before the hooks that rematch, save and evaluate: those would take time that there is not. A rematch that
-    is due by then is done by the training that continues, at its begin. A second Ctrl-C leaves at once.
+    It comes before the hooks that rematch, save and evaluate, which take time. The training that continues does a
+    rematch that is due at its start. A second Ctrl-C exits at once.
 
     Args:
         save: saves a checkpoint under a name; a collective.
+        received: number of the signal that the ranks agreed on in this step; 0 for none.
     """
 
-    def __init__(self, save: Callable[[str], None]) -> None:
+    def __init__(self, save: Callable[[str], None], received: Callable[[], int]) -> None:
         self.save = save
+        self.received = received
         self.stop = StopRequest()
         self._stepped = False
 
@@ -43,14 +40,11 @@ class PreemptionHook(HookBase):
 
     def after_step(self) -> None:
         self._stepped = True
-        received = largest([received_signal()])[0]
-        if (
-            received and self.trainer.iter + 1 < self.trainer.max_iter
-        ):  # else all is done but what follows the last step
-            self.leave(received)
+        if self.received() and self.trainer.iter + 1 < self.trainer.max_iter:  # the last step is followed by its hooks
+            self.leave(self.received())
 
     def leave(self, number: int) -> NoReturn:
-        """Save what was trained since the last start, and leave. A collective, after a step or before the first.
+        """Save what was trained since the last start, and exit (collective), after a step or before the first.
 
         Args:
             number: of the signal.

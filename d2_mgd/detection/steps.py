@@ -1,77 +1,52 @@
-"""One step of the optimiser: a batch in one or several parts, in full or mixed precision, on one or many processes."""
+"""Detectron2's training step with micro-batches, mixed precision and a policy for non-finite numbers."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import SimpleTrainer
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from detectron2.structures import Instances
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from d2_mgd.detection.nonfinite import NonFinitePolicy, StepReport
+from d2_mgd.detection.loader import SampleError
 from d2_mgd.detection.norms import FailedElsewhere, synchronises
 from d2_mgd.errors import UserError
-from d2_mgd.training.processes import first_failure, largest
-
-__all__ = ["Precision", "StepTrainer", "predict_in_float32"]
+from d2_mgd.training import received_signal
+from d2_mgd.training.nonfinite import NonFinitePolicy, StepReport
+from d2_mgd.training.processes import distributed, first_failure, largest, together
+from d2_mgd.training.steps import Precision, Stepper
 
 Batch = list[dict[str, Any]]
 
-# Here a scaler no longer explains gradients that are not finite: what float16 cannot hold is 7e7 without it.
-_SMALLEST_SCALE = 2.0**-10
 
+def precision_of(cfg: CfgNode) -> Precision:
+    """The precision of SOLVER.AMP.ENABLED and MGD.PRECISION.
 
-class Precision:
-    """In which precision networks run. Losses and matching costs are float32 in any.
-
-    Args:
-        device: ``cuda`` or ``cpu``.
-        dtype: of the autocast: ``float16``, whose gradients a scaler keeps from vanishing, ``bfloat16``, which needs
-            none, or ``float32``, which is none.
+    Raises:
+        UserError: this device cannot compute in it.
     """
-
-    def __init__(self, device: str, dtype: torch.dtype = torch.float32) -> None:
-        self.device = device
-        self.dtype = dtype
-        self.scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode) -> Precision:
-        """Of SOLVER.AMP.ENABLED and MGD.PRECISION.
-
-        Raises:
-            ValueError: this device cannot compute in it.
-        """
-        device = torch.device(cfg.MODEL.DEVICE).type
-        if not cfg.SOLVER.AMP.ENABLED:
-            return cls(device)
-        name = cfg.MGD.PRECISION or ("float16" if device == "cuda" else "bfloat16")
-        if name == "float16" and device != "cuda":
-            raise UserError(f"MGD.PRECISION float16 needs a GPU, and MODEL.DEVICE is {device}: use bfloat16.")
-        if name == "bfloat16" and device == "cuda" and not torch.cuda.is_bf16_supported():
-            raise UserError(f"MGD.PRECISION bfloat16 is not known to {torch.cuda.get_device_name()}: use float16.")
-        return cls(device, getattr(torch, name))
-
-    @property
-    def mixed(self) -> bool:
-        return self.dtype != torch.float32
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """Context in which networks run."""
-        return torch.autocast(self.device, dtype=self.dtype) if self.mixed else nullcontext()
+    device = torch.device(cfg.MODEL.DEVICE).type
+    if not cfg.SOLVER.AMP.ENABLED:
+        return Precision(device)
+    name = cfg.MGD.PRECISION or ("float16" if device == "cuda" else "bfloat16")
+    if name == "float16" and device != "cuda":
+        raise UserError(f"MGD.PRECISION float16 needs a GPU, and MODEL.DEVICE is {device}: use bfloat16.")
+    if name == "bfloat16" and device == "cuda" and not torch.cuda.is_bf16_supported():
+        raise UserError(f"{torch.cuda.get_device_name()} does not support MGD.PRECISION bfloat16: use float16.")
+    return Precision(device, getattr(torch, name))
 
 
 def predict_in_float32(student: nn.Module) -> None:
-    """Let the predictions of a dense head leave it in float32, where its losses are computed.
+    """Convert the predictions of a dense head to float32, in which its losses are computed.
 
-    Other heads' losses do so by themselves; those of FCOS cannot take two dtypes.
+    Other heads' losses convert them; those of FCOS cannot take two dtypes.
     """
     if isinstance(student, DenseDetector):
         student.head.register_forward_hook(lambda module, inputs, outputs: _in_float32(outputs))
@@ -84,16 +59,15 @@ def _in_float32(value: Any) -> Any:
 
 
 class StepTrainer(SimpleTrainer):
-    """Detectron2's trainer, with micro-batches, precisions, and an eye on numbers that are not finite.
+    """Detectron2's trainer of one model, on one or several ranks.
 
     Args:
-        model: gives the losses of a batch, wrapped for DDP where there are several processes.
-        data_loader: batches of this process.
+        model: gives the losses of a batch; wrapped for DDP here where there are several ranks.
+        data_loader: batches of this rank.
         optimizer: of the model.
-        micro_batches: into how many parts, one after the other, a batch is cut. Gradients are the mean over parts and
-            are exchanged once.
+        policy: what happens after a step with non-finite losses or gradients.
+        micro_batches: number of equal parts that a batch goes through the model in. Gradients are the mean over parts.
         precision: of the networks.
-        policy: what becomes of a step whose losses or gradients are not finite.
     """
 
     def __init__(
@@ -109,98 +83,74 @@ class StepTrainer(SimpleTrainer):
         super().__init__(model, data_loader, optimizer)
         self.policy = policy
         self.micro_batches = micro_batches
-        self.precision = precision or Precision("cpu")
-        self._synchronises = synchronises(model)
+        self.precision = precision or Precision()
+        self.guarded = _GuardedLosses(model, self.precision)
+        self.wrapped: nn.Module = distributed(self.guarded) if together() else self.guarded
+        self.stepper = Stepper(model, optimizer, self.precision, self.wrapped)
+        self.received = 0  # number of a signal to any rank, after a step
+        self._unreadable: SampleError | None = None
 
     def run_step(self) -> None:
-        """Losses, gradients, and a step of the optimiser if all are finite. A collective.
+        """One step of the optimiser, unless the policy skips it (collective).
 
         Raises:
-            NonFiniteError: they are not, and the policy says to stop; in all processes.
+            NonFiniteError: losses or gradients are not finite, and the policy says to stop.
+            SampleError: a rank cannot read an image.
         """
         assert self.model.training, "the model was changed to eval mode"
-        start = time.perf_counter()
-        batch = next(self._data_loader_iter)
-        seconds = time.perf_counter() - start
-        self.policy.remember()
-        self.optimizer.zero_grad()
-        report = self._backward(batch)
-        if largest([not report.finite])[0]:
-            self.policy.handle(self.iter, report, batch)
+        batch, seconds = self._next_batch()
+        self.policy.before_step(observing=getattr(self.model, "observe_next", False))
+        losses = self._backward(batch)
+        self.received, stop = self.stepper.agree(losses, received_signal())
+        if stop:
+            self._not_finite(batch, losses)
             return
-        self.policy.passed()
-        self._write_metrics({name: torch.tensor(loss) for name, loss in report.losses.items()}, seconds)
-        self.precision.scaler.step(self.optimizer)
-        self.precision.scaler.update()
+        self.policy.after_finite_step()
+        values = torch.stack([*losses.values()]).tolist()
+        self._write_metrics({name: torch.tensor(value) for name, value in zip(losses, values)}, seconds)
+        self.stepper.apply()
 
-    def _backward(self, batch: Batch) -> StepReport:
-        """Gradients of a batch, and the means of its losses over the parts."""
-        parts = _cut(batch, self.micro_batches)
-        sums: dict[str, Tensor] = {}
-        failure = ""
-        observes = getattr(self._detector, "observe_next", False)
-        for index, part in enumerate(parts):
-            last = index == len(parts) - 1
-            if observes:  # all of the batch
-                self._detector.observe_next = True
-            with self._exchanged(last):
-                losses: dict[str, Tensor] = {}
-                if not failure:
-                    losses, failure = self._forward(part)
-                # The others would wait in this backward pass for a process that does not come to it.
-                if (last or self._synchronises) and first_failure(failure):
-                    return StepReport({}, [], failure)
-                if not failure:
-                    total = torch.stack([loss.float() for loss in losses.values()]).sum() / len(parts)
-                    self.precision.scaler.scale(total).backward()
-            for name, loss in losses.items():
-                sums[name] = sums.get(name, 0.0) + loss.detach().float() / len(parts)
-        return self._report(sums)
-
-    def _forward(self, part: Batch) -> tuple[dict[str, Tensor], str]:
-        """Losses, or what Detectron2 says of predictions that are not finite."""
+    def _next_batch(self) -> tuple[Batch, float]:
+        """A batch, or an empty one where an image cannot be read, and the seconds that it took."""
+        start = time.perf_counter()
+        self._unreadable = None
+        batch: Batch = []
         try:
-            with self.precision.autocast():
-                return self.model(part), ""
-        except FailedElsewhere:
-            return {}, ""
-        except FloatingPointError as error:
-            return {}, " ".join(str(error).split())
+            batch = next(self._data_loader_iter)
+        except SampleError as error:
+            self._unreadable = error
+        self.guarded.failure = str(self._unreadable or "")
+        return batch, time.perf_counter() - start
 
-    @property
-    def _detector(self) -> Any:
-        return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+    def _backward(self, batch: Batch) -> dict[str, Tensor]:
+        """Gradients of a batch; returns the means of its losses over the parts."""
+        observes = getattr(self.model, "observe_next", False)
 
-    def _exchanged(self, last: bool) -> AbstractContextManager[Any]:
-        if last or not isinstance(self.model, DistributedDataParallel):
-            return nullcontext()
-        return self.model.no_sync()
+        def losses_of(part: Batch) -> dict[str, Tensor]:
+            if observes:  # the maps of every part
+                self.model.observe_next = True
+            losses: dict[str, Tensor] = self.wrapped(part)
+            return losses
 
-    def _report(self, losses: dict[str, Tensor]) -> StepReport:
-        """One look at the device for all numbers."""
-        gradients = self._gradients()
-        numbers = torch.stack([*losses.values()])
-        if gradients:
-            norms = torch._foreach_norm([*gradients.values()])
-            largest_norm = torch.stack([norm.float() for norm in norms]).max()
-            scale = self.precision.scaler.scale(torch.ones_like(largest_norm))
-            numbers = torch.cat([numbers, largest_norm.view(1), scale.view(1)])
-        values = numbers.tolist()
-        bad = []
-        if gradients and not math.isfinite(values[-2]) and not self._scales_less(values[-1]):
-            # a norm overflows before its elements do
-            bad = [name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()]
-        return StepReport(dict(zip(losses, values)), bad)
+        size = len(batch) // self.micro_batches
+        parts = [batch[index * size : (index + 1) * size] for index in range(self.micro_batches)]
+        sums = self.stepper.backward(parts, losses_of, len(parts))
+        return {name: loss / len(parts) for name, loss in sums.items()}
 
-    def _scales_less(self, scale: float) -> bool:
-        """Whether gradients that are not finite are the scaler's business: it leaves the step out and halves."""
-        return self.precision.scaler.is_enabled() and scale > _SMALLEST_SCALE
-
-    def _gradients(self) -> dict[str, Tensor]:
-        return {name: one.grad for name, one in self._detector.named_parameters() if one.grad is not None}
+    def _not_finite(self, batch: Batch, losses: dict[str, Tensor]) -> None:
+        unreadable = first_failure(str(self._unreadable or ""))
+        if unreadable:
+            raise SampleError(unreadable) from self._unreadable
+        report = StepReport(
+            losses={} if "failed" in losses else {name: float(loss) for name, loss in losses.items()},
+            gradients=self.stepper.nonfinite_gradients(),
+            images=[str(sample.get("file_name", f"number {index}")) for index, sample in enumerate(batch)],
+            failure=self.guarded.failure,
+        )
+        self.policy.handle(f"iter_{self.iter:07d}", f"iteration {self.iter}", report, lambda: _plain(batch))
 
     def close(self) -> None:
-        """End the loading processes, which would be torn down with noise at the end of the program."""
+        """End the dataloader workers, which would otherwise print errors at the end of the program."""
         self._data_loader_iter_obj = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -216,7 +166,61 @@ class StepTrainer(SimpleTrainer):
             self.precision.scaler.load_state_dict(state_dict["grad_scaler"])
 
 
-def _cut(batch: Batch, parts: int) -> list[Batch]:
-    """Equal parts, in order."""
-    size = len(batch) // parts
-    return [batch[start : start + size] for start in range(0, len(batch), size)]
+class _GuardedLosses(nn.Module):
+    """A model's losses or, on a rank that has none, a NaN that every parameter takes part in.
+
+    The other ranks wait in DDP's backward pass for the gradients of all ranks, so each has to run one. After it all
+    ranks learn from :meth:`Stepper.agree` that the step does not count.
+
+    Args:
+        model: raises ``FloatingPointError`` where Detectron2 finds predictions that are not finite.
+        precision: in which it runs.
+    """
+
+    def __init__(self, model: nn.Module, precision: Precision) -> None:
+        super().__init__()
+        self.model = model
+        self.precision = precision
+        self.failure = ""  # why this rank's batch has no losses
+        self._synchronises = synchronises(model)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        if not self._failed():
+            losses = self._losses(batch)
+            if not self._failed():
+                return losses
+        sums = [parameter.float().sum() for parameter in self.model.parameters() if parameter.requires_grad]
+        return {"failed": 0.0 * torch.stack(sums).sum() + math.nan}
+
+    def _losses(self, batch: Batch) -> dict[str, Tensor]:
+        try:
+            with self.precision.autocast():
+                losses: dict[str, Tensor] = self.model(batch)
+                return losses
+        except FailedElsewhere:
+            return {}
+        except FloatingPointError as error:
+            self.failure = " ".join(str(error).split())
+            return {}
+
+    def _failed(self) -> bool:
+        """Whether this rank has no losses; with synchronised norms, in which ranks wait for each other, any rank."""
+        return bool(largest([int(bool(self.failure))])[0]) if self._synchronises else bool(self.failure)
+
+
+def _plain(value: Any) -> Any:
+    """A batch as tensors and plain containers, which can be read without running code."""
+    if isinstance(value, Instances):
+        return {"image_size": tuple(value.image_size), **_plain(value.get_fields())}
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value)
+    if isinstance(value, (Tensor, str, int, float, type(None))):
+        return value
+    for name in ("tensor", "polygons"):  # of Detectron2's structures
+        if hasattr(value, name):
+            return _plain(getattr(value, name))
+    return str(value)

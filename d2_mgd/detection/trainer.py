@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import os
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +12,6 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase, hooks
 from detectron2.engine.train_loop import TrainerBase
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventWriter
@@ -24,36 +20,32 @@ from torch import nn
 from d2_mgd.detection.checkpoint import TrainingCheckpointer
 from d2_mgd.detection.config import META_ARCHITECTURE, student_config
 from d2_mgd.detection.config_checks import CheckedConfig, rematch_schedule, validate_config
-from d2_mgd.detection.config_loaders import build_evaluation_loader, build_pass_loader, build_train_loader
+from d2_mgd.detection.config_loaders import build_pass_loader, build_train_loader
 from d2_mgd.detection.datasets import check_classes, check_datasets_once
+from d2_mgd.detection.evaluation import EvaluatingTrainer
 from d2_mgd.detection.features import export_student_state
-from d2_mgd.detection.hooks import CheckpointHook, MatchingHook, gather_costs
-from d2_mgd.detection.loader import PassLoader, SampleError, TrainLoader
+from d2_mgd.detection.hooks import CheckpointHook, MatchingHook
+from d2_mgd.detection.loader import SampleError, TrainLoader
 from d2_mgd.detection.networks import build_network
-from d2_mgd.detection.nonfinite import NonFinitePolicy
 from d2_mgd.detection.preemption import PreemptionHook
-from d2_mgd.detection.state import (
-    changed_numbers,
-    module_numbers,
-    preserved_modes,
-    run_seed,
-    set_module_numbers,
-)
-from d2_mgd.detection.steps import Precision, StepTrainer, predict_in_float32
+from d2_mgd.detection.steps import StepTrainer, precision_of, predict_in_float32
 from d2_mgd.detection.weights import load_weights
 from d2_mgd.distill import MATCHED_ALIGNMENTS
+from d2_mgd.distill.rematching import gather_costs
 from d2_mgd.errors import UserError
 from d2_mgd.training import Interrupted
 from d2_mgd.training.checkpoints import check_same_teacher
-from d2_mgd.training.processes import distributed, largest
-from d2_mgd.training.randomness import preserved_randomness, random_state, set_random_state
+from d2_mgd.training.modules import changed_numbers, module_numbers, set_module_numbers
+from d2_mgd.training.nonfinite import NonFinitePolicy
+from d2_mgd.training.processes import largest
+from d2_mgd.training.randomness import random_state, set_random_state
 
 __all__ = ["Trainer"]
 
 logger = logging.getLogger(__name__)
 
 
-class Trainer(DefaultTrainer):
+class Trainer(EvaluatingTrainer):
     """Trains a student, distilled where MGD.ENABLED, else alone; everything else is the same for both.
 
     Runs alone, or in every process of an initialised ``torch.distributed`` (NCCL or gloo). Only student and distiller
@@ -81,8 +73,8 @@ class Trainer(DefaultTrainer):
         if checked is None:
             checked = validate_config(cfg)
             check_datasets_once(cfg)
-        self.precision = Precision.from_config(cfg)
-        self.seed = run_seed(cfg)
+        self.precision = precision_of(cfg)
+        self.seed = _run_seed(cfg)
         logger.info("The seed of this run is %d", self.seed)
         self.cfg = cfg = _with_seed(cfg, self.seed)
         self.distilled = bool(cfg.MGD.ENABLED)
@@ -90,7 +82,7 @@ class Trainer(DefaultTrainer):
 
         seed_all_rng(self.seed + comm.get_rank())
         model = self.build_model(cfg, checked.teacher)
-        self.detector: Any = model  # not wrapped
+        self.detector: Any = model
         self.student = model.get_submodule("student") if self.distilled else model
         self._initial_numbers = module_numbers(model)
         optimizer = self.build_optimizer(cfg, model)
@@ -98,12 +90,19 @@ class Trainer(DefaultTrainer):
         check_classes([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST], self.student)
         if self.precision.mixed:
             predict_in_float32(self.student)
-        folder = os.path.join(cfg.OUTPUT_DIR, "nonfinite")
+        distiller: Any = self.detector.distiller if self.distilled else None
+        policy = NonFinitePolicy(
+            model,
+            cfg.MGD.NONFINITE.SKIP,
+            os.path.join(cfg.OUTPUT_DIR, "nonfinite"),
+            self._state_before_step,
+            costs=None if distiller is None else distiller.costs,
+        )
         self._trainer = StepTrainer(
-            model if comm.get_world_size() == 1 else distributed(model),
+            model,
             loader,
             optimizer,
-            policy=NonFinitePolicy(model, cfg.MGD.NONFINITE.SKIP, folder, self._state_before_step),
+            policy=policy,
             micro_batches=cfg.MGD.ACCUMULATE,
             precision=self.precision,
         )
@@ -133,17 +132,12 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
         """The resumable stream of training batches that follows from ``cfg.SEED``; from a drawn seed if that is -1."""
-        return build_train_loader(cfg, run_seed(cfg))
-
-    @classmethod
-    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> PassLoader:
-        """The images of one of DATASETS.TEST, one at a time."""
-        return build_evaluation_loader(cfg, dataset_name)
+        return build_train_loader(cfg, _run_seed(cfg))
 
     def build_hooks(self) -> list[HookBase]:
         """Timer, schedule, preemption, rematch, checkpoint, evaluation, writers: in this order after each step."""
         cfg = self.cfg
-        self.preemption = PreemptionHook(self.save_checkpoint)
+        self.preemption = PreemptionHook(self.save_checkpoint, lambda: self._trainer.received)
         built: list[HookBase] = [hooks.IterationTimer(), hooks.LRScheduler(), self.preemption]
         if self.distilled and cfg.MGD.FEATURES and cfg.MGD.ALIGN in MATCHED_ALIGNMENTS:
             built.append(self._matching_hook())
@@ -181,8 +175,8 @@ class Trainer(DefaultTrainer):
             The metrics of the last evaluation, in the main process.
 
         Raises:
-            SampleError, RematchError, NonFiniteError, CommonError: what ended it, in one sentence.
-            SystemExit: it was asked to leave, see :class:`PreemptionHook`.
+            UserError: what ended it.
+            SystemExit: after a signal, see :class:`PreemptionHook`.
         """
         if self.distilled and self.cfg.MGD.TEACHER.EVAL_FIRST and self.start_iter == 0:
             self.test_teacher(self.cfg, self.detector.teacher)
@@ -199,50 +193,6 @@ class Trainer(DefaultTrainer):
         finally:
             self._trainer.close()
         return self._last_eval_results
-
-    # --- evaluation ---
-
-    @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
-        """COCO's metrics, for any set with boxes: Detectron2 converts those in other formats."""
-        return COCOEvaluator(dataset_name, output_dir=output_folder or _inference_dir(cfg, dataset_name))
-
-    @classmethod
-    def test(cls, cfg: CfgNode, model: nn.Module, evaluators: list[DatasetEvaluator] | None = None) -> dict[str, Any]:
-        """Evaluate on every set of DATASETS.TEST, and write each's metrics to ``inference/<set>/results.json``.
-
-        Random state and modes of ``model`` are afterwards as before.
-
-        Returns:
-            dict: task -> metric -> number, or data set -> that, where there are several; empty in other processes.
-        """
-        with preserved_randomness(), preserved_modes(model):
-            results = super().test(cfg, model, evaluators)
-        by_name = {cfg.DATASETS.TEST[0]: results} if len(cfg.DATASETS.TEST) == 1 else results
-        if comm.is_main_process():
-            for name, metrics in by_name.items():
-                _write_results(os.path.join(_inference_dir(cfg, name), "results.json"), metrics)
-        return results
-
-    @classmethod
-    def test_teacher(cls, cfg: CfgNode, teacher: Any) -> dict[str, Any]:
-        """Evaluate the teacher alone, on the student's DATASETS.TEST with the teacher's own input settings.
-
-        Args:
-            cfg: the training's config.
-            teacher: a :class:`~d2_mgd.detection.teacher.FrozenTeacher`.
-        """
-        own = teacher.cfg.clone()
-        own.defrost()
-        own.DATASETS.TEST = cfg.DATASETS.TEST
-        own.DATALOADER.NUM_WORKERS = cfg.DATALOADER.NUM_WORKERS
-        own.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "teacher")
-        own.freeze()
-        check_classes(
-            cfg.DATASETS.TEST, teacher.model, "a teacher of other classes can teach, but not be evaluated here"
-        )
-        logger.info("Evaluating the teacher %s", teacher.weights_path)
-        return cls.test(own, teacher.model)
 
     def _evaluate(self) -> dict[str, Any]:
         try:
@@ -361,6 +311,11 @@ class Trainer(DefaultTrainer):
         set_module_numbers(self.detector, processes[rank % len(processes)]["numbers"])
 
 
+def _run_seed(cfg: CfgNode) -> int:
+    """SEED; if that is -1, a drawn one, the same on all ranks (collective)."""
+    return cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+
+
 def _with_seed(cfg: CfgNode, seed: int) -> CfgNode:
     cfg = cfg.clone()
     cfg.defrost()
@@ -391,19 +346,3 @@ def _check_supported(cfg: CfgNode) -> None:
             f"SOLVER.IMS_PER_BATCH is {images}, which {processes} processes share; the {images // processes} images of "
             f"each cannot be cut into MGD.ACCUMULATE {parts} equal parts."
         )
-
-
-def _inference_dir(cfg: CfgNode, dataset_name: str) -> str:
-    return os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
-
-
-def _write_results(path: str, metrics: dict[str, Any]) -> None:
-    """Metrics as strict json: what is not a number, such as the AP of a class without objects, is null."""
-    plain = OrderedDict(
-        (task, {name: None if math.isnan(value) else float(value) for name, value in numbers.items()})
-        for task, numbers in metrics.items()
-    )
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(plain, file, indent=2)
-        file.write("\n")

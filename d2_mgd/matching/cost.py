@@ -13,8 +13,6 @@ from torch import Tensor
 
 from d2_mgd.errors import UserError
 
-__all__ = ["METRICS", "ChannelCost", "collective_device"]
-
 METRICS = ("cosine", "pearson")
 
 _EPSILON = 1e-12  # maps with a smaller norm are dead: they are similar to nothing
@@ -103,11 +101,7 @@ class ChannelCost:
         """
         if not (dist.is_available() and dist.is_initialized()):
             return
-        size = self.num_student * self.num_teacher + 1
-        packed = torch.zeros(size, dtype=torch.float64, device=collective_device(group))
-        if self._similarity is not None:
-            packed[:-1] = self._similarity.flatten()
-        packed[-1] = self._count
+        packed = self.packed().to(_collective_device(group))
         dist.all_reduce(packed, group=group)
         self._reduced = (packed[:-1].view(self.num_student, self.num_teacher), float(packed[-1]))
 
@@ -129,6 +123,21 @@ class ChannelCost:
                 f"{student}, teacher channel {teacher}: the maps held NaN or infinity."
             )
         return cost
+
+    def packed(self) -> Tensor:
+        """(S * T + 1,) float64: a copy of this process's sum, and the number of images. Does not wait for a GPU."""
+        device = None if self._similarity is None else self._similarity.device
+        packed = torch.zeros(self.num_student * self.num_teacher + 1, dtype=torch.float64, device=device)
+        if self._similarity is not None:
+            packed[:-1] = self._similarity.flatten()
+        packed[-1] = self._count
+        return packed
+
+    def load_packed(self, packed: Tensor) -> None:
+        """Continue from :meth:`packed`, or from the sum of several processes' tensors."""
+        count = float(packed[-1])
+        similarity = packed[:-1].view(self.num_student, self.num_teacher) if count else None
+        self.load_state_dict({"similarity": similarity, "count": count})
 
     def state_dict(self) -> dict[str, Any]:
         """This process's sums, for resuming in the middle of a collection."""
@@ -211,8 +220,8 @@ def _is_channels_last(maps: Tensor) -> bool:
     return not maps.is_contiguous() and maps.is_contiguous(memory_format=torch.channels_last)
 
 
-def collective_device(group: Any = None) -> torch.device:
-    """Where tensors have to be for the collectives of ``group``: NCCL alone knows no CPU."""
+def _collective_device(group: Any = None) -> torch.device:
+    """Where tensors have to be for the collectives of ``group``: NCCL takes none on the CPU."""
     if dist.get_backend(group) == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")

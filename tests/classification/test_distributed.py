@@ -9,11 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-import d2_mgd.distill.distiller as distiller_module
 from classification import main_base
 from classification.assembly import TeacherNetwork, make_trainer, synchronised_norms
 from classification.distillation import Student
-from classification.engine import Trainer
 from classification.metrics import Sums
 from classification.models import build
 from classification.options import parse_mgd
@@ -21,8 +19,6 @@ from classification.processes import Process
 from d2_mgd.data.class_folders import find_folders
 from d2_mgd.distill import MatchingGuidedDistiller, Tap, load_reports
 from d2_mgd.distill.norms import MaskedBatchNorm
-from d2_mgd.errors import CommonError
-from d2_mgd.matching import SolverError
 from d2_mgd.training.processes import average_buffers, gather, sum_over_ranks
 from tests.classification.conftest import (
     CLASSES,
@@ -229,76 +225,6 @@ def test_a_single_process_needs_no_group() -> None:
     sums.add(1, {"x": torch.tensor(5.0)})
     assert sums.totals(["x"]) == (4, {"x": 8.0})
     assert sums.means(["x"]) == {"x": 2.0}
-
-
-# ---- rematches of processes that are not alike
-
-
-def _rematch(rank: int, url: str, folder: Path, case: str) -> None:
-    """A trainer's rematch where processes have other numbers of images, maps that are not finite, or no solver."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=url, rank=rank, world_size=3)
-    trainer = object.__new__(Trainer)
-    trainer.process = Process(rank, 3, rank, 3, torch.device("cpu"))
-    trainer.options = parse_mgd(["data", "--output-dir", str(folder)])
-    student = nn.Sequential(nn.Conv2d(3, 4, 1))
-    trainer.student = Student(student, {"a": Tap("0")}, MatchingGuidedDistiller({"a": (4, 9)}))
-    generator = torch.Generator().manual_seed(1)
-    maps, teacher = (torch.randn(7, width, 5, 5, generator=generator) for width in (4, 9))
-    shares = {0: slice(0, 0), 1: slice(0, 6), 2: slice(6, 7)}
-    if case == "only one":
-        shares = {0: slice(0, 0), 1: slice(0, 0), 2: slice(0, 7)}
-    if case == "second":
-        trainer.distiller.observe({"a": maps}, {"a": teacher})
-        trainer._rematch(0)
-    if case in ("first", "second") and rank == 2:
-        maps[6, 1] = torch.nan
-    if case == "solver" and rank == 0:
-
-        def fail(*arguments: object) -> None:
-            raise SolverError("the solver found no flow.")
-
-        distiller_module.solve_matching = fail
-    if case != "empty":
-        trainer.distiller.observe({"a": maps[shares[rank]]}, {"a": teacher[shares[rank]]})
-    said = ""
-    try:
-        trainer._rematch(1)
-    except CommonError as error:
-        said = str(error)
-    matching = trainer.distiller.matchings["a"]
-    found = {"said": said, "groups": None if matching is None else torch.from_numpy(matching.groups.copy())}
-    torch.save({**found, "left": trainer.distiller.costs["a"].num_images}, folder / f"{rank}.pth")
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.parametrize(
-    ("case", "sentence"),
-    [
-        ("unequal", ""),
-        ("only one", ""),
-        ("first", "the first matching cannot be found: feature a: the matching cost is not finite"),
-        ("second", ""),
-        ("empty", "the first matching cannot be found: feature a: the matching cost is empty"),
-        ("solver", "the first matching cannot be found: the solver found no flow."),
-    ],
-)
-def test_three_unlike_processes_find_one_matching_or_fail_alike(tmp_path: Path, case: str, sentence: str) -> None:
-    url = f"tcp://127.0.0.1:{free_port()}"
-    torch.multiprocessing.start_processes(_rematch, (url, tmp_path, case), nprocs=3, start_method="fork")
-    found = [torch.load(tmp_path / f"{rank}.pth", weights_only=True) for rank in range(3)]
-    assert len({one["said"] for one in found}) == 1
-    assert found[0]["said"].startswith(sentence)
-    if sentence:
-        assert all(one["groups"] is None for one in found)
-        return
-    assert all(torch.equal(one["groups"], found[0]["groups"]) for one in found)
-    generator = torch.Generator().manual_seed(1)
-    maps, teacher = (torch.randn(7, width, 5, 5, generator=generator) for width in (4, 9))
-    alone = MatchingGuidedDistiller({"a": (4, 9)})
-    alone.observe({"a": maps}, {"a": teacher})
-    assert torch.equal(found[0]["groups"], torch.tensor(alone.rematch()["a"].matching.groups))
-    assert [one["left"] for one in found] == [0, 0, 0]  # the next collection is a new one, after a bad cost too
 
 
 # ---- what is wrapped, and what is sent

@@ -14,12 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from classification.assembly import TeacherNetwork, make_trainer
 from classification.data import IMAGENET
-from classification.distillation import DistillationStep, Forward, Precision
-from classification.engine import Trainer, learning_rate_factor
+from classification.distillation import DistillationStep, Forward
+from classification.engine import Trainer
 from classification.metrics import Sums, errors, table
 from classification.models import build
 from classification.options import parse_base, parse_mgd
 from classification.processes import Process
+from classification.schedules import Schedules, learning_rate_factor
 from d2_mgd.data.class_folders import find_folders
 from tests.classification.conftest import CLASSES, SMALL, settled
 
@@ -139,17 +140,17 @@ def test_online_costs_are_those_of_the_last_steps_before_a_rematch(
         12,
     )
     seen = []
-    observing = Trainer._observing
+    observing = Schedules.observing
 
-    def watch(self: Trainer) -> bool:
-        due = observing(self)
-        seen.append((self.progress.epoch + 1, self.progress.step + 1, due))
+    def watch(self: Schedules, finished_steps: int) -> bool:
+        due = observing(self, finished_steps)
+        seen.append((*divmod(finished_steps, 3), due))
         return due
 
-    monkeypatch.setattr(Trainer, "_observing", watch)
+    monkeypatch.setattr(Schedules, "observing", watch)
     progress = trainer.fit()
     # three steps an epoch; matchings after epochs 2 and 4 on twelve images, which take two batches of eight
-    assert [(epoch, step) for epoch, step, due in seen if due] == [(2, 2), (2, 3), (4, 2), (4, 3)]
+    assert [(epoch, step) for epoch, step, due in seen if due] == [(1, 1), (1, 2), (3, 1), (3, 2)]
     assert ["matching/stage3/changed" in line for line in progress.history] == [False, True, False, True, False]
 
 
@@ -240,7 +241,6 @@ def test_bfloat16_is_used_inside_and_losses_are_float32(data: Path, tmp_path: Pa
     trainer.distiller.rematch()
     losses = trainer.step.train()(torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])).losses
     assert {loss.dtype for loss in losses.values()} == {torch.float32}
-    assert Precision(None).on(CPU)._enabled is False
 
 
 def test_each_network_sees_images_as_it_takes_them(data: Path, tmp_path: Path) -> None:

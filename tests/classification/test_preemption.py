@@ -15,8 +15,8 @@ import torch
 
 from classification import main_mgd
 from classification.engine import Trainer
-from classification.steps import Stepper
 from d2_mgd.distill import MatchingGuidedDistiller
+from d2_mgd.training.steps import Stepper
 from tests.classification.conftest import SMALL, Run, assert_same_run, command, free_port, in_processes
 
 METHOD = ["--arch", "shufflenet_v2_x0_5", "--mgd-update-freq", 1, "--epochs", 3, "--lr", 0.01, "--print-freq", 1]
@@ -149,7 +149,7 @@ def test_a_second_ctrl_c_leaves_at_once(words: list[object], tmp_path: Path) -> 
     """A step of these sizes lasts longer than this test waits."""
     slow = ["--image-size", 256, "--batch-size", 24, "--mgd-update-images", 1, "--arch", "wide_resnet50_2"]
     process = start(command("main_mgd.py", *words, *slow, "--features", "stage2", "--output-dir", tmp_path / "run"))
-    read_until(process, "matching of stage2")
+    read_until(process, "stage2 S=")
     os.killpg(process.pid, signal.SIGINT)
     read_until(process, "Finishing this step")
     time.sleep(1.2)  # closer together, two are taken for one

@@ -12,17 +12,18 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 
 from classification.assembly import TeacherNetwork, make_trainer
 from classification.data import Batch
-from classification.distillation import DistillationStep, Precision, Student, Teacher
+from classification.distillation import DistillationStep, Student, Teacher
 from classification.engine import Trainer
 from classification.evaluation import Intake
 from classification.models import build
 from classification.options import parse_mgd
 from classification.processes import Process
-from classification.steps import Stepper, parts_of
+from classification.steps import Found, backward, parts_of
 from d2_mgd.data.class_folders import find_folders
 from d2_mgd.distill import LogitLoss, MatchingGuidedDistiller, Tap
 from d2_mgd.errors import CommonError
-from d2_mgd.training.processes import largest
+from d2_mgd.training.processes import distributed, together
+from d2_mgd.training.steps import Precision, Stepper
 from tests.classification.conftest import CLASSES, SMALL, Run, free_port, settled
 
 CPU = torch.device("cpu")
@@ -39,42 +40,42 @@ def network(width: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(3, width, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 3))
 
 
-def stepper_of(
-    accumulate: int = 1,
-    dtype: torch.dtype | None = None,
-    world: int = 1,
-    restorable: bool = False,
-    norm: str = "none",
-) -> Stepper:
-    """A small student that is distilled by features and logits, without batch statistics unless ``norm`` has them."""
-    torch.manual_seed(0)
-    precision = Precision(dtype)
-    distiller = MatchingGuidedDistiller({"a": (4, 8)}, norm=norm, loss="mse", reduction="image_sum")
-    student = Student(network(4), {"a": Tap("0")}, distiller, LogitLoss("kd", temperature=2.0), precision)
-    teacher = Teacher(network(8), {"a": Tap("0")}, True, precision)
-    intake = Intake(CPU, skip_broken=True)
-    maps = DistillationStep(student, teacher)(intake(batch_of(6))[0])
-    distiller.observe(maps.student_maps, maps.teacher_maps)
-    distiller.rematch()
-    wrapped: nn.Module = student if world == 1 else nn.parallel.DistributedDataParallel(student)
-    optimizer = torch.optim.SGD(student.parameters(), 0.1)
-    return Stepper(DistillationStep(wrapped, teacher), student, optimizer, intake, accumulate, restorable=restorable)
+class Small:
+    """A small student that is distilled by features and logits, without batch statistics."""
+
+    def __init__(self, accumulate: int = 1, dtype: torch.dtype = torch.float32) -> None:
+        torch.manual_seed(0)
+        precision = Precision("cpu", dtype)
+        distiller = MatchingGuidedDistiller({"a": (4, 8)}, norm="none", loss="mse", reduction="image_sum")
+        self.student = Student(network(4), {"a": Tap("0")}, distiller, LogitLoss("kd", temperature=2.0), precision)
+        teacher = Teacher(network(8), {"a": Tap("0")}, True, precision)
+        self.intake = Intake(CPU, skip_broken=True)
+        self.accumulate = accumulate
+        maps = DistillationStep(self.student, teacher)(self.intake(batch_of(6))[0])
+        distiller.observe(maps.student_maps, maps.teacher_maps)
+        distiller.rematch()
+        self.wrapped = distributed(self.student) if together() else self.student
+        self.step = DistillationStep(self.wrapped, teacher)
+        optimizer = torch.optim.SGD(self.student.parameters(), 0.1)
+        self.stepper = Stepper(self.student, optimizer, precision, self.wrapped)
+
+    def backward(self, batch: Batch, keep_maps: bool = False) -> Found:
+        return backward(self.stepper, self.step, self.intake, batch, self.accumulate, keep_maps)
+
+    def gradients(self) -> dict[str, Tensor]:
+        return {name: parameter.grad for name, parameter in self.student.named_parameters()}
 
 
-def gradients(stepper: Stepper) -> dict[str, Tensor]:
-    return {name: parameter.grad for name, parameter in stepper.student.named_parameters()}
-
-
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("parts", [2, 3, 5])
-def test_a_batch_in_parts_gives_the_gradients_and_sums_of_the_whole(parts: int, dtype: torch.dtype | None) -> None:
+def test_a_batch_in_parts_gives_the_gradients_and_sums_of_the_whole(parts: int, dtype: torch.dtype) -> None:
     """To rounding; 13 images, so that parts are unequal."""
-    whole, apart = stepper_of(1, dtype), stepper_of(parts, dtype)
+    whole, apart = Small(1, dtype), Small(parts, dtype)
     expected, found = whole.backward(batch_of(13), keep_maps=True), apart.backward(batch_of(13), keep_maps=True)
-    tolerance = 1e-5 if dtype is None else 0.02  # bfloat16 has eight bits
-    for name, gradient in gradients(whole).items():
+    tolerance = 1e-5 if dtype == torch.float32 else 0.02  # bfloat16 has eight bits
+    for name, gradient in whole.gradients().items():
         scale = float(gradient.abs().max())
-        torch.testing.assert_close(gradients(apart)[name], gradient, rtol=0, atol=tolerance * scale, msg=name)
+        torch.testing.assert_close(apart.gradients()[name], gradient, rtol=0, atol=tolerance * scale, msg=name)
     assert found.losses.keys() == expected.losses.keys() == {"loss_class", "loss_distill/a", "loss_kd"}
     for name, loss in expected.losses.items():
         assert float(found.losses[name]) == pytest.approx(float(loss), rel=tolerance)
@@ -99,80 +100,40 @@ def test_parts_are_of_two_images_or_more_and_hold_all(images: int, number: int) 
     assert [path for part in parts for path in part.broken] == batch.broken  # each is told once
 
 
-def _in_two(rank: int, url: str, folder: Path, dtype: torch.dtype | None) -> None:
+def _in_two(rank: int, url: str, folder: Path, dtype: torch.dtype) -> None:
     torch.distributed.init_process_group("gloo", init_method=url, rank=rank, world_size=2)
-    stepper, batch = stepper_of(2, dtype, world=2), batch_of(12)
+    small, batch = Small(2, dtype), batch_of(12)
     exchanged = []
-    ddp = stepper.step.student
-    assert isinstance(ddp, nn.parallel.DistributedDataParallel)
 
     def count(state: Any, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         exchanged.append(bucket.buffer().numel())
         return allreduce_hook(torch.distributed.group.WORLD, bucket)
 
-    ddp.register_comm_hook(None, count)
-    stepper.backward(Batch(batch.images[rank::2], batch.targets[rank::2], []))
-    trained = sum(parameter.numel() for parameter in stepper.student.parameters())
+    small.wrapped.register_comm_hook(None, count)
+    small.backward(Batch(batch.images[rank::2], batch.targets[rank::2], []))
+    trained = sum(parameter.numel() for parameter in small.student.parameters())
     torch.save(
-        {"gradients": gradients(stepper), "exchanged": sum(exchanged), "trained": trained}, folder / f"{rank}.pth"
+        {"gradients": small.gradients(), "exchanged": sum(exchanged), "trained": trained}, folder / f"{rank}.pth"
     )
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_two_processes_with_a_step_in_parts_exchange_gradients_once(tmp_path: Path, dtype: torch.dtype | None) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_processes_with_a_step_in_parts_exchange_gradients_once(tmp_path: Path, dtype: torch.dtype) -> None:
     url = f"tcp://127.0.0.1:{free_port()}"
     torch.multiprocessing.start_processes(_in_two, (url, tmp_path, dtype), nprocs=2, start_method="fork")
     one, two = (torch.load(tmp_path / f"{rank}.pth", weights_only=True) for rank in (0, 1))
     assert one["exchanged"] == two["exchanged"] == one["trained"]
-    whole = stepper_of(1, dtype)
+    whole = Small(1, dtype)
     whole.backward(batch_of(12))
-    for name, gradient in gradients(whole).items():
+    for name, gradient in whole.gradients().items():
         assert torch.equal(one["gradients"][name], two["gradients"][name])
         scale = float(gradient.abs().max())
-        tolerance = 1e-5 if dtype is None else 0.02
+        tolerance = 1e-5 if dtype == torch.float32 else 0.02
         torch.testing.assert_close(one["gradients"][name], gradient, rtol=0, atol=tolerance * scale, msg=name)
 
 
 # ---- what is not finite
-
-
-def test_what_is_not_finite_is_found_and_undone() -> None:
-    stepper = stepper_of(restorable=True, norm="bn")
-    before = {name: value.clone() for name, value in stepper.student.state_dict().items()}
-    fine = stepper.backward(batch_of(6))
-    assert int(fine.offence) == 0
-    for name, value in stepper.student.state_dict().items():
-        value.copy_(before[name])
-    with torch.no_grad():
-        stepper.student.network[0].weight[0, 0, 0, 0] = math.nan
-    before = {name: value.clone() for name, value in stepper.student.state_dict().items()}
-    bad = stepper.backward(batch_of(6))
-    assert stepper.name_of(int(bad.offence), bad.losses) == "loss_class"
-    stepper.discard()
-    for name, value in stepper.student.state_dict().items():
-        torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
-    assert all(parameter.grad is None for parameter in stepper.student.parameters())
-
-
-def test_a_gradient_that_is_not_finite_is_named() -> None:
-    stepper = stepper_of()
-    stepper.student.network[4].bias.register_hook(lambda gradient: gradient / 0.0)
-    found = stepper.backward(batch_of(6))
-    assert all(torch.isfinite(loss) for loss in found.losses.values())
-    assert stepper.name_of(int(found.offence), found.losses) == "the gradient of network.4.bias"
-
-
-def test_a_scaler_bears_infinite_gradients_while_it_can_scale_less() -> None:
-    stepper = stepper_of()
-    stepper.scaler = torch.amp.GradScaler("cpu")
-    stepper.student.network[4].bias.register_hook(lambda gradient: gradient * math.nan)
-    borne = 0
-    while not int((found := stepper.backward(batch_of(6))).offence) and borne < 100:
-        stepper.apply()
-        borne += 1
-    assert stepper.name_of(int(found.offence), found.losses) == "the gradient of network.4.bias"
-    assert 15 < borne < 40 and 0.0 < stepper.scaler.get_scale() < 1.0
 
 
 class Spoiler(nn.Module):
@@ -182,12 +143,12 @@ class Spoiler(nn.Module):
         super().__init__()
         self.inner = inner
         self.passes = passes
-        self.count = 0
+        self.count = [0]  # a plain number would be restored after a skipped step
 
     def forward(self, images: Tensor) -> Tensor:
         if self.training:
-            self.count += 1
-        return self.inner(images * math.inf if self.training and self.count in self.passes else images)
+            self.count[0] += 1
+        return self.inner(images * math.inf if self.training and self.count[0] in self.passes else images)
 
 
 def trainer_of(data: Path, folder: Path, process: Process, passes: set[int], *arguments: object) -> Trainer:
@@ -206,12 +167,12 @@ def test_steps_are_skipped_as_allowed_and_counted(data: Path, tmp_path: Path) ->
     assert [line["skipped_steps"] for line in progress.history] == [2, 3]
     assert all(math.isfinite(line["train_loss"]) for line in progress.history)
     assert all(torch.isfinite(value).all() for value in trainer.student.state_dict().values())
-    assert [folder.name for folder in (tmp_path / "nonfinite").iterdir()] == ["epoch_0001_step_000002"]
+    assert [file.name for file in (tmp_path / "nonfinite").iterdir()] == ["epoch_0001_step_000002.pth"]
 
 
 def test_more_in_a_row_than_allowed_stop_the_run(data: Path, tmp_path: Path) -> None:
     trainer = trainer_of(data, tmp_path, Process(0, 1, 0, 1, CPU), {2, 3}, "--skip-nonfinite", 1)
-    with pytest.raises(CommonError, match=r"loss_class is not finite at epoch 1, step 3 \(rank 0\)") as stopped:
+    with pytest.raises(CommonError, match=r"loss_class is nan.* at epoch 1, step 3, .*; stopped after 1 ") as stopped:
         trainer.fit()
     assert "the last checkpoint is from before" in str(stopped.value)
 
@@ -227,7 +188,7 @@ def _skipping(rank: int, url: str, data: Path, folder: Path, allowed: int) -> No
         trainer.fit()
     except CommonError as error:
         said = str(error)
-    found = {"said": said, "skipped": trainer.progress.skipped, "weights": trainer.student.network.state_dict()}
+    found = {"said": said, "skipped": trainer.nonfinite.skipped, "weights": trainer.student.network.state_dict()}
     torch.save(found, folder / f"found_{rank}.pth")
     torch.distributed.destroy_process_group()
 
@@ -239,39 +200,35 @@ def test_processes_skip_and_stop_alike(data: Path, tmp_path: Path, allowed: int)
     arguments = (url, data, tmp_path, allowed)
     torch.multiprocessing.start_processes(_skipping, arguments, nprocs=2, start_method="fork")
     one, two = (torch.load(tmp_path / f"found_{rank}.pth", weights_only=True) for rank in (0, 1))
-    assert one["skipped"] == two["skipped"] == 2
+    assert one["skipped"] == two["skipped"] == allowed
     assert one["said"] == two["said"]
-    assert ("(rank 1)" in one["said"]) == (allowed == 1)
+    assert ("on rank 1" in one["said"]) == (allowed == 1)
     weights = [name for name, value in one["weights"].items() if value.is_floating_point() and "running" not in name]
     assert all(torch.equal(one["weights"][name], two["weights"][name]) for name in weights)
     if allowed == 2:
         assert all(torch.isfinite(value).all() for value in one["weights"].values())
         return
-    folder = tmp_path / "nonfinite" / "epoch_0001_step_000003"
-    assert sorted(file.name for file in folder.iterdir()) == ["rank_0000.pth", "rank_0001.pth", "student.pth"]
+    kept = torch.load(tmp_path / "nonfinite" / "epoch_0001_step_000003.pth", weights_only=True)
+    fine, bad = kept["nonfinite"]["processes"]
+    assert fine["batch"] is None and len(bad["batch"]["targets"]) == len(bad["images"])
 
 
 def test_what_was_kept_repeats_the_step(base: Run, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Weights that a rate of 1e30 drove out of what float32 holds; dropout, and so random numbers, too."""
     assert base(data, "--arch", "mobilenet_v2", "--lr", "1e30", "--epochs", 3) == 2
     said = capsys.readouterr().err
-    assert "is not finite at epoch 1, step 2 (rank 0)" in said
-    folder = tmp_path / "run" / "nonfinite" / "epoch_0001_step_000002"
-    assert f"{folder} has what is needed to repeat it" in said
-    state, own = (torch.load(folder / name, weights_only=True) for name in ("student.pth", "rank_0000.pth"))
-    assert len(own["files"]) == len(own["targets"]) == 8
-    assert all((data / "train" / file).exists() for file in own["files"])
+    path = tmp_path / "run" / "nonfinite" / "epoch_0001_step_000002.pth"
+    assert f" at epoch 1, step 2, images {data}" in said and f"{path} repeats the step; stopped." in said
+    state = torch.load(path, weights_only=True)
+    (own,) = state["nonfinite"]["processes"]
+    images, targets = own["batch"]["images"], own["batch"]["targets"]
+    assert len(own["images"]) == len(targets) == 8 and all(Path(file).exists() for file in own["images"])
     student = Student(build(state["arch"], len(CLASSES)))
     student.network.load_state_dict(state["student"])
     student.network.to(memory_format=torch.channels_last)
-    torch.set_rng_state(own["random"]["torch"])
-    images, targets = Intake(CPU, False)(Batch(own["images"], own["targets"], []))
-    losses = student.train()(images, targets, {}, None).losses
+    torch.set_rng_state(state["processes"][0]["random"]["torch"])
+    losses = student.train()(*Intake(CPU, False)(Batch(images, targets, [])), {}, None).losses
     repeated = losses["loss_class"].item() / len(targets)
     kept = own["losses"]["loss_class"]
     assert repeated == kept or (math.isnan(repeated) and math.isnan(kept))
     assert not math.isfinite(repeated)
-
-
-def test_the_largest_of_one_process_is_its_own() -> None:
-    assert largest(torch.tensor([3, 0])) == [3, 0]

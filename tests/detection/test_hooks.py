@@ -13,11 +13,9 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 from detectron2.engine import HookBase
 from training_runs import in_process_trainer, same_tensors
 
-import d2_mgd.distill.distiller as distiller_module
-from d2_mgd.detection.hooks import MatchingHook, RematchError
+from d2_mgd.detection.hooks import MatchingHook
 from d2_mgd.detection.loader import TrainLoader
 from d2_mgd.distill import load_reports
-from d2_mgd.matching import SolverError
 from d2_mgd.training.randomness import random_state
 
 
@@ -118,61 +116,6 @@ def test_nothing_is_distilled_before_the_first_matching(workplace: Any, tmp_path
     assert [path.name for path in (tmp_path / "matching").iterdir()] == ["iter_0000004.npz"]
     losses = [value for value, _ in trainer.storage.history("loss_distill/p4").values()]
     assert losses[:4] == [0.0] * 4 and min(losses[4:]) > 0
-
-
-def test_a_bad_cost_keeps_the_matching_in_force(
-    workplace: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    trainer = in_process_trainer(workplace, tmp_path)
-    hook, distiller = hook_of(trainer), trainer.detector.distiller
-    with pytest.raises(RematchError, match=r"the first matching cannot be found: feature res4: .* not finite"):
-        break_teacher(trainer)
-        hook.rematch(0)
-    trainer = in_process_trainer(workplace, tmp_path)
-    trainer.train()
-    hook, distiller = hook_of(trainer), trainer.detector.distiller
-    before = distiller.matchings
-    break_teacher(trainer)
-    with caplog.at_level(logging.WARNING, "d2_mgd"):
-        hook.rematch(6)
-    assert "not finite" in caplog.text and "The matching in force stays." in caplog.text
-    assert all((before[name].groups == now.groups).all() for name, now in distiller.matchings.items())
-    assert distiller.costs["res4"].num_images == 0
-
-
-def failing(error: Exception) -> Any:
-    def fail(*arguments: Any) -> Any:
-        raise error
-
-    return fail
-
-
-def test_a_solver_that_fails_keeps_the_matching_in_force(
-    workplace: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trainer = in_process_trainer(workplace, tmp_path)
-    hook, distiller = hook_of(trainer), trainer.detector.distiller
-    with monkeypatch.context() as patch:
-        patch.setattr(distiller_module, "solve_matching", failing(SolverError("the flow solver ended with status 3.")))
-        with pytest.raises(RematchError, match=r"the first matching cannot be found: the flow solver ended with st"):
-            hook.rematch(0)
-    trainer.train()
-    before = distiller.matchings
-    monkeypatch.setattr(
-        distiller_module, "solve_matching", failing(SolverError("the flow solver ended with status 3."))
-    )
-    with caplog.at_level(logging.WARNING, "d2_mgd"):
-        hook.rematch(6)
-    assert "the flow solver ended with status 3. The matching in force stays." in caplog.text
-    assert all((before[name].groups == now.groups).all() for name, now in distiller.matchings.items())
-    monkeypatch.setattr(distiller.costs["p4"], "all_reduce", failing(RuntimeError("Connection reset by peer")))
-    with pytest.raises(RuntimeError, match="Connection reset by peer"):
-        hook.rematch(6)
-
-
-def break_teacher(trainer: Any) -> None:
-    with torch.no_grad():
-        trainer.detector.teacher.model.backbone.bottom_up.stem.conv1.weight.fill_(float("nan"))
 
 
 def test_a_longer_training_catches_up_on_the_rematch_at_the_end_of_a_shorter(workplace: Any, tmp_path: Path) -> None:

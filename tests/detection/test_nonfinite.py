@@ -16,7 +16,7 @@ from detectron2.engine import HookBase
 from disturbed import BreakPredictions, BreakTeacher
 from training_runs import ROOT, in_process_trainer, run, same_tensors
 
-from d2_mgd.detection.nonfinite import NonFiniteError
+from d2_mgd.training.nonfinite import NonFiniteError
 
 # batch-norm on the student's side has running statistics, which a bad batch must not reach
 SYNC = ("MGD.NORM", "bn", "MGD.STUDENT.TRAIN_LAST_NORM", "sync_bn")
@@ -46,7 +46,7 @@ class Recorder(HookBase):
 
 def errors(text: str) -> list[str]:
     """What processes said at their end, once each: on a busy machine the second one says the same too."""
-    return sorted({line for line in text.splitlines() if line.startswith("train_net.py: error: ")})
+    return sorted({line for line in text.splitlines() if line.startswith("disturbed.py: error: ")})
 
 
 def disturbed(workplace: Any, output: Path, hook: HookBase, *overrides: Any, resume: bool = False) -> Any:
@@ -63,7 +63,7 @@ def test_a_loss_that_is_not_finite_is_named_and_can_be_repeated(workplace: Any, 
     dump = torch.load(path, weights_only=True)
     (process,) = dump["nonfinite"]["processes"]
     assert str(caught.value) == (
-        f"loss_distill/p4 is nan at iteration 3, images {', '.join(process['images'])}; {path} holds what repeats it; "
+        f"loss_distill/p4 is nan at iteration 3, images {', '.join(process['images'])}; {path} repeats the step; "
         "stopped."
     )
     assert len(process["images"]) == 2 and all(Path(name).exists() for name in process["images"])
@@ -93,9 +93,9 @@ def test_steps_may_be_left_out_a_few_times_in_a_row(
     trainer = disturbed(workplace, tmp_path, BreakTeacher(1, 2), "MGD.NONFINITE.SKIP", "2", *SYNC)
     with caplog.at_level(logging.WARNING, "d2_mgd"):
         trainer.train()
-    said = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    said = [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()]
     assert [text.rsplit("; ", 1)[1] for text in said] == [
-        f"the step is left out, {number} in a row of at most 2." for number in (1, 2)
+        f"the step is skipped, {number} in a row of at most 2." for number in (1, 2)
     ]
     states = trainer._hooks[-1].states
     assert same_tensors(states[0], states[1]) and not same_tensors(states[2], states[3])
@@ -107,10 +107,10 @@ def test_steps_may_be_left_out_a_few_times_in_a_row(
 
 def test_too_many_in_a_row_stop_also_across_a_restart(workplace: Any, tmp_path: Path) -> None:
     skip = ("MGD.NONFINITE.SKIP", "2", "SOLVER.CHECKPOINT_PERIOD", "2")
-    with pytest.raises(NonFiniteError, match=r"at iteration 3, .*; stopped after 2 in a row were left out\.$"):
+    with pytest.raises(NonFiniteError, match=r"at iteration 3, .*; stopped after 2 skipped steps in a row\.$"):
         disturbed(workplace, tmp_path, BreakTeacher(1, 5), *skip).train()
     (tmp_path / "last_checkpoint").write_text("model_0000001.pth")  # after the first that was left out
-    with pytest.raises(NonFiniteError, match=r"at iteration 3, .*; stopped after 2 in a row"):
+    with pytest.raises(NonFiniteError, match=r"at iteration 3, .*; stopped after 2 skipped steps in a row"):
         disturbed(workplace, tmp_path, BreakTeacher(1, 5), *skip, resume=True).train()
 
 
@@ -180,13 +180,13 @@ def test_no_process_waits_in_a_norm_for_one_whose_predictions_fail(
     done = run([*TORCHRUN, *disturbed_run], check=False)
     sentences = errors(done.stderr)
     assert len(sentences) == 1, done.stderr[-4000:]
-    assert "contain Inf/NaN. Training has diverged at iteration 1 of process 1, images " in sentences[0]
+    assert "contain Inf/NaN. Training has diverged at iteration 1 on rank 1, images " in sentences[0]
 
 
 def test_where_nothing_can_be_written_the_end_is_the_same(workplace: Any, tmp_path: Path) -> None:
     (tmp_path / "nonfinite").write_text("a file in the way of the folder")
     trainer = disturbed(workplace, tmp_path, BreakTeacher(0, 0))
-    with pytest.raises(NonFiniteError, match=r"what repeats it cannot be written to .*: File exists; stopped\.$"):
+    with pytest.raises(NonFiniteError, match=r"repeat the step, cannot be written: File exists; stopped\.$"):
         trainer.train()
 
 
@@ -198,8 +198,8 @@ def test_what_happens_to_one_of_two_processes_happens_to_both(workplace: Any, tm
     assert done.returncode != 0
     sentences = errors(done.stderr)
     assert len(sentences) == 1, done.stderr[-4000:]
-    assert sentences[0].startswith("train_net.py: error: loss_distill/p4 is nan at iteration 3 of process 1, images ")
-    assert sentences[0].endswith("; stopped after 1 in a row were left out.")
+    assert sentences[0].startswith("disturbed.py: error: loss_distill/p4 is nan at iteration 3 on rank 1, images ")
+    assert sentences[0].endswith("; stopped after 1 skipped steps in a row.")
     first, left_out = (checkpoint(tmp_path, f"model_000000{number}.pth")["model"] for number in (1, 2))
     assert same_tensors(first, left_out)
     one, other = checkpoint(tmp_path / "nonfinite", "iter_0000003.pth")["nonfinite"]["processes"]

@@ -120,7 +120,7 @@ def test_told_to_leave_before_the_first_step_there_is_nothing_to_save(
 def test_a_second_ctrl_c_leaves_at_once() -> None:
     child = os.fork()
     if child == 0:
-        hook = PreemptionHook(lambda name: None)
+        hook = PreemptionHook(lambda name: None, lambda: 0)
         hook.before_train()
         for pause in (0.0, 1.2):
             time.sleep(pause)
@@ -131,7 +131,7 @@ def test_a_second_ctrl_c_leaves_at_once() -> None:
 
 
 def test_one_ctrl_c_that_arrives_twice_is_one() -> None:
-    hook = PreemptionHook(lambda name: None)
+    hook = PreemptionHook(lambda name: None, lambda: 0)
     hook.before_train()
     try:
         for _ in range(2):

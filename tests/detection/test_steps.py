@@ -15,11 +15,12 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
 from detectron2.utils.events import EventStorage
 from tiny_detectors import batch, built, lively, matched, tiny_fcos
-from torch.nn.parallel import DistributedDataParallel
 from training_runs import in_process_trainer, same_tensors
 
-from d2_mgd.detection.nonfinite import NonFiniteError, NonFinitePolicy
-from d2_mgd.detection.steps import Precision, StepTrainer, predict_in_float32
+from benchmarks.traffic.collectives import Meter
+from d2_mgd.detection.steps import StepTrainer, predict_in_float32
+from d2_mgd.training.nonfinite import NonFiniteError, NonFinitePolicy
+from d2_mgd.training.steps import Precision
 
 BFLOAT16 = ("SOLVER.AMP.ENABLED", "True")
 PARTS = ("SOLVER.IMS_PER_BATCH", "4", "MGD.ACCUMULATE", "2")
@@ -41,9 +42,17 @@ def step_trainer(model: nn.Module, batches: Any, parts: int = 1, precision: Prec
     return StepTrainer(model, batches, optimizer, policy=policy, micro_batches=parts, precision=precision)
 
 
-def stepped(model: Any, batches: list[Any], parts: int = 1, precision: Precision | None = None) -> dict[str, Tensor]:
-    """Weights after a step with each batch, and gradients and losses of the last."""
+def stepped(
+    model: Any,
+    batches: list[Any],
+    parts: int = 1,
+    precision: Precision | None = None,
+    exchanges: list[int] | None = None,
+) -> dict[str, Tensor]:
+    """Weights after a step with each batch, and gradients and losses of the last; counts DDP's ``exchanges``."""
     trainer = step_trainer(model, batches, parts, precision)
+    if exchanges is not None:
+        trainer.wrapped.register_comm_hook(exchanges, _counted)
     with EventStorage(0) as storage:
         for _ in batches:
             trainer.run_step()
@@ -86,17 +95,25 @@ def _rank(rank: int, world: int, folder: str) -> None:
     results = {}
     for dtype in (torch.float32, torch.bfloat16):
         precision = Precision("cpu", dtype)
-        model = DistributedDataParallel(per_image_detector())
-        exchanges: list[int] = []
-        model.register_comm_hook(exchanges, _counted)
-        with_parts = stepped(model, mine, 2, precision)
-        once = len(exchanges)
-        stepped(model, mine, 1, precision)
-        assert len(exchanges) == 2 * once  # as often as with whole batches
-        results[dtype] = {key.replace("module.", ""): value for key, value in with_parts.items()}
+        exchanges: dict[int, list[int]] = {1: [], 2: []}
+        results[dtype] = stepped(per_image_detector(), mine, 2, precision, exchanges[2])
+        stepped(per_image_detector(), mine, 1, precision, exchanges[1])
+        assert exchanges[2] == exchanges[1] != []  # as often as with whole batches
     if rank == 0:
-        torch.save(results, Path(folder) / "results.pth")
+        torch.save((results, _collectives(mine)), Path(folder) / "results.pth")
+    else:
+        _collectives(mine)
     dist.destroy_process_group()
+
+
+def _collectives(batches: list[Any]) -> dict[str, int]:
+    """Collectives of the steps, beside those of DDP."""
+    trainer, meter = step_trainer(per_image_detector(), batches, 2), Meter()
+    meter.attach(trainer, "_write_metrics", "log")
+    with EventStorage(0), meter.counting():
+        for _ in batches:
+            trainer.run_step()
+    return {name: count for name, count in meter.calls.items() if not name.startswith("log")}
 
 
 def _counted(exchanges, bucket):  # type: ignore[no-untyped-def]  # DDP reads annotations, and wants no text
@@ -107,7 +124,8 @@ def _counted(exchanges, bucket):  # type: ignore[no-untyped-def]  # DDP reads an
 
 def test_parts_on_two_processes_give_the_step_of_one(whole: dict[str, Tensor], tmp_path: Path) -> None:
     mp.spawn(_rank, args=(2, str(tmp_path)), nprocs=2)
-    results = torch.load(tmp_path / "results.pth", weights_only=False)
+    results, collectives = torch.load(tmp_path / "results.pth", weights_only=False)
+    assert collectives == {"other: all_reduce": 2}  # one a step
     assert_close(results[torch.float32], whole)
     half = stepped(per_image_detector(), four_images(), 1, Precision("cpu", torch.bfloat16))
     found, wanted = (_gradient(one) for one in (results[torch.bfloat16], half))

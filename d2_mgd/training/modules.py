@@ -5,21 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import detectron2.utils.comm as comm
-from detectron2.config import CfgNode
 from torch import nn
 
 Numbers = dict[str, dict[str, "int | float"]]
 
 
-def run_seed(cfg: CfgNode) -> int:
-    """SEED, or where it is -1 a drawn one, the same in all processes; then a collective."""
-    return cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
-
-
 @contextmanager
 def preserved_modes(module: nn.Module) -> Iterator[None]:
-    """Every submodule is in training or evaluation mode afterwards as it was before, one by one."""
+    """Context that restores the training or evaluation mode of every submodule at its end."""
     modes = [(submodule, submodule.training) for submodule in module.modules()]
     try:
         yield

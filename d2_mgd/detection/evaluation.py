@@ -1,0 +1,91 @@
+"""Evaluations that leave a training as it was."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections import OrderedDict
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
+from torch import nn
+
+from d2_mgd.detection.config_loaders import build_evaluation_loader
+from d2_mgd.detection.datasets import check_classes
+from d2_mgd.detection.loader import PassLoader
+from d2_mgd.training.modules import preserved_modes
+from d2_mgd.training.processes import rank
+from d2_mgd.training.randomness import preserved_randomness
+
+logger = logging.getLogger(__name__)
+
+
+class EvaluatingTrainer(DefaultTrainer):
+    """Detectron2's trainer, with metrics in a file and evaluations of the teacher."""
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> PassLoader:
+        """The images of one of DATASETS.TEST, one at a time."""
+        return build_evaluation_loader(cfg, dataset_name)
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
+        """COCO's metrics, for any set with boxes: Detectron2 converts those in other formats."""
+        return COCOEvaluator(dataset_name, output_dir=output_folder or _inference_dir(cfg, dataset_name))
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators: list[DatasetEvaluator] | None = None) -> dict[str, Any]:
+        """Evaluate on every set of DATASETS.TEST, and write each's metrics to ``inference/<set>/results.json``.
+
+        Random state and modes of ``model`` are afterwards as before.
+
+        Returns:
+            dict: task -> metric -> number, or data set -> that, where there are several; empty in other processes.
+        """
+        with preserved_randomness(), preserved_modes(model):
+            results = super().test(cfg, model, evaluators)
+        by_name = {cfg.DATASETS.TEST[0]: results} if len(cfg.DATASETS.TEST) == 1 else results
+        if rank() == 0:
+            for name, metrics in by_name.items():
+                _write_results(os.path.join(_inference_dir(cfg, name), "results.json"), metrics)
+        return results
+
+    @classmethod
+    def test_teacher(cls, cfg: CfgNode, teacher: Any) -> dict[str, Any]:
+        """Evaluate the teacher alone, on the student's DATASETS.TEST with the teacher's own input settings.
+
+        Args:
+            cfg: the training's config.
+            teacher: a :class:`~d2_mgd.detection.teacher.FrozenTeacher`.
+        """
+        own = teacher.cfg.clone()
+        own.defrost()
+        own.DATASETS.TEST = cfg.DATASETS.TEST
+        own.DATALOADER.NUM_WORKERS = cfg.DATALOADER.NUM_WORKERS
+        own.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "teacher")
+        own.freeze()
+        check_classes(
+            cfg.DATASETS.TEST, teacher.model, "a teacher of other classes can teach, but not be evaluated here"
+        )
+        logger.info("Evaluating the teacher %s", teacher.weights_path)
+        return cls.test(own, teacher.model)
+
+
+def _inference_dir(cfg: CfgNode, dataset_name: str) -> str:
+    return os.path.join(cfg.OUTPUT_DIR, "inference", dataset_name)
+
+
+def _write_results(path: str, metrics: dict[str, Any]) -> None:
+    """Metrics as strict json: what is not a number, such as the AP of a class without objects, is null."""
+    plain = OrderedDict(
+        (task, {name: None if math.isnan(value) else float(value) for name, value in numbers.items()})
+        for task, numbers in metrics.items()
+    )
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(plain, file, indent=2)
+        file.write("\n")
