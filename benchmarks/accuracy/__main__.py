@@ -20,12 +20,12 @@ from pathlib import Path
 import torch
 
 from benchmarks.accuracy.data import StudyError
+from benchmarks.accuracy.engine import Engine
 from benchmarks.accuracy.loading import load_study
 from benchmarks.accuracy.report import write_report
 from benchmarks.accuracy.results import Results, plot, projection_table, rematch_table, table
 from benchmarks.accuracy.runner import run_study
 from benchmarks.accuracy.study import AnyStudy
-from benchmarks.accuracy.training import Engine
 
 HERE = Path(__file__).resolve().parent
 STUDIES = HERE / "studies"

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from benchmarks.accuracy.data import StudyError
+from benchmarks.accuracy.engine import Engine, Outcome
 from benchmarks.accuracy.study import TEACHER, AnyRun, AnyStudy, Study
-from benchmarks.accuracy.training import Engine, Outcome
 from benchmarks.machine import commit, processor, versions
 from benchmarks.tables import markdown
 

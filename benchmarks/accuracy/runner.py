@@ -17,11 +17,10 @@ import torch
 
 from benchmarks.accuracy.commands import FINISHED, CommandRun, run_command
 from benchmarks.accuracy.data import Choice, Split, StudyError, load_split
+from benchmarks.accuracy.engine import Engine, Outcome, WeightStore, error_line
 from benchmarks.accuracy.results import Results, as_line
 from benchmarks.accuracy.study import AnyRun, AnyStudy, Run, Study
-from benchmarks.accuracy.training import Engine, Outcome, WeightStore, error_line, train
-
-__all__ = ["Failure", "run_study"]
+from benchmarks.accuracy.training import train
 
 logger = logging.getLogger(__name__)
 

@@ -7,8 +7,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["Maps", "Steps"]
-
 Maps = dict[str, Tensor]
 
 _WARM_UP = 3  # eager steps before the first capture: libraries initialise, torch.compile compiles

@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from benchmarks.accuracy.data import Choice
+from benchmarks.accuracy.engine import Engine, Outcome
 from benchmarks.accuracy.networks import Staged
 from benchmarks.accuracy.results import Results
 from benchmarks.accuracy.runner import _Place, _work
 from benchmarks.accuracy.study import Recipe, Run
-from benchmarks.accuracy.training import Engine, Outcome
 from tests.benchmarks.accuracy.conftest import run, written
 
 CPU = torch.device("cpu")

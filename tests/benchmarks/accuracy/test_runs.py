@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from benchmarks.accuracy.__main__ import main
+from benchmarks.accuracy.engine import WeightStore
 from benchmarks.accuracy.loading import load_study
 from benchmarks.accuracy.results import Results, table
-from benchmarks.accuracy.training import WeightStore
 from tests.benchmarks.accuracy.conftest import STUDY, command, run, written
 
 

@@ -12,9 +12,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.accuracy.data import Choice, load_split
+from benchmarks.accuracy.distillation import Distillation
+from benchmarks.accuracy.engine import Engine, Outcome, WeightStore
 from benchmarks.accuracy.networks import build_network
 from benchmarks.accuracy.study import Method, Recipe, Run
-from benchmarks.accuracy.training import Engine, Outcome, WeightStore, _Distillation, _Training, train
+from benchmarks.accuracy.training import _Training, train
 
 CPU = torch.device("cpu")
 
@@ -115,7 +117,7 @@ def test_no_step_waits_for_the_device(options: dict[str, Any], data: Path) -> No
         recipe = Recipe(epochs=1, batch=batch, lr=0.01, drops=())
         found = Run("a", "resnet8", Choice(pixels=8), recipe, 0, distil=Method(**options))
         student, teacher = build_network("resnet8", 3), build_network("resnet8x2", 3)
-        distillation = _Distillation(Method(**options), student, teacher, Engine(CPU))
+        distillation = Distillation(Method(**options), student, teacher, Engine(CPU))
         training = _Training(found, student, split, Engine(CPU), distillation, Outcome())
         training.rematch(0)
         with Waits() as waits:
