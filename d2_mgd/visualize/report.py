@@ -178,9 +178,14 @@ def _inline(text: str) -> str:
 
 
 _CSS = """
-:root { --ink: #1d2329; --soft: #5b6671; --line: #e2e6ea; --wash: #f5f7f9; --accent: #0072b2; }
+:root { color-scheme: light dark; --paper: #fff; --ink: #1d2329; --soft: #5b6671; --line: #e2e6ea; --wash: #f5f7f9;
+  --accent: #0072b2; }
+@media screen and (prefers-color-scheme: dark) {
+  :root { --paper: #14191e; --ink: #e3e8ec; --soft: #a3afba; --line: #37414b; --wash: #1f272e; --accent: #58b0e6; }
+  img { background: #fff; border-radius: 4px; }
+}
 * { box-sizing: border-box; }
-body { margin: 0; background: #fff; color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto,
+body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto,
   "Helvetica Neue", Arial, sans-serif; }
 main { max-width: 62rem; margin: 0 auto; padding: 2.5rem 1.5rem 4rem; }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .6rem; letter-spacing: -.01em; }
@@ -207,6 +212,7 @@ figcaption { color: var(--soft); font-size: .92rem; margin-top: .4rem; max-width
 .track { background: var(--wash); border-radius: 4px; height: 1.35rem; overflow: hidden; }
 .fill { display: block; height: 100%; border-radius: 4px; }
 .value { font-weight: 600; font-variant-numeric: tabular-nums; }
-@media (max-width: 34rem) { .bar { grid-template-columns: 1fr 5rem; } .track { grid-row: 2; grid-column: 1 / 3; } }
+@media (max-width: 34rem) { .bar { grid-template-columns: 1fr 5rem; } .track { grid-row: 2; grid-column: 1 / 3; }
+  .value { text-align: right; } figure { overflow-x: auto; } figure img { max-width: none; width: 42rem; } }
 @media print { main { padding: 0; } h2 { break-after: avoid; } figure { break-inside: avoid; } }
 """
