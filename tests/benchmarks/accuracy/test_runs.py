@@ -131,7 +131,7 @@ def test_what_could_not_be_measured_is_named_beside_its_result(
     assert run(study, tmp_path, data, *only) == 1
     shown = capsys.readouterr()
     assert "| conv1x1 |" in shown.out
-    assert "failed: conv1x1, seed 0: the learned projections were not measured: ValueError" in shown.err
+    assert "failed: conv1x1, seed 0: the learned projections were not measured: UserError" in shown.err
     assert run(study, tmp_path, data, *only) == 0
 
 
