@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import math
 import signal
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from classification.checkpoint import STUDENT_LAST, checkpoints_of
+from classification.checkpoint import STUDENT_LAST
 from classification.data import (
     Batch,
     ImageDataset,
-    ShuffledBatches,
     image_statistics,
     loader,
     rematch_indices,
@@ -25,116 +22,32 @@ from classification.data import (
     strided_batches,
 )
 from classification.data_parallel import over_same_gpus
-from classification.distillation import Classifier, Forward, Student
-from classification.evaluation import Evaluation, Intake, evaluate, progress_bar, until_signal
+from classification.distillation import Classifier, Forward
+from classification.evaluation import Evaluation, evaluate, progress_bar, until_signal
 from classification.metrics import Journal, Remaining, Sums, Throughput
 from classification.options import as_values
-from classification.processes import Process
 from classification.records import write_checkpoint, write_epoch, write_matching
 from classification.schedules import Schedules
-from classification.state import restore_training, training_state
+from classification.state import Progress, Run, restore_training, training_state
 from classification.steps import Found, backward
-from d2_mgd.distill import MatchingGuidedDistiller
 from d2_mgd.distill.rematching import observe_pass, rematch
 from d2_mgd.errors import UserError, located
 from d2_mgd.training import Interrupted, received_signal
-from d2_mgd.training.nonfinite import NonFinitePolicy, StepReport
+from d2_mgd.training.nonfinite import StepReport
 from d2_mgd.training.processes import all_gather, average_buffers, failing_together
 from d2_mgd.training.services import open_logs
-from d2_mgd.training.steps import Stepper
 
 logger = logging.getLogger(__name__)
 
-_ADVICE = (
-    " Try a smaller --learning-rate, --warmup 1 or another --mixed-precision, or skip such steps by --skip-nonfinite; "
-    "the last checkpoint is from before."
-)
 
+class Trainer(Run):
+    """Trains one rank of a run; the arguments are those of :class:`Run`."""
 
-@dataclass
-class Progress:
-    """Where a run is.
-
-    Args:
-        epoch, step: finished epochs, and finished steps of the next one.
-        history: a line an epoch.
-        best: the line with the least top-1 error.
-        teacher: the teacher's errors, where it knows the data's classes.
-    """
-
-    epoch: int = 0
-    step: int = 0
-    history: list[dict[str, Any]] = field(default_factory=list)
-    best: dict[str, Any] | None = None
-    teacher: dict[str, float] | None = None
-
-
-class Trainer:
-    """One rank of a run.
-
-    Args:
-        options: as parsed.
-        process: which rank this is.
-        student: the trainable part, on its device.
-        step: the module that a batch goes through: the student (possibly wrapped) and the teacher.
-        data: the data sets ``train``, ``valid`` and ``rematch``.
-        teacher: what a checkpoint records of the teacher.
-    """
-
-    def __init__(
-        self,
-        options: argparse.Namespace,
-        process: Process,
-        student: Student,
-        step: nn.Module,
-        data: Mapping[str, ImageDataset],
-        teacher: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.options = options
-        self.process = process
-        self.student = student
-        self.step = step
-        self.data = data
-        self.teacher = dict(teacher) if teacher else None
-        self.statistics = image_statistics(student.network)
-        self.intake = Intake(process.device, options.skip_broken_images, self.statistics)
-        self.progress = Progress(epoch=options.start_epoch)
-        self.sums = Sums(process.device)
-        self.summed: list[str] = []  # names of what is summed over the epoch
-        self.checkpoints = checkpoints_of(options.output_dir, options.keep_checkpoints)
-        optimizer = torch.optim.SGD(
-            student.parameters(),
-            options.lr,
-            momentum=options.momentum,
-            weight_decay=options.weight_decay,
-            nesterov=bool(options.nesterov),
-        )
-        self.stepper = Stepper(student, optimizer, student.precision, getattr(step, "student", step))
-        folder = options.output_dir / "nonfinite"
-        self.nonfinite = NonFinitePolicy(
-            student, options.skip_nonfinite, folder, lambda random: training_state(self, random), advice=_ADVICE
-        )
-        self.batch_size = options.batch_size // process.local_world
-        self.workers = math.ceil(options.workers / process.local_world)
-        self.order = ShuffledBatches(len(data["train"]), self.batch_size, options.seed, process.rank, process.world)
-        self.batches = loader(data["train"], self.order, self.workers, process.device, keep=True)
-        self.schedules = Schedules(options, student.distiller, self.order.steps, self.together)
-        self.journal: Journal | None = None
-
-    @property
-    def distiller(self) -> MatchingGuidedDistiller:
-        assert self.student.distiller is not None
-        return self.student.distiller
-
-    @property
-    def together(self) -> int:
-        """Images of a step of all ranks."""
-        return self.batch_size * self.process.world
-
-    @property
-    def finished_steps(self) -> int:
-        """Steps of the whole run."""
-        return self.progress.epoch * self.order.steps + self.progress.step
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.workers = math.ceil(self.options.workers / self.process.local_world)
+        self.batches = loader(self.data["train"], self.order, self.workers, self.process.device, keep=True)
+        self.schedules = Schedules(self.options, self.student.distiller, self.order.steps, self.together)
 
     def fit(self) -> Progress:
         """Train to the last epoch.
@@ -311,7 +224,8 @@ class Trainer:
     def evaluate(self, network: nn.Module | None = None) -> Evaluation:
         """A network, by default the student, on the evaluation split (collective)."""
         network = self.student.network if network is None else network
-        renormalized = renormalize(self.statistics, image_statistics(network)).to(self.process.device)
+        statistics = image_statistics(self.student.network), image_statistics(network)
+        renormalized = renormalize(*statistics).to(self.process.device)
         model = over_same_gpus(self.step, Classifier(network, self.student.precision, renormalized))
         data = self.data["valid"]
         batches = self._strided(data, range(len(data)))

@@ -6,63 +6,59 @@ Each raises a :class:`UserError` where the disk refuses.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from classification.checkpoint import STUDENT_BEST, STUDENT_LAST, save_student
+from classification.state import Run
 from d2_mgd.distill import RematchReport, save_reports
 from d2_mgd.training import disk_errors
 
-if TYPE_CHECKING:
-    from classification.engine import Trainer
 
-__all__ = ["write_checkpoint", "write_epoch", "write_matching"]
-
-
-def write_checkpoint(trainer: Trainer, state: dict[str, Any]) -> None:
+def write_checkpoint(run: Run, state: dict[str, Any]) -> None:
     """Write the state of a training, and move the pointer to it."""
-    if not trainer.process.is_main:
+    if not run.process.is_main:
         return
-    progress = trainer.progress
+    progress = run.progress
     step = f"_step_{progress.step:06d}" if progress.step else ""
-    trainer.checkpoints.write(f"checkpoint_epoch_{progress.epoch:04d}{step}.pth", state, _position(trainer))
+    run.checkpoints.write(f"checkpoint_epoch_{progress.epoch:04d}{step}.pth", state, _position(run))
 
 
-def _position(trainer: Trainer) -> int:
+def _position(run: Run) -> int:
     """How far the run is; it grows also where the number of processes, and so of steps, changes."""
-    images, progress = len(trainer.data["train"]), trainer.progress
-    done = images if progress.step == trainer.order.steps else progress.step * trainer.together
+    images, progress = len(run.data["train"]), run.progress
+    done = images if progress.step == run.order.steps else progress.step * run.together
     return progress.epoch * (images + 1) + done
 
 
-def write_epoch(trainer: Trainer, line: Mapping[str, Any], is_best: bool) -> None:
+def write_epoch(run: Run, line: Mapping[str, Any], is_best: bool) -> None:
     """Write the student's files and the metrics of a finished epoch.
 
     Args:
-        trainer: with the epoch in its history.
+        run: with the epoch in its history.
         line: the epoch's metrics.
         is_best: whether the student is the best so far.
     """
-    if trainer.journal is None:
+    if run.journal is None:
         return
     content = {
-        "arch": trainer.options.arch,
-        "classes": list(trainer.data["train"].folder.classes),
-        "image_size": trainer.options.image_size,
+        "arch": run.options.arch,
+        "classes": list(run.data["train"].folder.classes),
+        "image_size": run.options.image_size,
         "epoch": line["epoch"],
         "err1": line["err1"],
         "err5": line["err5"],
-        "state_dict": trainer.student.network.state_dict(),
+        "state_dict": run.student.network.state_dict(),
     }
     for name in [STUDENT_LAST, *([STUDENT_BEST] if is_best else [])]:
-        save_student(content, trainer.options.output_dir / name, trainer.options.safetensors)
-    trainer.journal.epoch(trainer.progress.history, trainer.finished_steps)
+        save_student(content, run.options.output_dir / name, run.options.safetensors)
+    run.journal.epoch(run.progress.history, run.finished_steps)
 
 
-def write_matching(trainer: Trainer, epoch: int, reports: Mapping[str, RematchReport]) -> None:
+def write_matching(run: Run, epoch: int, reports: Mapping[str, RematchReport]) -> None:
     """Write what a rematch after ``epoch`` epochs found."""
-    if trainer.journal is None:
+    if run.journal is None:
         return
-    trainer.journal.matchings(reports, trainer.finished_steps)
-    path = trainer.options.output_dir / "matching" / f"epoch_{epoch:04d}.npz"
+    run.journal.matchings(reports, run.finished_steps)
+    path = run.options.output_dir / "matching" / f"epoch_{epoch:04d}.npz"
     with disk_errors(path):
         save_reports(path, reports)

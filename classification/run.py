@@ -28,11 +28,12 @@ from classification.checkpoint import (
     read_training_state,
     replace_file,
 )
-from classification.engine import Progress, Trainer
+from classification.engine import Trainer
 from classification.metrics import table
 from classification.models import architecture
 from classification.options import as_values, gives_student
 from classification.processes import Process, launch
+from classification.state import Progress
 from d2_mgd.data.class_folders import find_classes, find_folders
 from d2_mgd.errors import CommonError, UserError
 from d2_mgd.training import (

@@ -1,69 +1,164 @@
-"""The state of a training: all that it goes on from, gathered from its processes and given back to them.
+"""One rank of a run, and the state that all ranks continue from: gathered for a checkpoint, and restored.
 
 Saving changes no result of the run, so a run can be interrupted after any step and end with the same bits.
 """
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from classification.checkpoint import FORMAT
+from classification.checkpoint import FORMAT, checkpoints_of
+from classification.data import ImageDataset, ShuffledBatches, image_statistics
+from classification.distillation import Student
+from classification.evaluation import Intake
+from classification.metrics import Journal, Sums
 from classification.options import as_values
+from classification.processes import Process
+from d2_mgd.distill import MatchingGuidedDistiller
 from d2_mgd.distill.rematching import gather_costs
 from d2_mgd.errors import UserError, reason
+from d2_mgd.training.nonfinite import NonFinitePolicy
 from d2_mgd.training.processes import averaged_buffers, gather
 from d2_mgd.training.randomness import random_state, set_random_state
-
-if TYPE_CHECKING:
-    from classification.engine import Trainer
+from d2_mgd.training.steps import Stepper
 
 logger = logging.getLogger(__name__)
 
 
-def training_state(trainer: Trainer, random: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The state of all processes, in the first one (collective); the others' is not complete.
+_ADVICE = (
+    " Try a smaller --learning-rate, --warmup 1 or another --mixed-precision, or skip such steps by --skip-nonfinite; "
+    "the last checkpoint is from before."
+)
 
-    The student's running statistics are the mean over processes. Within an epoch, each process's own are beside them.
+
+@dataclass
+class Progress:
+    """Where a run is.
+
+    Args:
+        epoch, step: finished epochs, and finished steps of the next one.
+        history: a line an epoch.
+        best: the line with the least top-1 error.
+        teacher: the teacher's errors, where it knows the data's classes.
     """
-    student = trainer.student
-    data = trainer.options.data
+
+    epoch: int = 0
+    step: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best: dict[str, Any] | None = None
+    teacher: dict[str, float] | None = None
+
+
+class Run:
+    """One rank of a run: what is trained, on which data, and how far it is.
+
+    Args:
+        options: as parsed.
+        process: which rank this is.
+        student: the trainable part, on its device.
+        step: the module that a batch goes through: the student (possibly wrapped) and the teacher.
+        data: the data sets ``train``, ``valid`` and ``rematch``.
+        teacher: what a checkpoint records of the teacher.
+    """
+
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        process: Process,
+        student: Student,
+        step: nn.Module,
+        data: Mapping[str, ImageDataset],
+        teacher: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.options = options
+        self.process = process
+        self.student = student
+        self.step = step
+        self.data = data
+        self.teacher = dict(teacher) if teacher else None
+        self.intake = Intake(process.device, options.skip_broken_images, image_statistics(student.network))
+        self.progress = Progress(epoch=options.start_epoch)
+        self.sums = Sums(process.device)
+        self.summed: list[str] = []  # names of what is summed over the epoch
+        self.checkpoints = checkpoints_of(options.output_dir, options.keep_checkpoints)
+        optimizer = torch.optim.SGD(
+            student.parameters(),
+            options.lr,
+            momentum=options.momentum,
+            weight_decay=options.weight_decay,
+            nesterov=bool(options.nesterov),
+        )
+        self.stepper = Stepper(student, optimizer, student.precision, getattr(step, "student", step))
+        folder = options.output_dir / "nonfinite"
+        self.nonfinite = NonFinitePolicy(
+            student, options.skip_nonfinite, folder, lambda random: training_state(self, random), advice=_ADVICE
+        )
+        self.batch_size = options.batch_size // process.local_world
+        self.order = ShuffledBatches(len(data["train"]), self.batch_size, options.seed, process.rank, process.world)
+        self.journal: Journal | None = None
+
+    @property
+    def distiller(self) -> MatchingGuidedDistiller:
+        assert self.student.distiller is not None
+        return self.student.distiller
+
+    @property
+    def together(self) -> int:
+        """Images of a step of all ranks."""
+        return self.batch_size * self.process.world
+
+    @property
+    def finished_steps(self) -> int:
+        """Steps of the whole run."""
+        return self.progress.epoch * self.order.steps + self.progress.step
+
+
+def training_state(run: Run, random: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The state of all ranks, complete on rank 0 (collective).
+
+    The student's running statistics are the mean over ranks. Within an epoch, each rank's own are beside them.
+    """
+    student = run.student
+    data = run.options.data
     own: dict[str, Any] = {
         "random": random or random_state(),
-        "sums": trainer.sums.state_dict(),
-        "broken": sorted(os.path.relpath(path, data) for path in trainer.intake.broken),
+        "sums": run.sums.state_dict(),
+        "broken": sorted(os.path.relpath(path, data) for path in run.intake.broken),
     }
-    if trainer.process.world > 1 and trainer.progress.step:
+    if run.process.world > 1 and run.progress.step:
         own["buffers"] = {name: buffer.cpu() for name, buffer in student.named_buffers() if _differs(buffer)}
-    if student.distiller is not None and trainer.options.mgd_update_source == "online":
+    if student.distiller is not None and run.options.mgd_update_source == "online":
         gather_costs(student.distiller)
     mean = averaged_buffers(student)
     return {
         "format": FORMAT,
-        "arch": trainer.options.arch,
-        "classes": list(trainer.data["train"].folder.classes),
-        "options": as_values(trainer.options),
-        "world": trainer.process.world,
-        "together": trainer.together,
-        "teacher": trainer.teacher,
-        "progress": dict(vars(trainer.progress)),
-        "nonfinite": trainer.nonfinite.state_dict(),
+        "arch": run.options.arch,
+        "classes": list(run.data["train"].folder.classes),
+        "options": as_values(run.options),
+        "world": run.process.world,
+        "together": run.together,
+        "teacher": run.teacher,
+        "progress": dict(vars(run.progress)),
+        "nonfinite": run.nonfinite.state_dict(),
         "student": _with_means(student.network, "network.", mean),
         "distiller": None if student.distiller is None else _with_means(student.distiller, "distiller.", mean),
         "costs": None if student.distiller is None else student.distiller.cost_state_dict(),
-        "optimizer": trainer.stepper.optimizer.state_dict(),
-        "scaler": trainer.student.precision.scaler.state_dict(),
+        "optimizer": run.stepper.optimizer.state_dict(),
+        "scaler": run.student.precision.scaler.state_dict(),
         "processes": gather(own),
     }
 
 
 def _differs(buffer: Tensor) -> bool:
-    """Whether processes may hold different values: running statistics may."""
+    """Whether ranks may have different values: running statistics may."""
     return buffer.dtype in (torch.float32, torch.float64)
 
 
@@ -74,28 +169,28 @@ def _with_means(module: nn.Module, prefix: str, mean: Mapping[str, Tensor]) -> d
     return state  # with its metadata, by which some networks know the version of their weights
 
 
-def restore_training(trainer: Trainer, state: Mapping[str, Any]) -> None:
-    """Go on from :func:`training_state`, in every process.
+def restore_training(run: Run, state: Mapping[str, Any]) -> None:
+    """Continue from :func:`training_state`, on every rank.
 
     Raises:
         UserError: the state is of another distiller.
     """
-    _load_modules(trainer, state)
-    if state["costs"] and trainer.process.is_main:
-        trainer.distiller.load_cost_state_dict(state["costs"])
+    _load_modules(run, state)
+    if state["costs"] and run.process.is_main:
+        run.distiller.load_cost_state_dict(state["costs"])
     processes = state["processes"]
     broken = [path for own in processes for path in own.get("broken", ())]
-    trainer.intake.broken.update(os.path.join(trainer.options.data, path) for path in broken)
+    run.intake.broken.update(os.path.join(run.options.data, path) for path in broken)
     step = state["progress"]["step"]
-    if state["together"] != trainer.together:  # as many images are done, rounded to whole steps
-        step = min(trainer.order.steps, step * state["together"] // trainer.together)
-    trainer.progress = type(trainer.progress)(**{**state["progress"], "step": step})
-    trainer.nonfinite.load_state_dict(state["nonfinite"])
-    trainer.summed = [name for name in processes[0]["sums"] if name != "images"]
-    if len(processes) == trainer.process.world:
-        own = processes[trainer.process.rank]
-        trainer.sums.load_state_dict(own["sums"])
-        buffers = dict(trainer.student.named_buffers())
+    if state["together"] != run.together:  # as many images are done, rounded to whole steps
+        step = min(run.order.steps, step * state["together"] // run.together)
+    run.progress = Progress(**{**state["progress"], "step": step})
+    run.nonfinite.load_state_dict(state["nonfinite"])
+    run.summed = [name for name in processes[0]["sums"] if name != "images"]
+    if len(processes) == run.process.world:
+        own = processes[run.process.rank]
+        run.sums.load_state_dict(own["sums"])
+        buffers = dict(run.student.named_buffers())
         for name, buffer in own.get("buffers", {}).items():
             buffers[name].copy_(buffer)
         set_random_state(own["random"])
@@ -103,14 +198,14 @@ def restore_training(trainer: Trainer, state: Mapping[str, Any]) -> None:
     logger.warning(
         "the checkpoint is of %d processes and these are %d: the run goes on, but not exactly the same.",
         len(processes),
-        trainer.process.world,
+        run.process.world,
     )
-    for other in processes[trainer.process.rank :: trainer.process.world]:
-        trainer.sums.add_state(other["sums"])
+    for other in processes[run.process.rank :: run.process.world]:
+        run.sums.add_state(other["sums"])
 
 
-def _load_modules(trainer: Trainer, state: Mapping[str, Any]) -> None:
-    student = trainer.student
+def _load_modules(run: Run, state: Mapping[str, Any]) -> None:
+    student = run.student
     if (state["distiller"] is None) != (student.distiller is None):
         raise UserError("one of the two has a feature distiller, and the other has not.")
     try:
@@ -119,9 +214,9 @@ def _load_modules(trainer: Trainer, state: Mapping[str, Any]) -> None:
             student.distiller.load_state_dict(state["distiller"])
     except RuntimeError as error:
         raise UserError(reason(error)) from error
-    _load_momenta(trainer.stepper.optimizer, state["optimizer"])
-    if state["scaler"] and trainer.student.precision.scaler.is_enabled():
-        trainer.student.precision.scaler.load_state_dict(state["scaler"])
+    _load_momenta(run.stepper.optimizer, state["optimizer"])
+    if state["scaler"] and run.student.precision.scaler.is_enabled():
+        run.student.precision.scaler.load_state_dict(state["scaler"])
 
 
 def _load_momenta(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
