@@ -1,6 +1,6 @@
-"""What long runs need whatever they train: files that are whole or absent, a list of checkpoints, signals.
+"""What running a training needs, whatever its task: ranks, checkpoints, steps, signals, files that are written whole.
 
-Knows no network, no Detectron2.
+Imports neither detection nor classification.
 """
 
 from d2_mgd.training.checkpoints import Checkpoints, check_same_teacher, disk_errors

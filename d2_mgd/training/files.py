@@ -1,4 +1,4 @@
-"""Files that are whole or absent."""
+"""Files that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _LEFTOVER = re.compile(r"\..+\.\d+\.tmp")
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[IO[bytes]], Any]) -> None:
-    """Write a file so that at every moment, and after a crash, ``path`` is the whole old file or the whole new one.
+    """Write a file: at every moment, and after a crash, ``path`` is the whole old file or the whole new one.
 
     Args:
-        path: where the file shall be; its folder exists.
-        write: gets a file opened for writing bytes.
+        path: of the file; its folder exists.
+        write: receives a file opened for writing bytes.
     """
     folder, name = os.path.split(os.path.abspath(path))
     temporary = os.path.join(folder, f".{name}.{os.getpid()}.tmp")
@@ -34,7 +34,7 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[IO[bytes]], 
 
 
 def remove_leftovers(folder: str | os.PathLike[str]) -> list[str]:
-    """Remove what :func:`write_atomically` left in a folder when its process was killed; nobody may be writing there.
+    """Remove the files that :func:`write_atomically` left when its process was killed; no process may be writing there.
 
     Returns:
         The names of the removed files.

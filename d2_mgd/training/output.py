@@ -1,4 +1,4 @@
-"""Standard output and standard error whose reader may go: Ctrl-C ends the `tee` of a pipeline too."""
+"""Standard output and standard error whose reader may exit: Ctrl-C ends the `tee` of a pipeline too."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ _GONE = (errno.EPIPE, errno.EIO)  # a pipe without a reader, a terminal that was
 
 @contextmanager
 def lasting_output() -> Iterator[None]:
-    """Context in which what is said to nobody is lost, where Python would raise BrokenPipeError or leave with 120.
+    """Context that ignores writes after the reader of stdout or stderr is gone.
 
-    From the first such line on, the stream goes to the null device.
+    Python would raise BrokenPipeError or exit with status 120. From the first such write on, the stream is the null
+    device.
     """
     streams = [(name, getattr(sys, name)) for name in ("stdout", "stderr")]
     lasting = {name: _Lasting(stream) for name, stream in streams if stream is not None}
@@ -34,13 +35,13 @@ def lasting_output() -> Iterator[None]:
 
 
 class _Lasting:
-    """A text stream that outlives its reader."""
+    """A text stream that can be written to after its reader is gone."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
 
     def __getattr__(self, name: str) -> Any:
-        if name == "_stream":  # in a copy that is being made
+        if name == "_stream":  # while it is copied
             raise AttributeError(name)
         return getattr(self._stream, name)
 
@@ -62,7 +63,7 @@ class _Lasting:
             self._lose(error)
 
     def _lose(self, error: OSError) -> None:
-        """Let what is buffered, and all that follows, go nowhere."""
+        """Redirect the buffered text, and all that follows, to the null device."""
         if error.errno not in _GONE:
             raise error
         nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -1,4 +1,4 @@
-"""Processes that torchrun starts anew after one of them was lost."""
+"""Joining a process group, also after torchrun has restarted the ranks because one of them was lost."""
 
 from __future__ import annotations
 
@@ -8,18 +8,16 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-__all__ = ["join_processes", "restarted"]
-
-_PATIENCE = timedelta(seconds=2)  # for an answer from a process that may be gone
-_QUESTIONS = 900
+_TIMEOUT = timedelta(seconds=2)  # for an answer from a rank that may be gone
+_TRIES = 900
 
 
 def join_processes(backend: str) -> None:
     """``init_process_group`` from torchrun's environment, after a restart too.
 
-    torchrun keeps one store over all restarts, in which the addresses of lost processes still stand: who reads them
-    waits for a connection that does not come (https://github.com/pytorch/pytorch/issues/135712). Its count of restarts
-    differs between machines, so it cannot tell the attempts apart; here the first process names each.
+    torchrun keeps one store over all restarts, which still contains the addresses of lost ranks: connecting to them
+    hangs (https://github.com/pytorch/pytorch/issues/135712). Its count of restarts differs between machines and cannot
+    identify an attempt, so rank 0 names each attempt.
 
     Args:
         backend: ``nccl`` or ``gloo``.
@@ -33,13 +31,13 @@ def join_processes(backend: str) -> None:
 def restarted() -> bool:
     """Whether torchrun has started this process anew after a failure, as its agent on this machine counts them.
 
-    An agent that came later has counted none, so a group must ask all of its processes.
+    An agent that joined later has counted none, so all ranks have to be asked.
     """
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def _attempt(store: dist.Store, rank: int, world_size: int) -> str:
-    """A name that all living processes agree on: an earlier one gets no answer from the first process of its time."""
+    """The store prefix that all ranks agree on. The prefix of a stale attempt is never acknowledged by its rank 0."""
     own = uuid.uuid4().hex
     if rank == 0:
         store.set("attempt", own)
@@ -47,12 +45,12 @@ def _attempt(store: dist.Store, rank: int, world_size: int) -> str:
             asker = store.get(f"{own}/asks/{other}").decode()
             store.set(f"{own}/answers/{asker}", "")
         return own
-    for _ in range(_QUESTIONS):
+    for _ in range(_TRIES):
         attempt = store.get("attempt").decode()
         store.set(f"{attempt}/asks/{rank}", own)
         try:
-            store.wait([f"{attempt}/answers/{own}"], _PATIENCE)
+            store.wait([f"{attempt}/answers/{own}"], _TIMEOUT)
             return attempt
-        except dist.DistStoreError:  # not yet, or that process is gone and the next has not named its attempt
+        except dist.DistStoreError:  # not yet, or that rank 0 is gone and the next has not named its attempt
             continue
-    raise RuntimeError(f"process {rank} waited half an hour for the first process, which did not come.")
+    raise RuntimeError(f"rank {rank} waited half an hour for rank 0, which did not join.")

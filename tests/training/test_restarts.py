@@ -14,7 +14,7 @@ from d2_mgd.training import restarts
 
 @pytest.mark.parametrize("late", [0, 2], ids=["first process late", "last process late"])
 def test_a_restarted_group_agrees_on_a_new_name(monkeypatch: pytest.MonkeyPatch, late: int) -> None:
-    monkeypatch.setattr(restarts, "_PATIENCE", timedelta(milliseconds=50))
+    monkeypatch.setattr(restarts, "_TIMEOUT", timedelta(milliseconds=50))
     store = dist.HashStore()
     names: list[list[str]] = []
     for _ in range(3):  # attempts; each group but the last is lost after it has met
@@ -24,7 +24,7 @@ def test_a_restarted_group_agrees_on_a_new_name(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_a_group_that_was_lost_while_it_met_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(restarts, "_PATIENCE", timedelta(milliseconds=50))
+    monkeypatch.setattr(restarts, "_TIMEOUT", timedelta(milliseconds=50))
     store = dist.HashStore()
     store.set("attempt", "lost")
     store.set("lost/asks/1", "somebody")
