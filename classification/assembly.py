@@ -29,7 +29,7 @@ from classification.weights import (
 )
 from d2_mgd.data.class_folders import Folder
 from d2_mgd.distill import MatchingGuidedDistiller
-from d2_mgd.distill.norms import MaskedBatchNorm
+from d2_mgd.distill.norms import synchronised_norms
 from d2_mgd.errors import UserError
 from d2_mgd.training import file_digest
 from d2_mgd.training.processes import distributed, one_rank_first
@@ -180,23 +180,6 @@ def _wrapped(process: Process, options: argparse.Namespace, student: Student, te
     if process.world > 1:
         return DistillationStep(distributed(student, gradient_as_bucket_view=True), teacher)
     return over_gpus(process, options, DistillationStep(student, teacher))
-
-
-def synchronised_norms(module: nn.Module, device: torch.device) -> nn.Module:
-    """Every batch-norm with the statistics of all ranks' images; the same parameters under the same names.
-
-    On GPUs these are PyTorch's own synchronised batch-norms, which do not work on CPUs; there the distiller's.
-    """
-    if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    if isinstance(module, nn.BatchNorm2d) and not isinstance(module, MaskedBatchNorm):
-        replacement = MaskedBatchNorm(module.num_features, sync=True)
-        replacement.eps, replacement.momentum = module.eps, module.momentum
-        replacement.load_state_dict(module.state_dict())
-        return replacement
-    for name, child in module.named_children():
-        setattr(module, name, synchronised_norms(child, device))
-    return module
 
 
 def _data_sets(options: argparse.Namespace, train: Folder, valid: Folder) -> dict[str, ImageDataset]:

@@ -123,6 +123,23 @@ class MaskedGroupNorm(nn.GroupNorm):
         return normalised * self.weight.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
 
 
+def synchronised_norms(module: nn.Module, device: torch.device) -> nn.Module:
+    """Every batch-norm with the statistics of all ranks' images; the same parameters under the same names.
+
+    On GPUs these are PyTorch's own synchronised batch-norms, which do not work on CPUs; there the distiller's.
+    """
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    if isinstance(module, nn.BatchNorm2d) and not isinstance(module, MaskedBatchNorm):
+        replacement = MaskedBatchNorm(module.num_features, sync=True)
+        replacement.eps, replacement.momentum = module.eps, module.momentum
+        replacement.load_state_dict(module.state_dict())
+        return replacement
+    for name, child in module.named_children():
+        setattr(module, name, synchronised_norms(child, device))
+    return module
+
+
 def _sum_over_processes(values: Tensor) -> Tensor:
     """All-reduce that a gradient passes through (its backward sums the gradients of all processes)."""
     from torch.distributed.nn.functional import all_reduce  # imports process-group code: only where it is needed

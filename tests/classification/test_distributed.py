@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from classification import main_base
-from classification.assembly import TeacherNetwork, make_trainer, synchronised_norms
+from classification.assembly import TeacherNetwork, make_trainer
 from classification.distillation import Student
 from classification.metrics import Sums
 from classification.models import build
