@@ -18,7 +18,7 @@ from classification.options import parse_mgd
 from classification.processes import Process
 from d2_mgd.data.class_folders import find_folders
 from d2_mgd.distill import MatchingGuidedDistiller, Tap, load_reports
-from d2_mgd.distill.norms import MaskedBatchNorm
+from d2_mgd.distill.norms import MaskedBatchNorm, synchronised_norms
 from d2_mgd.training.processes import average_buffers, gather, sum_over_ranks
 from tests.classification.conftest import (
     CLASSES,
