@@ -143,7 +143,8 @@ def _add_method(report: Report, demo: Demo) -> None:
     report.text(
         f"{demo.size.train} rendered scenes to train on, seed {demo.seed}. Both students start from the same weights "
         f"and see the same images in the same order for {cfg.SOLVER.MAX_ITER} iterations of "
-        f"{cfg.SOLVER.IMS_PER_BATCH}, with the same schedule. The distilled one has, beside its task losses, the "
+        f"{cfg.SOLVER.IMS_PER_BATCH}, with the same schedule: a short training, in which a student alone learns "
+        "less than it could. The distilled one has, beside its task losses, the "
         f"distance of its maps {', '.join(f'`{name}`' for name in cfg.MGD.FEATURES)} to the teacher's: reducer "
         f"`{cfg.MGD.REDUCER}`, loss `{cfg.MGD.LOSS}`, matching cost `{cfg.MGD.METRIC}`. Its checkpoint is the plain "
         "student: Detectron2 loads it with `distilled/student.yaml`, without this project."
