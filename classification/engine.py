@@ -24,7 +24,7 @@ from classification.data import (
 from classification.data_parallel import over_same_gpus
 from classification.distillation import Classifier, Forward
 from classification.evaluation import Evaluation, evaluate, progress_bar, until_signal
-from classification.metrics import Journal, Remaining, Sums, Throughput
+from classification.metrics import Journal, Remaining, Throughput
 from classification.options import as_values
 from classification.records import write_checkpoint, write_epoch, write_matching
 from classification.schedules import Schedules
@@ -36,6 +36,7 @@ from d2_mgd.training import Interrupted, received_signal
 from d2_mgd.training.nonfinite import StepReport
 from d2_mgd.training.processes import all_gather, average_buffers, failing_together
 from d2_mgd.training.services import open_logs
+from d2_mgd.training.sums import Sums
 
 logger = logging.getLogger(__name__)
 

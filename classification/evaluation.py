@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from classification.data import IMAGENET, Batch, Statistics, normalize
-from classification.metrics import Sums, errors
+from classification.metrics import errors
 from d2_mgd.errors import UserError
 from d2_mgd.training import Interrupted, received_signal
 from d2_mgd.training.processes import largest
+from d2_mgd.training.sums import Sums
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Numbers of a run: running sums, `metrics.json`, TensorBoard, the table at the end.
+"""Numbers of a run: errors, `metrics.json`, TensorBoard, the table at the end.
 
 Shape shorthand: N images, K classes.
 """
@@ -19,7 +19,6 @@ from torch import Tensor
 
 from classification.checkpoint import replace_file
 from d2_mgd.distill import RematchReport
-from d2_mgd.training.processes import sum_over_ranks
 from d2_mgd.training.services import ServiceLog
 from d2_mgd.visualize import matching_images
 
@@ -33,48 +32,6 @@ def errors(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
     hits = best == targets.unsqueeze(1)
     images = targets.shape[0]  # a tensor of it would wait for the device, to which the number has to go
     return {"err1": images - hits[:, 0].sum(), "err5": images - hits.sum()}
-
-
-class Sums:
-    """Sums over images, exact over batches and processes; kept on the device, so that adding waits for nothing."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.values: dict[str, Tensor] = {}
-
-    def add(self, images: int, values: Mapping[str, Tensor]) -> None:
-        """Add a batch: the number of images, and sums over them."""
-        count = torch.full((), images, dtype=torch.float64, device=self.device)  # filled there, not sent
-        for name, value in {"images": count, **values}.items():
-            value = value.detach().to(device=self.device, dtype=torch.float64).sum()
-            self.values[name] = self.values[name] + value if name in self.values else value
-
-    def totals(self, names: Sequence[str]) -> tuple[int, dict[str, float]]:
-        """Number of images, and the sums, of all processes (collective; all give the same names)."""
-        images, *totals = sum_over_ranks(self._packed(names)).tolist()
-        return round(images), dict(zip(names, totals))
-
-    def means(self, names: Sequence[str]) -> dict[str, float]:
-        """Means over the images of all processes, NaN without any (collective; all give the same names)."""
-        images, totals = self.totals(names)
-        return {name: total / images if images else math.nan for name, total in totals.items()}
-
-    def _packed(self, names: Sequence[str]) -> Tensor:
-        zero = torch.zeros((), dtype=torch.float64, device=self.device)
-        return torch.stack([self.values.get(name, zero) for name in ("images", *names)])
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {name: value.cpu() for name, value in self.values.items()}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self.values = {}
-        self.add_state(state)
-
-    def add_state(self, state: Mapping[str, Tensor]) -> None:
-        """Add the sums of another process."""
-        for name, value in state.items():
-            value = value.to(self.device)
-            self.values[name] = self.values[name] + value if name in self.values else value
 
 
 class Throughput:

@@ -19,7 +19,7 @@ from classification.checkpoint import FORMAT, checkpoints_of
 from classification.data import ImageDataset, ShuffledBatches, image_statistics
 from classification.distillation import Student
 from classification.evaluation import Intake
-from classification.metrics import Journal, Sums
+from classification.metrics import Journal
 from classification.options import as_values
 from classification.processes import Process
 from d2_mgd.distill import MatchingGuidedDistiller
@@ -29,6 +29,7 @@ from d2_mgd.training.nonfinite import NonFinitePolicy
 from d2_mgd.training.processes import averaged_buffers, gather
 from d2_mgd.training.randomness import random_state, set_random_state
 from d2_mgd.training.steps import Stepper
+from d2_mgd.training.sums import Sums
 
 logger = logging.getLogger(__name__)
 

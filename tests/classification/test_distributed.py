@@ -12,7 +12,6 @@ from torch import nn
 from classification import main_base
 from classification.assembly import TeacherNetwork, make_trainer
 from classification.distillation import Student
-from classification.metrics import Sums
 from classification.models import build
 from classification.options import parse_mgd
 from classification.processes import Process
@@ -20,6 +19,7 @@ from d2_mgd.data.class_folders import find_folders
 from d2_mgd.distill import MatchingGuidedDistiller, Tap, load_reports
 from d2_mgd.distill.norms import MaskedBatchNorm, synchronised_norms
 from d2_mgd.training.processes import average_buffers, gather, sum_over_ranks
+from d2_mgd.training.sums import Sums
 from tests.classification.conftest import (
     CLASSES,
     SMALL,
