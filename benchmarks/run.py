@@ -2,7 +2,7 @@
 
     python -m benchmarks.run [--quick] [--only solve,data | gpu] [--reference DIR] [--output benchmarks/results/speed]
 
-Writes a json file and a Markdown page, and a plot of how time grows with the maps.
+Writes a JSON file and a Markdown page.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from typing import Any
 import torch
 
 from benchmarks.machine import commit, machine
-from benchmarks.speed import classification, data, detection, kernels, memory, profiling, scaling
+from benchmarks.speed import classification, data, detection, kernels, memory, profiling
 from benchmarks.speed.measure import CLOCKS, Row, as_table, use_clock
 from benchmarks.speed.reference import Published
 
 RESULTS = Path(__file__).resolve().parent / "results"
-_BESIDE = ("scaling", "profile")  # sections after the table
+_PROFILE = "profile"  # a section after the table
 
 
 def _parts(quick: bool, published: Published | None) -> dict[str, Callable[[], Iterable[Row]]]:
@@ -56,22 +56,19 @@ def _obstacle(part: str) -> str:
 def _write(result: dict[str, Any], output: Path) -> None:
     result["load_average_after"] = [round(value, 2) for value in os.getloadavg()]
     output.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    output.with_suffix(".md").write_text(_page(result, output), encoding="utf-8")
+    output.with_suffix(".md").write_text(_page(result), encoding="utf-8")
 
 
-def _page(result: dict[str, Any], output: Path) -> str:
+def _page(result: dict[str, Any]) -> str:
     page = f"# Speed\n\n`{result['command']}`, commit {result['commit']}.\n\n" + as_table(result)
-    if "profile" in result:
-        page += "\n## Where the time of a step goes\n\n" + profiling.as_markdown(result["profile"])
-    if "scaling" in result:
-        page += "\n## Growth\n\n" + scaling.as_markdown(result["scaling"])
-        page += f"\n![time over size]({output.name}_scaling.png)\n"
+    if _PROFILE in result:
+        page += "\n## Where the time of a step goes\n\n" + profiling.as_markdown(result[_PROFILE])
     return page
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmarks; returns the exit status."""
-    names = [*_parts(True, None), *_BESIDE]
+    names = [*_parts(True, None), _PROFILE]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--quick", action="store_true", help="tiny sizes: whether everything runs; its times mean nothing"
@@ -115,17 +112,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if _obstacle(name):
             continue
         print(f"{name} ...", file=sys.stderr, flush=True)
-        if name == "scaling":
-            result["scaling"] = scaling.measure_scaling(options.quick)
-            scaling.plot_scaling(result["scaling"], options.output.with_name(f"{options.output.name}_scaling.png"))
-        elif name == "profile":
-            result["profile"] = profiling.profile_step(options.quick)
+        if name == _PROFILE:
+            result[_PROFILE] = profiling.profile_step(options.quick)
         else:
             for row in parts[name]():
                 result["rows"].append(dataclasses.asdict(row))
                 _write(result, options.output)  # rows stay if a later one fails
         _write(result, options.output)
-    print(_page(result, options.output))
+    print(_page(result))
     return 0
 
 
