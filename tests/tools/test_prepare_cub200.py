@@ -127,30 +127,33 @@ def test_absent_images(source: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "5 images in train, 6 in valid" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["../evil.jpg", "CUB_200_2011/images/../../../evil.jpg", ""])
 def test_a_hostile_archive_writes_nowhere_else(
-    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Names that leave the folder are refused, links are skipped."""
     secret = tmp_path / "secret.jpg"
     secret.write_bytes(b"secret")
-    hostile = tmp_path / "hostile.tar"
+    hostile, first = tmp_path / "hostile.tar", min((source / "images").rglob("*.jpg"))
     with tarfile.open(hostile, "w") as out:
-        for name in LISTS:
-            out.add(source / name, f"CUB_200_2011/{name}")
-        for path in sorted((source / "images").rglob("*.jpg"))[1:]:
-            out.add(path, f"CUB_200_2011/{path.relative_to(source).as_posix()}")
-        first = sorted((source / "images").rglob("*.jpg"))[0].relative_to(source).as_posix()
-        link = tarfile.TarInfo(f"CUB_200_2011/{first}")
+        for path in sorted(source.rglob("*.*")):
+            if path.is_file() and path != first:
+                out.add(path, f"CUB_200_2011/{path.relative_to(source).as_posix()}")
+        link = tarfile.TarInfo(f"CUB_200_2011/{first.relative_to(source).as_posix()}")
         link.type, link.linkname = tarfile.SYMTYPE, str(secret)
         out.addfile(link)
-        for name in ("../evil.jpg", "CUB_200_2011/images/../../../evil.jpg", f"{tmp_path}/evil.jpg"):
+        if name:
             member = tarfile.TarInfo(name)
             member.size = 4
             out.addfile(member, io.BytesIO(b"evil"))
-    assert main([str(hostile), str(tmp_path / "in" / "cub")]) == 1
-    assert f"{first} is listed but absent" in capsys.readouterr().err
-    assert main([str(hostile), str(tmp_path / "in" / "cub"), "--subset"]) == 0
+    assert main([str(hostile), str(tmp_path / "in" / "cub"), "--subset"]) == (1 if name else 0)
+    assert ("is outside the destination" in capsys.readouterr().err) == bool(name)
+    if not name:
+        assert len(_files(tmp_path / "in" / "cub")) == 11
+        assert main([str(hostile), str(tmp_path / "cub")]) == 1
+        assert f"{first.name} is listed but absent" in capsys.readouterr().err
     assert b"secret" not in _files(tmp_path / "in").values()
-    assert not list(tmp_path.rglob("evil*"))
+    assert not list(tmp_path.rglob("evil*")) and not list(tmp_path.rglob(".cub200_*"))
 
 
 @pytest.mark.parametrize(
