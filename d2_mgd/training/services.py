@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 _PROJECT = "d2-mgd"
 _LAST_CALLS = 600.0  # seconds for what is left at the end of a training: uploads of large files
-_LAST_CALLS_INTERRUPTED = 20.0  # a cluster soon kills a process that it asked to stop
+_LAST_CALLS_SHORT = 20.0  # for a service that has not answered yet, and before a cluster kills what it asked to stop
 _MLFLOW_BATCH = 100  # its limit of values in one request
 _MLFLOW_VALUE = 500  # characters
 _NOT_IN_MLFLOW = re.compile(r"[^\w\-. /]")
@@ -54,7 +54,8 @@ class Service(Protocol):
 
 class _WandB:
     def __init__(self, folder: Path, name: str, config: Mapping[str, Any], step_name: str, run_id: str | None) -> None:
-        self.options = {"dir": folder, "name": name, "config": dict(config), "id": run_id or uuid.uuid4().hex[:8]}
+        self.run_id = run_id or uuid.uuid4().hex[:8]
+        self.options: dict[str, Any] = {"dir": folder, "name": name, "config": dict(config)}
         self.step_name = step_name
         self.run: Any = None
 
@@ -62,11 +63,14 @@ class _WandB:
         import wandb
 
         settings = wandb.Settings(console="off")
-        project, mode = os.environ.get("WANDB_PROJECT", _PROJECT), os.environ.get("WANDB_MODE")
-        self.run = wandb.init(project=project, mode=mode, resume="allow", settings=settings, **self.options)
+        where: dict[str, Any] = {
+            "project": os.environ.get("WANDB_PROJECT", _PROJECT),
+            "mode": os.environ.get("WANDB_MODE"),
+        }
+        self.run = wandb.init(id=self.run_id, resume="allow", settings=settings, **where, **self.options)
         # W&B's own step may not go back, but a resumed training repeats steps.
         self.run.define_metric("*", step_metric=self.step_name)
-        return str(self.options["id"])
+        return self.run_id
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         self.run.log({**values, self.step_name: step})
@@ -141,6 +145,7 @@ class ServiceLog:
     def __init__(self, name: str, service: Service, id_file: Path) -> None:
         self.name, self.service = name, service
         self._calls: queue.Queue[Callable[[], Any] | None] = queue.Queue()
+        self._opened = threading.Event()
         self._thread = threading.Thread(target=self._work, args=(id_file,), name=f"log {name}", daemon=True)
         self._thread.start()
 
@@ -165,7 +170,7 @@ class ServiceLog:
         """
         self._calls.put(lambda: self.service.finish(success))
         self._calls.put(None)
-        seconds = _LAST_CALLS if success else _LAST_CALLS_INTERRUPTED
+        seconds = _LAST_CALLS if success and self._opened.is_set() else _LAST_CALLS_SHORT
         self._thread.join(seconds)
         if self._thread.is_alive():
             logger.warning("--log %s: the service did not take all of the log within %.0f s.", self.name, seconds)
@@ -173,6 +178,7 @@ class ServiceLog:
     def _work(self, id_file: Path) -> None:
         try:
             run_id = self.service.start()
+            self._opened.set()
             write_atomically(id_file, lambda file: file.write(run_id.encode()))
             while (call := self._calls.get()) is not None:
                 call()
