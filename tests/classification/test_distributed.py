@@ -110,6 +110,7 @@ def _gradients(rank: int, world: int, url: str, target: Path) -> None:
         step = nn.parallel.DistributedDataParallel(student, broadcast_buffers=False)
     output = step(images[mine].double(), targets[mine], {"a": maps["a"][mine]}, None)
     (sum(output.losses.values()).sum() / len(targets[mine])).backward()
+    distiller.update_balance()  # what a step measured stays with its rank until then
     average_buffers(student)
     found = {name: parameter.grad for name, parameter in student.named_parameters()}
     found.update({name: buffer for name, buffer in student.named_buffers()})

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torchvision
 
-from classification.checkpoint import read_training_state, save_atomically
+from classification.checkpoint import read_training_state, save_student
 from classification.models import build
 from classification.weights import (
     load_file,
@@ -84,7 +84,7 @@ def test_shufflenet_of_width_one_has_two_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.999])
 def test_file_cut_short_is_one_sentence(tmp_path: Path, share: float) -> None:
     path = tmp_path / "checkpoint.pth"
-    save_atomically({"state_dict": build("resnet18", 3).state_dict()}, path)
+    torch.save({"state_dict": build("resnet18", 3).state_dict()}, path)
     whole = path.read_bytes()
     path.write_bytes(whole[: int(len(whole) * share)])
     with pytest.raises(UserError, match=r"checkpoint\.pth is damaged or cut short"):
@@ -119,14 +119,14 @@ def test_files_without_weights(tmp_path: Path) -> None:
 
 
 def test_writing_leaves_the_old_file_where_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_atomically({"a": 1}, tmp_path / "x.pth")
+    save_student({"a": 1}, tmp_path / "x.pth", as_safetensors=False)
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("classification.checkpoint.os.fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(UserError, match=r"No space left on device.*intact"):
-        save_atomically({"a": 2}, tmp_path / "x.pth")
+        save_student({"a": 2}, tmp_path / "x.pth", as_safetensors=False)
     monkeypatch.undo()
     assert read_checkpoint(tmp_path / "x.pth", "x") == {"a": 1}
     assert [file.name for file in tmp_path.iterdir()] == ["x.pth"]
