@@ -1,5 +1,5 @@
-"""What a data set's files hold, before and while it is trained on. Imports neither PyTorch nor Detectron2.
+"""Reading and checking data sets, without PyTorch and Detectron2.
 
-`images` reads an image file as training sees it, `files` says where files are, `class_folders` which images a class
-has, and `coco` what is wrong with a json file in COCO's format.
+`images` decodes image files, `files` finds them, `class_folders` lists images by class, `coco` and `inspection` check
+data sets in COCO format, and `yolo` and `voc` convert other label formats to it.
 """

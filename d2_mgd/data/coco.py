@@ -1,8 +1,7 @@
-"""What is wrong with a json file in COCO's format, kind by kind, with the number of each and examples.
+"""Checks of a json file in COCO format: findings by kind, with counts and examples.
 
-An *error* is what a training refuses or would stop at. A *warning* is what it goes on with, leaving something out or
-counting something that is not there. A *note* is what one may want to know. Images are judged by what the json says of
-them; their files are read elsewhere.
+Training refuses a data set with an *error*. A *warning* means that training leaves something out or counts something
+that does not exist. A *note* is information. Only the json is checked here; `inspection` also checks the image files.
 """
 
 from __future__ import annotations
@@ -30,20 +29,20 @@ ERROR, WARNING, NOTE = "error", "warning", "note"
 
 
 class CocoError(UserError):
-    """A file that is not in COCO's format at all; the message is a sentence without its full stop."""
+    """A file that is not in COCO format; the message is a sentence without its full stop."""
 
 
 @dataclass
 class Finding:
-    """One kind of offence.
+    """All findings of one kind.
 
     Args:
-        kind: what all of them have in common.
+        kind: short description, the same for all of them.
         severity: "error", "warning" or "note".
-        things: what is counted: "annotations", "images", "categories"; empty for what there is only one of.
-        of: how many of these there are in all.
-        count: how many offend.
-        examples: the first of them, each as a sentence without its full stop.
+        things: what is counted: "annotations", "images", "categories"; empty for a fault of the file itself.
+        of: number of these things in the file.
+        count: number of findings.
+        examples: the first findings, each as a sentence without its full stop.
     """
 
     kind: str
@@ -54,13 +53,13 @@ class Finding:
     examples: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        """The first example and how many are like it."""
+        """The first example, and the number of findings."""
         counted = f" ({self.count} of {self.of} {self.things} are like this)" if self.things else ""
         return f"{self.examples[0]}{counted}"
 
 
 class Findings:
-    """Offences by kind, in the order in which the kinds were first met."""
+    """Findings by kind, in the order of their first occurrence."""
 
     def __init__(self) -> None:
         self._by_kind: dict[str, Finding] = {}
@@ -77,11 +76,11 @@ class Findings:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a set is checked for.
+    """Intended use of a data set.
 
     Args:
-        train: it is trained on, so that there must be annotations.
-        evaluate: it is evaluated on, so that pycocotools must find what it asks for.
+        train: for training, which needs annotations.
+        evaluate: for evaluation, which needs the fields that pycocotools reads.
         masks: annotations must have a segmentation (MODEL.MASK_ON).
         sizes: (shortest, longest) sides that images are resized to.
     """
@@ -93,10 +92,10 @@ class Inspection:
 
 
 def read_coco(path: str) -> dict[str, Any]:
-    """The content of a json file with the lists ``images`` and ``categories``.
+    """Read a json file that has the lists ``images`` and ``categories``.
 
     Raises:
-        CocoError: it does not exist, cannot be read, is no json, or something else.
+        CocoError: the file does not exist, cannot be read, or is not a json file in COCO format.
     """
     try:
         with open(path, encoding="utf-8") as file:
@@ -117,15 +116,15 @@ def read_coco(path: str) -> dict[str, Any]:
 def inspect_coco(
     content: dict[str, Any], source: str, wanted: Inspection
 ) -> tuple[list[Finding], list[dict[str, Any]]]:
-    """Everything that is wrong with the content of a json file.
+    """Check the content of a json file.
 
     Args:
         content: of :func:`read_coco`.
-        source: how sentences call the file.
-        wanted: what it is meant for.
+        source: name of the file in messages.
+        wanted: the intended use.
 
     Returns:
-        the findings; and the images that are named as they should be, each as its entry of the json.
+        the findings, and the json entries of all valid images.
     """
     found = Findings()
     classes = _inspect_categories(content["categories"], source, found)
@@ -187,13 +186,13 @@ def _inspect_images(
 
 
 def _inspect_ids(things: str, known: Iterable[Any], source: str, found: Findings) -> None:
-    """Detectron2 sorts them."""
+    """Check that ids are of one type: Detectron2 sorts them."""
     if len({type(key) for key in known}) > 1:
         found.add(f"ids of {things} of two types", f"some {things} of {source} have numbers as ids and some have text")
 
 
 def _inspect_shape(image: dict[str, Any], sizes: Sequence[tuple[int, int]], found: Findings, total: int) -> None:
-    """Whether an image is so long and narrow that too little of it is left when it is resized."""
+    """Check that resizing leaves enough pixels of a long and narrow image."""
     width, height = image["width"], image["height"]
     left = min((resized(height, width, *size) for size in sizes), key=min, default=(height, width))
     if min(left) >= _NARROW or min(left) == min(height, width):
@@ -202,14 +201,14 @@ def _inspect_shape(image: dict[str, Any], sizes: Sequence[tuple[int, int]], foun
         f"the image {image['file_name']} of {width} x {height} pixels becomes {left[1]} x {left[0]} when it is resized"
     )
     if min(left) < 1:
-        what += ", of which nothing is left: cut it up"
+        what += ", which has no pixel: cut the image into several"
         found.add("images too long and narrow to train on", what, things="images", of=total)
     else:
         found.add("long and narrow images", what, severity=WARNING, things="images", of=total)
 
 
 class _Annotations:
-    """The annotations of a set, and what they refer to."""
+    """Checks of the annotations, given the valid images and classes."""
 
     def __init__(
         self,
@@ -266,10 +265,10 @@ class _Annotations:
         return None
 
     def _inspect_one(self, annotation: dict[str, Any], where: str) -> bool:
-        """Whether an annotation can be used; all that is wrong with it, or worth a note, is added."""
-        offence = self._offence(annotation)
-        if offence is not None:
-            kind, detail = offence
+        """Add the findings of one annotation; returns whether training can use it."""
+        fault = self._fault(annotation)
+        if fault is not None:
+            kind, detail = fault
             self.add(f"annotations with {kind}", f"{where} has {kind}{detail}")
             return False
         if annotation.get("iscrowd", 0):
@@ -282,8 +281,8 @@ class _Annotations:
             self.add("annotations with a box without area", f"{where} has a box without area and is left out", WARNING)
         return True
 
-    def _offence(self, annotation: dict[str, Any]) -> tuple[str, str] | None:
-        """What is wrong with an annotation: the kind, and the details of this one."""
+    def _fault(self, annotation: dict[str, Any]) -> tuple[str, str] | None:
+        """The fault of an annotation as its kind and its details; None without a fault."""
         category = annotation["category_id"]
         if category not in self.classes:
             return "an unknown category", f", {_shown(category)}"
@@ -299,22 +298,25 @@ class _Annotations:
             return "a box outside its image", (
                 f": {box} reaches {outside:g} pixels beyond the {image['width']} x {image['height']} image"
             )
-        return self._offence_beyond_box(annotation, image)
+        return self._fault_beyond_box(annotation, image)
 
-    def _offence_beyond_box(self, annotation: dict[str, Any], image: dict[str, Any]) -> tuple[str, str] | None:
+    def _fault_beyond_box(self, annotation: dict[str, Any], image: dict[str, Any]) -> tuple[str, str] | None:
         if annotation.get("ignore", 0):
-            return "the mark 'ignore', which Detectron2 does not know", "; mark it 'iscrowd' or leave it out"
+            return "the mark 'ignore', which Detectron2 does not support", "; mark it 'iscrowd' or leave it out"
         crowd = annotation.get("iscrowd", None if self.wanted.evaluate else 0)
         if not isinstance(crowd, int) or crowd not in (0, 1):
             return "no 'iscrowd' of 0 or 1, which evaluation needs", f": {_shown(annotation.get('iscrowd'))}"
         if self.wanted.evaluate and not _has_area(annotation):
             return _NO_AREA, f": {_shown(annotation.get('area'))}"
         if self.wanted.masks and not crowd:
-            return _offence_of_mask(annotation.get("segmentation"), image)
+            return _mask_fault(annotation.get("segmentation"), image)
         return None
 
     def _inspect_unused(self, used: set[Any], annotated: set[Any]) -> None:
-        """Exports often list a supercategory as a class: it costs an output, and its AP is not a number."""
+        """Find classes and images without annotations.
+
+        Exports often list a supercategory as a class. It takes an output of the head, and its AP is NaN.
+        """
         if not self.annotations:
             return
         for key, name in self.classes.items():
@@ -326,16 +328,15 @@ class _Annotations:
                 )
         for key, image in self.images.items():
             if self.wanted.train and key not in annotated:
-                example = (
-                    f"the image {image['file_name']} has no annotation: left out of training, unless told otherwise"
-                )
+                allowed = "unless DATALOADER.FILTER_EMPTY_ANNOTATIONS is False"
+                example = f"the image {image['file_name']} has no annotation: left out of training {allowed}"
                 self.found.add(
                     "images without annotations", example, severity=NOTE, things="images", of=len(self.images)
                 )
 
 
-def _offence_of_mask(segmentation: Any, image: dict[str, Any]) -> tuple[str, str] | None:
-    """What is wrong with a mask, polygons or a run-length code."""
+def _mask_fault(segmentation: Any, image: dict[str, Any]) -> tuple[str, str] | None:
+    """The fault of a mask (polygons or run-length code) as its kind and its details; None without a fault."""
     if not segmentation:
         return "no segmentation, which MODEL.MASK_ON needs", ""
     if isinstance(segmentation, dict):
@@ -356,7 +357,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_finite(value: Any) -> bool:
-    """Whether a value is a number that float64 can hold."""
+    """Whether a value is a finite number within float64."""
     try:
         return _is_number(value) and math.isfinite(value)
     except OverflowError:  # an integer of hundreds of digits
@@ -380,6 +381,6 @@ def _is_image(image: dict[str, Any]) -> bool:
 
 
 def _shown(value: Any) -> str:
-    """A value of the json, cut where it is long."""
+    """A value of the json as text, shortened."""
     text = str(value) if not isinstance(value, str) else repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]} ..."

@@ -1,7 +1,7 @@
-"""Whether files named by a data set exist, and lie in its own folder.
+"""Checks that the files of a data set exist and are inside its folder.
 
-A data set is a stranger's: a name such as ``../../secret.png``, an absolute one, or a link would otherwise read any
-file of this machine.
+Data sets are untrusted: without this check, a name such as ``../../secret.png``, an absolute path or a link could read
+any file of the machine.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ __all__ = ["FoundFiles", "find_files"]
 
 @dataclass
 class FoundFiles:
-    """Paths (``root`` joined with the name), in the order of the names.
+    """Faulty files, in the order of the names.
 
     Args:
-        missing: that do not exist.
-        outside: name -> where it leads, for those that leave the folder; they are not looked for.
+        missing: paths (``root`` joined with the name) that do not exist.
+        outside: name -> resolved path, for files outside the folder; their existence is not checked.
     """
 
     missing: list[str] = field(default_factory=list)
@@ -27,14 +27,14 @@ class FoundFiles:
 
 
 def find_files(root: str, names: Iterable[str], allow_outside: bool = False) -> FoundFiles:
-    """Look for files below a folder, after all links were followed. ``root`` itself may be a link.
+    """Find missing files and files outside a folder, after all links are resolved. ``root`` itself may be a link.
 
-    Folders are listed, once each, which is faster than asking for every file.
+    Each folder is listed once, which is faster than a system call for every file.
 
     Args:
         root: the folder.
         names: of files, relative to it.
-        allow_outside: do not mind where they lead.
+        allow_outside: accept files outside the folder.
     """
     found = FoundFiles()
     real_root = os.path.realpath(root)
@@ -58,7 +58,7 @@ def _is_inside(path: str, folder: str) -> bool:
 
 
 class _Folder:
-    """What a folder lists: all entries, and those of them that are links."""
+    """The entries of a folder, and those of them that are links."""
 
     def __init__(self, path: str) -> None:
         self.real = os.path.realpath(path)

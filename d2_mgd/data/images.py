@@ -1,9 +1,10 @@
-"""Image files: as upright 8-bit pixels, and what is peculiar about one.
+"""Decoding image files to upright 8-bit pixels, and reporting unusual properties.
 
-Pillow and Detectron2 read nearly every image as one expects. Three kinds they do not: what has more than 8 bits and one
-channel is clipped, so that a greyscale image of 16 bits becomes white; a turned TIFF, which Pillow makes upright while
-it loads, is turned once more; and of a damaged PNG the error is lost, since asking for EXIF data decodes it first, and
-that error is taken for one of the EXIF data. :func:`prepared` reads all right.
+Pillow and Detectron2 misread three kinds of images, which :func:`prepared` reads correctly:
+
+- Greyscale images with more than 8 bits are clipped, so that a 16-bit image becomes white.
+- Rotated TIFFs are rotated twice, because Pillow already makes them upright while it loads them.
+- The error of a damaged PNG is lost: reading its EXIF data decodes it, and that error is taken for an EXIF error.
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ _TURNS = {
 
 
 class ImageError(UserError):
-    """An image file that cannot be decoded; the message is the end of a sentence "PATH ...".
+    """An image file that cannot be decoded. The message continues a sentence that starts with the path.
 
     Args:
         text: the message.
-        kind: what the error has in common with others like it.
+        kind: the category under which errors are counted.
     """
 
     def __init__(self, text: str, kind: str) -> None:
@@ -58,7 +59,7 @@ def decoding() -> Iterator[None]:
     except FileNotFoundError:
         raise ImageError("does not exist", "missing files") from None
     except UnidentifiedImageError:
-        raise ImageError("is no image that Pillow knows", "files that are no image") from None
+        raise ImageError("is not an image format that Pillow can read", "files that are no image") from None
     except Image.DecompressionBombError as error:
         raise ImageError(f"is refused: {reason(error)}", "images of too many pixels") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error and others
@@ -67,11 +68,11 @@ def decoding() -> Iterator[None]:
 
 
 def read_rgb(path: str | os.PathLike[str], upright: bool = True) -> Image.Image:
-    """An image file decoded to its last pixel, with 8 bits in each of three channels.
+    """Decode an image file completely; returns an RGB image with 8 bits a channel.
 
     Args:
         path: of the file.
-        upright: turn it as its EXIF data say; otherwise only TIFFs are turned, as Pillow always does.
+        upright: apply the EXIF orientation. Otherwise only TIFFs are rotated, which Pillow always does.
 
     Raises:
         ImageError: it cannot be decoded.
@@ -88,46 +89,46 @@ def _check_not_empty(path: str | os.PathLike[str]) -> None:
 
 
 def _needs_scaling(image: Image.Image) -> bool:
-    """Whether an opened image holds numbers above 255, which Pillow would clip."""
+    """Whether an opened image may contain values above 255, which Pillow would clip."""
     return image.mode in (*_SIXTEEN_BITS, "I", "F")
 
 
 def _orientation(image: Image.Image) -> int:
-    """What the EXIF data say: 1 is upright, 2 to 8 are turned or mirrored. A PNG must have been loaded."""
+    """EXIF orientation: 1 is upright, 2 to 8 are rotated or mirrored. A PNG must have been loaded."""
     try:
         with decoding():
             found = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except ImageError:  # broken metadata do not make an image unreadable
+    except ImageError:  # damaged metadata does not make the pixels unreadable
         return 1
     return found if found in range(2, 9) else 1
 
 
 def needs_preparation(image: Image.Image) -> bool:
-    """Whether an opened image, not yet loaded, is one that :func:`prepared` reads right and Detectron2 does not."""
+    """Whether Detectron2 would misread an opened image, not yet loaded, that :func:`prepared` reads correctly."""
     return _needs_scaling(image) or image.format == "PNG" or (image.format == "TIFF" and _orientation(image) != 1)
 
 
 def prepared(image: Image.Image) -> Image.Image:
-    """An opened image, loaded, upright, with 8 bits a channel.
+    """Load an opened image; returns it upright, with 8 bits a channel.
 
     Args:
-        image: opened from a file object: given a path, Pillow reads turned TIFFs that are not compressed wrongly.
+        image: opened from a file object. Opened from a path, Pillow misreads uncompressed rotated TIFFs.
 
     Raises:
-        ValueError: as in :func:`eight_bits`; and whatever a decoder raises.
+        ValueError: as in :func:`eight_bits`. Errors of Pillow's decoders pass through.
     """
     image.load()
     upright = eight_bits(image)
-    if image.format == "TIFF" or _orientation(image) == 1:  # Pillow has turned a TIFF itself
+    if image.format == "TIFF" or _orientation(image) == 1:  # Pillow has rotated a TIFF already
         return upright
     return upright.transpose(_TURNS[_orientation(image)])
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
-    """An image as it is, or one of 16 bits a pixel by the upper 8, as Pillow reads 16-bit colour.
+    """Reduce 16 bits a pixel to the upper 8, as Pillow does for 16-bit colour; other images are returned unchanged.
 
     Raises:
-        ValueError: it holds 32-bit numbers, whose range nobody knows.
+        ValueError: the pixels are 32-bit numbers, whose range is unknown.
     """
     if not _needs_scaling(image):
         return image
@@ -135,11 +136,11 @@ def eight_bits(image: Image.Image) -> Image.Image:
         upper = np.asarray(image).astype(np.int64).clip(0, 65535) >> 8
         return Image.fromarray(upper.astype(np.uint8))
     numbers = "floating-point" if image.mode == "F" else "32-bit"
-    raise ValueError(f"it holds {numbers} numbers, whose range is not known: convert it to 8 or 16 bits")
+    raise ValueError(f"its pixels are {numbers} numbers of unknown range: convert it to 8 or 16 bits")
 
 
 def resized(height: int, width: int, shortest: int, longest: int) -> tuple[int, int]:
-    """(height, width) after resizing to a shortest side, unless the longest would exceed its limit (Detectron2's way).
+    """(height, width) after Detectron2's resizing to a shortest side with a limit of the longest side.
 
     Args:
         height, width: of the image, in pixels.
@@ -153,26 +154,26 @@ def resized(height: int, width: int, shortest: int, longest: int) -> tuple[int, 
 
 
 def upright_size(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """(width, height) of an image file after it is turned as its EXIF says; pixels are not decoded."""
+    """(width, height) of an image file after its EXIF orientation is applied; pixels are not decoded."""
     with Image.open(path) as image:
         width, height = image.size
         if isinstance(image, TiffImageFile):  # its ``size`` depends on Pillow's version
             width, height = image.tag_v2[ExifTags.Base.ImageWidth], image.tag_v2[ExifTags.Base.ImageLength]
-        # A PNG without EXIF before its pixels is not asked for it, since that would decode them.
+        # Reading the EXIF data of a PNG would decode its pixels, unless they come before the pixels.
         turned = (image.format != "PNG" or "exif" in image.info) and _orientation(image) >= 5
     return (height, width) if turned else (width, height)
 
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """What :func:`inspect_image` finds.
+    """Result of :func:`inspect_image`.
 
     Args:
-        error: why it cannot be trained on, as the end of a sentence "PATH ..."; empty if it can.
-        kind: what an error has in common with others like it.
-        size: (width, height) upright, in pixels; (0, 0) if that cannot be known.
-        stored: the same before it is turned upright.
-        notes: what training does with it that one should know; each the end of a sentence "PATH ...".
+        error: why training cannot use the image, as the end of a sentence "PATH ..."; empty if it can.
+        kind: the category under which errors are counted.
+        size: (width, height) upright, in pixels; (0, 0) if unknown.
+        stored: the same before the EXIF orientation is applied.
+        notes: conversions that training applies; each is the end of a sentence "PATH ...".
     """
 
     error: str = ""
@@ -183,7 +184,7 @@ class ImageFacts:
 
 
 def inspect_image(path: str | os.PathLike[str]) -> ImageFacts:
-    """Decode an image to its last pixel, as training does."""
+    """Decode an image completely, as training does."""
     try:
         with decoding():
             _check_not_empty(path)
@@ -196,7 +197,7 @@ def inspect_image(path: str | os.PathLike[str]) -> ImageFacts:
 
 
 class _Stored:
-    """What is known only before an image is loaded."""
+    """Properties that are available only before an image is loaded."""
 
     def __init__(self, image: Image.Image) -> None:
         raw_modes = " ".join(str(getattr(tile, "args", "")) for tile in getattr(image, "tile", ()))
@@ -206,7 +207,7 @@ class _Stored:
 
 
 def _notes(image: Image.Image, stored: _Stored) -> list[str]:
-    """What is peculiar about a loaded image."""
+    """Unusual properties of a loaded image."""
     notes = []
     if image.getbands()[0] in ("L", "I", "1", "F"):
         notes.append("is greyscale: all three channels are the same")
@@ -219,9 +220,9 @@ def _notes(image: Image.Image, stored: _Stored) -> list[str]:
     if _is_dark(image):
         notes.append("has 16 bits a channel but uses few of them, so that it is nearly black: stretch its range")
     if _is_transparent(image):
-        notes.append("is partly transparent: alpha is dropped, and the colours beneath are seen")
+        notes.append("is partly transparent: the alpha channel is dropped, the colours below it are used")
     if stored.turned or _orientation(image) != 1:
-        notes.append("is stored turned: made upright as its EXIF says (classification takes it as it is stored)")
+        notes.append("is stored rotated: the EXIF orientation is applied (classification does not apply it)")
     if stored.frames > 1:
         notes.append("has several frames: the first is used")
     return notes

@@ -1,4 +1,4 @@
-"""A whole data set in COCO format: what its json says, where its files are, and what is in them."""
+"""Checks of a whole data set in COCO format: its json, the presence of its files, and their pixels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from d2_mgd.data.images import ImageFacts, inspect_image
 
 __all__ = ["OUTSIDE", "inspect_content", "inspect_pixels", "inspect_set"]
 
-OUTSIDE = "images outside their folder"  # the kind of finding that an option allows
+OUTSIDE = "images outside their folder"  # a kind of finding; MGD.DATA.ALLOW_OUTSIDE_ROOT allows it
 
 _PORTION = 4096
 
@@ -23,16 +23,16 @@ _PORTION = 4096
 def inspect_set(
     json_file: str, image_root: str, wanted: Inspection, allow_outside: bool = False
 ) -> tuple[list[Finding], list[dict[str, Any]]]:
-    """Everything that is wrong with a set as far as its json and a listing of its folders tell; no image is read.
+    """Check the json of a data set and the presence of its image files; no image is read.
 
     Args:
         json_file: annotations in COCO's instance format.
         image_root: the folder that the json's file names are relative to.
-        wanted: what the set is used for.
+        wanted: the intended use.
         allow_outside: whether file names may leave ``image_root``.
 
     Returns:
-        the findings; and the images, as entries of the json, whose files are there.
+        the findings, and the json entries of the images whose files exist.
 
     Raises:
         CocoError: the json is not in COCO's format, or the folder does not exist.
@@ -43,7 +43,7 @@ def inspect_set(
 def inspect_content(
     content: dict[str, Any], source: str, image_root: str, wanted: Inspection, allow_outside: bool = False
 ) -> tuple[list[Finding], list[dict[str, Any]]]:
-    """:func:`inspect_set` of the content of a json, which sentences call ``source``."""
+    """:func:`inspect_set` of the content of a json, which messages call ``source``."""
     if not os.path.isdir(image_root):
         raise CocoError(f"its image folder {image_root} does not exist")
     inspected, images = inspect_coco(content, source, wanted)
@@ -66,41 +66,43 @@ def inspect_content(
 def inspect_pixels(
     image_root: str, images: Sequence[dict[str, Any]], workers: int = 1, progress: bool = False
 ) -> list[Finding]:
-    """What is wrong with, or peculiar about, the image files of a set; every one is decoded to its last pixel.
+    """Decode every image file of a set completely; returns errors and unusual properties.
 
     Args:
         image_root: the folder.
-        images: entries of the json whose files are there.
-        workers: images that are decoded at the same time (threads: decoding runs outside Python's lock).
-        progress: show a bar.
+        images: json entries of the images whose files exist.
+        workers: number of threads; decoding releases the GIL.
+        progress: show a progress bar.
     """
     found = Findings()
     paths = [os.path.join(image_root, image["file_name"]) for image in images]
     facts = tqdm(_inspected(paths, workers), total=len(paths), unit="image", desc="decoding", disable=not progress)
-    for known, image, path in zip(facts, images, paths):  # facts first: their bar ends by itself
+    for known, image, path in zip(facts, images, paths):  # facts first, so that the progress bar ends at its total
         if known.error:
             found.add(known.kind, f"{path} {known.error}", things="images", of=len(images))
             continue
         for note in known.notes:
             found.add(f"images: {note}", f"{path} {note}", severity=NOTE, things="images", of=len(images))
-        offence = _offence_of_size(image, known)
-        if offence:
-            found.add("images of another size than the json says", f"{path} {offence}", things="images", of=len(images))
+        difference = _size_difference(image, known)
+        if difference:
+            found.add(
+                "images of another size than in the json", f"{path} {difference}", things="images", of=len(images)
+            )
     return list(found)
 
 
 def _inspected(paths: Sequence[str], workers: int) -> Iterator[ImageFacts]:
     with ThreadPoolExecutor(max_workers=workers) as pool:
-        # in portions, so that neither memory nor Ctrl-C suffers from a million images in the queue
+        # in portions: a queue of a million images would take memory and delay Ctrl-C
         for start in range(0, len(paths), _PORTION):
             yield from pool.map(inspect_image, paths[start : start + _PORTION])
 
 
-def _offence_of_size(image: dict[str, Any], known: ImageFacts) -> str:
-    said = (image["width"], image["height"])
-    if said == known.size:
+def _size_difference(image: dict[str, Any], known: ImageFacts) -> str:
+    listed = (image["width"], image["height"])
+    if listed == known.size:
         return ""
-    sentence = f"has {known.size[0]} x {known.size[1]} pixels, and the json says {said[0]} x {said[1]}"
-    if said == known.stored:
-        sentence += ", its size before it is turned upright as its EXIF says: the boxes are of the turned image"
+    sentence = f"has {known.size[0]} x {known.size[1]} pixels, but {listed[0]} x {listed[1]} in the json"
+    if listed == known.stored:
+        sentence += ", its size before the EXIF orientation is applied: boxes refer to the upright image"
     return sentence

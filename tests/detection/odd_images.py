@@ -121,12 +121,12 @@ READABLE: dict[str, tuple[Callable[[Path], Path], np.ndarray, str]] = {
     "alpha": (lambda f: _transparent(f, "RGBA"), grey(ramp()), "is partly transparent"),
     "grey and alpha": (lambda f: _transparent(f, "LA"), grey(ramp()), "is partly transparent"),
     "palette": (_palette, grey(ramp()), "is partly transparent"),
-    "EXIF 3": (lambda f: _turned(f, "png", 3), grey(ramp()), "is stored turned"),
-    "EXIF 6": (lambda f: _turned(f, "png", 6), grey(ramp()), "is stored turned"),
-    "EXIF 8": (lambda f: _turned(f, "png", 8), grey(ramp()), "is stored turned"),
-    "EXIF 2": (lambda f: _turned(f, "png", 2), grey(ramp()), "is stored turned"),
-    "EXIF 6 tiff": (lambda f: _turned(f, "tif", 6), grey(ramp()), "is stored turned"),
-    "EXIF 8 tiff": (lambda f: _turned(f, "tif", 8), grey(ramp()), "is stored turned"),
+    "EXIF 3": (lambda f: _turned(f, "png", 3), grey(ramp()), "is stored rotated"),
+    "EXIF 6": (lambda f: _turned(f, "png", 6), grey(ramp()), "is stored rotated"),
+    "EXIF 8": (lambda f: _turned(f, "png", 8), grey(ramp()), "is stored rotated"),
+    "EXIF 2": (lambda f: _turned(f, "png", 2), grey(ramp()), "is stored rotated"),
+    "EXIF 6 tiff": (lambda f: _turned(f, "tif", 6), grey(ramp()), "is stored rotated"),
+    "EXIF 8 tiff": (lambda f: _turned(f, "tif", 8), grey(ramp()), "is stored rotated"),
     "EXIF 6, 16-bit": (_turned_sixteen, grey(ramp()), "has 16 bits"),
     "two frames": (
         lambda f: _saved(
@@ -166,22 +166,22 @@ def _damaged(folder: Path) -> Path:
 # name -> (writes it into a folder, the kind that check_dataset counts it under, words of the reason)
 UNREADABLE: dict[str, tuple[Callable[[Path], Path], str, str]] = {
     "empty": (lambda f: _written(f / "empty.png", b""), "empty files", "is an empty file"),
-    "no image": (lambda f: _written(f / "page.jpg", b"<html>not found</html>"), "no image", "is no image"),
+    "no image": (lambda f: _written(f / "page.jpg", b"<html>not found</html>"), "no image", "is not an image"),
     "truncated png": (lambda f: _cut(f, "png", "PNG"), "truncated images", "truncated"),
     "truncated jpeg": (lambda f: _cut(f, "jpg", "JPEG"), "truncated images", "truncated"),
     "truncated tiff": (lambda f: _cut(f, "tif", "TIFF"), "truncated images", "truncated"),
     "truncated bmp": (lambda f: _cut(f, "bmp", "BMP"), "truncated images", "truncated"),
     "damaged": (_damaged, "unreadable images", "cannot be read"),
-    "no pixels": (lambda f: _written(f / "zero.png", png(0, 5, 8, 2, b"")), "no image", "is no image"),
+    "no pixels": (lambda f: _written(f / "zero.png", png(0, 5, 8, 2, b"")), "no image", "is not an image"),
     "too many pixels": (lambda f: _written(f / "bomb.png", png(60000, 60000, 1, 0, b"")), "too many", "is refused"),
     "32-bit numbers": (
         lambda f: _saved(f / "deep.tif", Image.fromarray(ramp().astype(np.int32) * 70000)),
         "unreadable images",
-        "32-bit numbers, whose range is not known",
+        "32-bit numbers of unknown range",
     ),
     "floating-point numbers": (
         lambda f: _saved(f / "float.tif", Image.fromarray(ramp().astype(np.float32) / 255)),
         "unreadable images",
-        "floating-point numbers, whose range is not known",
+        "floating-point numbers of unknown range",
     ),
 }

@@ -254,10 +254,10 @@ def test_sizes_that_differ_are_named(tmp_path: Path, capsys: Any) -> None:
     path.write_text(json.dumps(content))
     status, text = checked(capsys, path, root)
     assert status == 1
-    assert "error: images of another size than the json says: 2 of 7 images" in text
-    assert f"{root / '000.png'} has 96 x 64 pixels, and the json says 95 x 64\n" in text
+    assert "error: images of another size than in the json: 2 of 7 images" in text
+    assert f"{root / '000.png'} has 96 x 64 pixels, but 95 x 64 in the json\n" in text
     assert (
-        f"{odd} has {WIDTH} x {HEIGHT} pixels, and the json says {HEIGHT} x {WIDTH}, its size before it is turned"
+        f"{odd} has {WIDTH} x {HEIGHT} pixels, but {HEIGHT} x {WIDTH} in the json, its size before the EXIF"
         in text
     )
 

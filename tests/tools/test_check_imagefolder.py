@@ -57,7 +57,7 @@ def test_unreadable_images_are_named_with_the_reason(root: Path) -> None:
         assert reasons.keys() == {"cut.jpg", "empty.png", "page.jpeg", "gone.jpg", "damaged.png"}
         assert "truncated" in reasons["cut.jpg"]
         assert reasons["empty.png"] == "is an empty file"
-        assert reasons["page.jpeg"] == "is no image that Pillow knows"
+        assert reasons["page.jpeg"] == "is not an image format that Pillow can read"
         assert reasons["gone.jpg"] == "does not exist"
         assert len(report.problems) == 5
         assert any(problem.startswith("train/auk/cut.jpg cannot be read: ") for problem in report.problems)
@@ -150,8 +150,10 @@ def test_json(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(root), "--json"]) == 1
     report = json.loads(capsys.readouterr().out)
     assert report["ok"] is False
-    assert report["problems"] == ["valid/auk/bad.jpg is no image that Pillow knows."]
-    assert report["splits"]["valid"]["unreadable"] == {"valid/auk/bad.jpg": "is no image that Pillow knows"}
+    assert report["problems"] == ["valid/auk/bad.jpg is not an image format that Pillow can read."]
+    assert report["splits"]["valid"]["unreadable"] == {
+        "valid/auk/bad.jpg": "is not an image format that Pillow can read"
+    }
     assert report["splits"]["valid"]["num_images"] == 7
     assert report["splits"]["train"]["images_per_class"] == {"auk": 3, "bittern": 3, "crane": 3}
 

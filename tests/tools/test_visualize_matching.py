@@ -175,7 +175,7 @@ def test_bad_input_is_one_sentence(
     assert "are 0 to 47" in _refused(capsys, run, "--feature", "stage2", "--channels", 47, 48)
     assert "no.png does not exist" in _refused(capsys, run, "--image", tmp_path / "no.png")
     (tmp_path / "text.png").write_text("text")
-    assert "is no image that Pillow knows" in _refused(capsys, run, "--image", tmp_path / "text.png")
+    assert "is not an image format that Pillow can read" in _refused(capsys, run, "--image", tmp_path / "text.png")
     assert "without a teacher's features" in _refused(capsys, classification_runs / "alone")
     assert "give the output folder" in _refused(capsys, classification_runs)
 
