@@ -59,15 +59,15 @@ class MaskedBatchNorm(nn.BatchNorm2d):
     def forward(self, maps: Tensor, valid: Tensor | None = None) -> Tensor:  # type: ignore[override]
         if valid is not None:
             maps = maps.masked_fill(~valid, 0.0)  # not a product: the padding may hold NaN
-        if not self.training or self.is_plain(maps, valid):
+        if not self.training or self._is_plain(maps, valid):
             return super().forward(maps)
         sync = self._synchronises()
         mean, variance, count = self._statistics(maps, valid, sync)
-        self.update_running(mean, variance, count)
+        self._update_running(mean, variance, count)
         scale = self.weight * torch.rsqrt(variance + self.eps)
         return maps * scale.view(1, -1, 1, 1) + (self.bias - mean * scale).view(1, -1, 1, 1)
 
-    def is_plain(self, maps: Tensor, valid: Tensor | None) -> bool:
+    def _is_plain(self, maps: Tensor, valid: Tensor | None) -> bool:
         """Whether training statistics of these maps are those of ``nn.BatchNorm2d``."""
         return valid is None and not self._synchronises() and maps.shape[0] * maps.shape[2] * maps.shape[3] > 1
 
@@ -95,7 +95,7 @@ class MaskedBatchNorm(nn.BatchNorm2d):
         return mean, deviation / count.clamp(min=1), count
 
     @torch.no_grad()
-    def update_running(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
+    def _update_running(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
         """Take a batch's mean (S,) and biased variance (S,) over ``count`` values into the running statistics."""
         if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
             return
