@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from d2_mgd.distill import ALIGNMENTS, DECAYS, FEATURE_LOSSES, LOGIT_LOSSES, REDUCERS, SPATIAL_WEIGHTS
+from d2_mgd.distill import ALIGNMENTS, BALANCE_CHOICES, DECAYS, FEATURE_LOSSES, LOGIT_LOSSES, REDUCERS, SPATIAL_WEIGHTS
 from d2_mgd.distill.registry import names
 from d2_mgd.errors import UserError
 from d2_mgd.matching import METRICS, MODES
@@ -143,6 +143,8 @@ def add_distillation(parser: argparse.ArgumentParser) -> None:
     add("--mgd-metric", choices=METRICS, default="cosine", help="distance of two channels")
     add("--mgd-align", choices=ALIGNMENTS, default="matching",
         help="matching, a learned 1x1 convolution that starts as the matching or at random, or channel by channel")
+    add("--balance", choices=BALANCE_CHOICES, default="fixed",
+        help="fixed: --loss-factor or --loss-weight weighs the features; auto: the gradients at the student's maps do")
     add("--mgd-with-kd", type=int, choices=(0, 1), default=0, help="distil the logits, too")
     add("--kd-temperature", type=_number(0.0, above=True), default=1.5)
     add("--kd-weight", type=_number(0.0), default=1.0)

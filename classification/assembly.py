@@ -158,7 +158,8 @@ def _make_distiller(
         logger.info(
             "feature %s: student %s x %s x %s, teacher %s x %s x %s", name, *student_maps[name], *teacher_maps[name]
         )
-    summed = options.loss in SUMMED_LOSSES
+    fixed = options.balance == "fixed"
+    summed = fixed and options.loss in SUMMED_LOSSES
     weights = published_factors(every, options.loss_factor) if summed else dict.fromkeys(pairs, options.loss_weight)
     return MatchingGuidedDistiller(
         {name: (student_maps[name][0], teacher_maps[name][0]) for name in pairs},
@@ -168,7 +169,8 @@ def _make_distiller(
         mode=options.mgd_mode,
         align=options.mgd_align,
         norm="sync_bn" if options.sync_bn and process.world > 1 else "bn",
-        weights=weights,
+        weights=weights if fixed else None,
+        balance=options.balance,
         margins=margins(teacher.name, teacher.network, pairs) if options.loss == "partial_l2" else None,
         reduction="image_sum" if summed else "mean",
         spatial=options.mgd_spatial,

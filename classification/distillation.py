@@ -157,8 +157,8 @@ class Student(nn.Module):
             if keep_maps:
                 kept[name] = student_map.detach()
             if self.distiller is not None and factor:
-                loss = self.distiller.compare(name, student_map, teacher_maps.pop(name))
-                found[f"loss_distill/{name}"] = factor * loss
+                loss = self.distiller.compare(name, student_map, teacher_maps.pop(name), factor=factor)
+                found[f"loss_distill/{name}"] = loss
 
         with self.precision.autocast(), nullcontext() if self.taps is None else self.taps.each(compare):
             logits = self.network(images)

@@ -175,6 +175,8 @@ class Trainer(Run):
         else:
             self.nonfinite.after_finite_step()
             self.stepper.apply()
+            if self.student.distiller is not None:
+                self.student.distiller.update_balance()
             means = self._add_up(len(batch.targets), found)
         self.progress.step += 1
         if received:
@@ -218,6 +220,10 @@ class Trainer(Run):
         values = {**values, "lr": rate, "images_per_second": clock.per_second}
         if self.options.method != "base":
             values["distill_factor"] = self.schedules.distill_factor(self.finished_steps - 1)
+        if self.student.distiller is not None:
+            values.update(self.student.distiller.balance_report())
+            for warning in self.student.distiller.balance_warnings():
+                logger.warning(warning)
         self.journal.step(values, self.finished_steps)
 
     # ---- evaluation and rematching

@@ -72,6 +72,9 @@ def _check_in_vain(options: argparse.Namespace, given: Sequence[str]) -> None:
             f"--{about_logits.replace('_', '-')} is about the logits, which are not distilled: add --mgd-with-kd 1, or "
             "--distiller kd, or leave it out."
         )
+    for name in ("loss_weight", "loss_factor"):
+        if options.balance != "fixed" and name in given:
+            raise UserError(f"--{name.replace('_', '-')} is not used with --balance {options.balance}.")
     if options.loss in SUMMED_LOSSES and "loss_weight" in given:
         raise UserError(f"--loss-weight is not used by --loss {options.loss}, which --loss-factor divides.")
     if options.loss not in SUMMED_LOSSES and "loss_factor" in given:

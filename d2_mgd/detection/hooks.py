@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -18,6 +19,31 @@ from d2_mgd.distill.rematching import observe_pass, rematch, rematch_due
 from d2_mgd.training import Interrupted
 from d2_mgd.training.processes import rank
 from d2_mgd.visualize import matching_images
+
+logger = logging.getLogger(__name__)
+
+_LOG_PERIOD = 20  # iterations, that of Detectron2's writers
+
+
+class BalanceHook(HookBase):
+    """After each step, makes the factors of the next one; logs them, and warns where fixed weights drown the task.
+
+    ``ratio/<feature>`` and, under a balance, ``balance/<feature>`` go to the event storage every 20 iterations. All
+    processes take part.
+
+    Args:
+        distiller: of the model under training.
+    """
+
+    def __init__(self, distiller: MatchingGuidedDistiller) -> None:
+        self.distiller = distiller
+
+    def after_step(self) -> None:
+        self.distiller.update_balance()
+        if (self.trainer.iter + 1) % _LOG_PERIOD == 0 and rank() == 0:
+            self.trainer.storage.put_scalars(smoothing_hint=False, **self.distiller.balance_report())
+            for warning in self.distiller.balance_warnings():
+                logger.warning(warning)
 
 
 class MatchingHook(HookBase):

@@ -160,10 +160,11 @@ class TeacherStudentDetector(nn.Module):
             teacher_maps = self.teacher(**inputs)
         else:
             teacher_maps, outputs = self.teacher.with_outputs(**inputs)
-        losses = self._compare_features(batched_inputs, batch, student_maps, teacher_maps)
+        losses = self._compare_features(batched_inputs, batch, student_maps, teacher_maps, factor)
         if self.heads is not None:
-            losses.update(self.heads.losses(outputs, _sizes(batched_inputs)))
-        return {**task_losses, **{name: factor * loss for name, loss in losses.items()}}
+            of_heads = self.heads.losses(outputs, _sizes(batched_inputs))
+            losses.update({name: factor * loss for name, loss in of_heads.items()})
+        return {**task_losses, **losses}
 
     @torch.no_grad()
     def extract_maps(self, batched_inputs: Batch) -> tuple[Maps, Maps, Masks]:
@@ -221,7 +222,7 @@ class TeacherStudentDetector(nn.Module):
         return student_maps, teacher_maps, valid_masks(sizes, student_maps, self._student_features)
 
     def _compare_features(
-        self, batched_inputs: Batch, batch: Tensor, student_maps: Maps, teacher_maps: Maps
+        self, batched_inputs: Batch, batch: Tensor, student_maps: Maps, teacher_maps: Maps, factor: float
     ) -> dict[str, Tensor]:
         if self.distiller is None:
             return {}
@@ -230,7 +231,7 @@ class TeacherStudentDetector(nn.Module):
             self.observe_next = False
             self.distiller.observe(student_maps, teacher_maps, valid)
         if self.distiller.matched:
-            return self.distiller(student_maps, teacher_maps, valid, _boxes(batched_inputs))
+            return self.distiller(student_maps, teacher_maps, valid, _boxes(batched_inputs), factor)
         return self.distiller.no_losses(self.device)  # until the first rematch
 
     def _no_losses(self) -> dict[str, Tensor]:
@@ -291,7 +292,8 @@ def _build_distiller(cfg: CfgNode, pairs: dict[str, FeaturePair], teacher: Froze
         mode=cfg.MGD.MODE or None,
         align=cfg.MGD.ALIGN,
         norm=cfg.MGD.NORM,
-        weights=feature_weights(cfg),
+        weights=feature_weights(cfg) if cfg.MGD.BALANCE == "fixed" else None,
+        balance=cfg.MGD.BALANCE,
         margins=margins,
         reduction=cfg.MGD.REDUCTION,
         spatial=cfg.MGD.SPATIAL,

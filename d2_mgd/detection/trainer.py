@@ -24,7 +24,7 @@ from d2_mgd.detection.config_loaders import build_pass_loader, build_train_loade
 from d2_mgd.detection.datasets import check_classes, check_datasets_once
 from d2_mgd.detection.evaluation import EvaluatingTrainer
 from d2_mgd.detection.features import export_student_state
-from d2_mgd.detection.hooks import CheckpointHook, MatchingHook
+from d2_mgd.detection.hooks import BalanceHook, CheckpointHook, MatchingHook
 from d2_mgd.detection.loader import SampleError, TrainLoader
 from d2_mgd.detection.networks import build_network
 from d2_mgd.detection.preemption import PreemptionHook
@@ -135,10 +135,13 @@ class Trainer(EvaluatingTrainer):
         return build_train_loader(cfg, _run_seed(cfg))
 
     def build_hooks(self) -> list[HookBase]:
-        """Timer, schedule, preemption, rematch, checkpoint, evaluation, writers: in this order after each step."""
+        """Timer, schedule, balance, preemption, rematch, checkpoint, evaluation, writers: in this order."""
         cfg = self.cfg
         self.preemption = PreemptionHook(self.save_checkpoint, lambda: self._trainer.received)
-        built: list[HookBase] = [hooks.IterationTimer(), hooks.LRScheduler(), self.preemption]
+        built: list[HookBase] = [hooks.IterationTimer(), hooks.LRScheduler()]
+        if self.distilled and self.detector.distiller is not None:
+            built.append(BalanceHook(self.detector.distiller))
+        built.append(self.preemption)  # which may save, so after the step's last changes
         if self.distilled and cfg.MGD.FEATURES and cfg.MGD.ALIGN in MATCHED_ALIGNMENTS:
             built.append(self._matching_hook())
         built.append(CheckpointHook(self.save_checkpoint, cfg.SOLVER.CHECKPOINT_PERIOD))

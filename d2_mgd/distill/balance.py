@@ -9,6 +9,7 @@ that nothing is computed twice and no step is repeated. A new rule is a function
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,9 @@ import torch.distributed as dist
 from fvcore.common.registry import Registry
 from torch import Tensor, nn
 
-__all__ = ["AUTO", "BALANCES", "Balance", "Statistics", "mean_square"]
+from d2_mgd.distill.registry import names
+
+__all__ = ["AUTO", "BALANCES", "BALANCE_CHOICES", "Balance", "Statistics", "mean_square"]
 
 BALANCES = Registry("BALANCES")
 AUTO = "norm"
@@ -24,6 +27,8 @@ AUTO = "norm"
 
 _MEMORY = 0.01  # weight of the newest step in a running mean, once 100 steps are known
 _FIRST = 50  # steps whose mean loss is the loss at the start
+_HEAVY, _HEAVY_STEPS = 10.0, 100  # a ratio of gradients, over so many steps, that deserves a warning
+_EVERY = 4  # one image in so many is measured, which keeps the cost of all features below 1 % of a step
 _UNMEASURED = 1e-3  # what a feature's loss is scaled to in its first two steps, which only measure
 
 
@@ -80,6 +85,9 @@ def _with_signal(statistics: Statistics, low: float, high: float) -> Tensor:
     return norm(statistics) * share.clamp(low, high).sqrt()
 
 
+BALANCE_CHOICES = ("fixed", "auto", *names(BALANCES))
+
+
 class _Column:
     """Columns of what a step measures, sums over its backward passes."""
 
@@ -108,7 +116,7 @@ class Watch:
         self.gradient: Tensor | None = None
 
     def keep(self, gradient: Tensor) -> None:
-        self.gradient = gradient
+        self.gradient = gradient[::_EVERY].clone()  # a reference would keep autograd from adding in place
 
 
 class Balance(nn.Module):
@@ -127,6 +135,7 @@ class Balance(nn.Module):
 
     def __init__(self, rule: str | None, number: int) -> None:
         super().__init__()
+        self._warned: set[str] = set()
         self.rule = None if rule is None else BALANCES.get(AUTO if rule == "auto" else rule)
         stored = rule is not None  # measured ratios alone are not worth a change of every checkpoint
         self.register_buffer("running", torch.zeros(_Row.NUMBER, number), persistent=stored)
@@ -170,13 +179,12 @@ class Balance(nn.Module):
         return torch.where(self.steps[index] > 1, self.factors[index], first)
 
     @torch.no_grad()
-    def update(self, group: Any = None, reduced: bool = False) -> None:
+    def update(self, group: Any = None) -> None:
         """Take what was measured since the last call into the running means, and make the next step's factors.
 
-        Once an optimiser step, after its backward passes. A collective under ``torch.distributed``, unless ``measured``
-        has been averaged over the processes already (``reduced``), as with another collective of the same step.
+        Once an optimiser step, after its backward passes. With a rule, a collective under ``torch.distributed``.
         """
-        if not reduced and dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1:
+        if self.rule is not None and dist.is_available() and dist.is_initialized():
             dist.all_reduce(self.measured, group=group)
             self.measured /= dist.get_world_size(group)
         task, own, applied, task_signal, own_signal, loss, teacher, passes = self.measured.unbind()
@@ -214,12 +222,31 @@ class Balance(nn.Module):
         """(K,) norms of the distillation's gradients at the maps, as they are applied, to those of the task."""
         return torch.exp(0.5 * self.running[_Row.APPLIED])
 
+    def warnings(self, weights: Mapping[str, float]) -> list[str]:
+        """One sentence, once, for each fixed weight under which the task's gradient was drowned. Waits for the device.
+
+        Args:
+            weights: feature name -> weight, for the K features in order.
+        """
+        if self.rule is not None:
+            return []
+        found = []
+        for (name, weight), ratio, steps in zip(weights.items(), self.ratios.tolist(), self.steps.tolist()):
+            if ratio > _HEAVY and steps > _HEAVY_STEPS and name not in self._warned:
+                self._warned.add(name)
+                found.append(
+                    f"feature {name}: at the student's map, the gradient of the distillation is {ratio:.3g} times that "
+                    f"of the task in the last {_HEAVY_STEPS} steps. Try the weight {0.3 * weight / ratio:.2g} in place "
+                    f"of {weight:.2g}, or the balance 'auto'."
+                )
+        return found
+
     @torch.no_grad()
     def _measure(self, index: int, watch: Watch, gradient: Tensor) -> None:
         own, watch.gradient = watch.gradient, None
         if own is None:  # the distillation took no part in this backward pass
             return
-        task = gradient - own
+        task = gradient[::_EVERY] - own
         unscaled = self.measured.new_ones(()) / (watch.scale * watch.scale)
         task_square, applied = _square(task), _square(own)
         task_signal, own_signal = _common_square(task), _common_square(own)
@@ -241,9 +268,11 @@ def _on_gradient(maps: Tensor, use: Any) -> None:
 
 
 def mean_square(maps: Tensor, valid: Tensor | None) -> Tensor:
-    """() over the real elements of (N, C, H, W) maps with a mask (N, 1, H, W) or None."""
+    """() over the real elements of the measured images of (N, C, H, W) maps with a mask (N, 1, H, W) or None."""
+    maps = maps[::_EVERY]
     if valid is None:
         return _square(maps) / maps.numel()
+    valid = valid[::_EVERY]
     return _square(maps.masked_fill(~valid, 0.0)) / (valid.sum() * maps.shape[1]).clamp(min=1)
 
 

@@ -235,12 +235,12 @@ class MatchingGuidedDistiller(nn.Module):
         watch.scale = self.balance.factor(index, loss) * (self.weights[name] * factor)
         return watch.scale * loss
 
-    def update_balance(self, group: Any = None, reduced: bool = False) -> None:
+    def update_balance(self, group: Any = None) -> None:
         """Make the next step's factors from what the backward passes of this one have measured.
 
-        A collective under ``torch.distributed``, see :meth:`~d2_mgd.distill.balance.Balance.update`.
+        Call it once after each step of the optimiser. Under a balance, a collective in ``torch.distributed``.
         """
-        self.balance.update(group, reduced)
+        self.balance.update(group)
 
     def balance_report(self) -> dict[str, float]:
         """``ratio/<feature>``, the norm of the distillation's gradient at the map to the task's, and, where a rule
@@ -251,6 +251,10 @@ class MatchingGuidedDistiller(nn.Module):
             factors = self.balance.factors.tolist()
             report.update({f"balance/{name}": factor for name, factor in zip(self.channels, factors)})
         return report
+
+    def balance_warnings(self) -> list[str]:
+        """One sentence, once, for each fixed weight whose loss has drowned the task's. Waits for the device."""
+        return self.balance.warnings(self.weights)
 
     def no_losses(self, device: torch.device) -> dict[str, Tensor]:
         """Zeros on ``device``, for a step in which nothing is compared.
