@@ -62,7 +62,7 @@ def test_the_report_has_every_part(finished: Path) -> None:
     assert {"matching_p3", "matching_p4", "matching_p5"} <= names
     assert all((finished / link).stat().st_size > 2000 for link in links)
     assert page.count("data:image/png;base64,") == len(links)
-    assert (finished / "result.png").stat().st_size > 2000
+    assert (finished / "result.jpg").stat().st_size > 2000
     assert not re.search(r"(?:src|href)=\"(?!data:)", page)
     for text in (page, markdown):
         assert "student distilled" in text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,20 +16,22 @@ from visualize_matching import add_costs, add_rematches, group_figure
 from d2_mgd import visualize
 from d2_mgd.visualize.report import Report
 from demos.detection_stages import DISTILLED, STAGES, STUDENT, TEACHER, TEST, Demo
-from demos.result_figure import COLOURS, result_figure
-from demos.results import start_report, terminal_table
+from demos.results import COLOURS, start_report, terminal_table
 from demos.scenes import CLASSES
 
 _COLOURS = {stage.caption: COLOURS[stage.name] for stage in STAGES}
 _SHOWN_SCENES = 5
+_PICTURE_SCENES = 2
 _LEAST_SCORE = 0.4
+_TRUTH = "ground truth"
 _HEADER = ["detector", "AP", "AP50", "AP75", "parameters", "minutes"]
 
 Results = Mapping[str, Mapping[str, Any]]
+Columns = dict[str, list[visualize.Detections]]
 
 
 def write_report(demo: Demo, results: Results) -> str:
-    """Write ``report.md``, ``report.html`` and ``result.png`` into the demo's folder.
+    """Write ``report.md``, ``report.html`` and ``result.jpg`` into the demo's folder.
 
     Args:
         demo: with all stages finished.
@@ -44,10 +47,11 @@ def write_report(demo: Demo, results: Results) -> str:
     _add_results(report, rows, results)
     _add_curves(report, demo)
     _add_matchings(report, demo)
-    _add_detections(report, demo)
+    images, columns = _detections(demo)
+    _add_detections(report, images, columns)
     _add_method(report, demo)
     markdown, page = report.write(demo.output)
-    result_figure(results).savefig(demo.output / "result.png")
+    _draw_result(images, columns, results, demo.output / "result.jpg")
     return f"{report.headline}\n\n{terminal_table(_HEADER, rows)}\n\n{markdown}\n{page}"
 
 
@@ -118,23 +122,38 @@ def _add_matchings(report: Report, demo: Demo) -> None:
     )
 
 
-def _add_detections(report: Report, demo: Demo) -> None:
-    report.heading("Detections")
+def _detections(demo: Demo) -> tuple[list[np.ndarray], Columns]:
+    """The first test scenes, and the objects and detections in each."""
     data = demo.output / "scenes"
     content = json.loads((data / "test.json").read_text(encoding="utf-8"))
     chosen = content["images"][:_SHOWN_SCENES]
     images = [np.asarray(Image.open(data / "test" / image["file_name"]).convert("RGB")) for image in chosen]
     ids, categories = [image["id"] for image in chosen], [category["id"] for category in content["categories"]]
-    columns = {"ground truth": detections_of(content["annotations"], ids, categories)}
+    columns = {_TRUTH: detections_of(content["annotations"], ids, categories)}
     for stage in STAGES:
         path = demo.output / stage.name / "inference" / TEST / "coco_instances_results.json"
         columns[stage.caption] = detections_of(json.loads(path.read_text(encoding="utf-8")), ids, categories)
+    return images, columns
+
+
+def _add_detections(report: Report, images: list[np.ndarray], columns: Columns) -> None:
+    report.heading("Detections")
     report.figure(
         "detections",
-        visualize.draw_detections(images, columns, CLASSES, threshold=_LEAST_SCORE, truth="ground truth"),
+        visualize.draw_detections(images, columns, CLASSES, threshold=_LEAST_SCORE, truth=_TRUTH),
         f"The first {len(images)} test scenes. Detections with a score of {_LEAST_SCORE:.0%} or more, the score beside "
         "each; dashed where no object of that class is there.",
     )
+
+
+def _draw_result(images: list[np.ndarray], columns: Columns, results: Results, path: Path) -> None:
+    """Write one picture of the demo: two scenes with the detections of all three detectors, and their AP."""
+    captions = {_TRUTH: _TRUTH}
+    for stage in (STUDENT, DISTILLED, TEACHER):
+        captions[stage.caption] = f"{stage.caption}: {_number(results[stage.name]['AP'])} AP"
+    shown = {text: columns[caption][:_PICTURE_SCENES] for caption, text in captions.items()}
+    figure = visualize.draw_detections(images[:_PICTURE_SCENES], shown, CLASSES, threshold=_LEAST_SCORE, truth=_TRUTH)
+    figure.savefig(path, pil_kwargs={"quality": 90})
 
 
 def _add_method(report: Report, demo: Demo) -> None:

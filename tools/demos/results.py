@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from d2_mgd.visualize.report import Bar, Report
-from demos.result_figure import COLOURS
+
+COLOURS = {"teacher": "#7F7F7F", "student": "#E69F00", "distilled": "#0072B2"}
 
 
 def start_report(accuracies: Mapping[str, float | None], unit: str, data: str) -> Report:
