@@ -106,7 +106,7 @@ async function load(page) {
   document.body.append(frame);
   await loaded;
   const inner = frame.contentDocument;
-  for (let tries = 0; tries < 50 && page.includes("?q=") && !inner.querySelector(".md-search-result__item"); tries++)
+  for (let tries = 0; tries < 500 && page.includes("?q=") && !inner.querySelector(".md-search-result__item"); tries++)
     await wait(100);
   found[page] = {
     heading: inner.querySelector("h1")?.textContent ?? "",
@@ -134,7 +134,7 @@ def test_every_page_loads_from_disk_in_a_browser_as_wide_as_a_phone(site: Path) 
     command += [
         "--allow-file-access-from-files",
         "--enable-logging=stderr",
-        "--virtual-time-budget=120000",
+        "--virtual-time-budget=600000",
         "--dump-dom",
     ]
     run = subprocess.run(
