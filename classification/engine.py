@@ -75,24 +75,16 @@ class Trainer(Run):
             self.journal.close(student, success=True)
         return self.progress
 
-    def _leave(self, received: int) -> NoReturn:
-        name = signal.Signals(received).name
-        if self.progress.step == 0:  # in the pass for the first matching
-            self._say("%s: left before a step; there is nothing to save.", name)
-        else:
+    def _leave(self, number: int) -> NoReturn:
+        message = "left before a step; there is nothing to save."  # in the pass for the first matching
+        if self.progress.step:
             self.save()
-            self._say(
-                "%s: left after %d epochs and %d of %d steps, all of it saved; the same command with --resume goes on.",
-                name, self.progress.epoch, self.progress.step, self.order.steps,
-            )  # fmt: skip
+            done = f"{self.progress.epoch} epochs and {self.progress.step} of {self.order.steps} steps"
+            message = f"left after {done}, all of it saved; the same command with --resume goes on."
         if self.journal is not None:
+            logger.warning("%s: %s", signal.Signals(number).name, message)
             self.journal.close()
-        raise SystemExit(128 + received)
-
-    def _say(self, text: str, *values: object) -> None:
-        """Log a warning on one rank."""
-        if self.process.is_main:
-            logger.warning(text, *values)
+        raise SystemExit(128 + number)
 
     # ---- an epoch
 
