@@ -103,15 +103,12 @@ class _Row:
 
 
 class Watch:
-    """One map in one forward and backward pass.
+    """What the hooks of one map store in one forward and backward pass.
 
-    Args:
-        map: the student's map, to be compared.
-        scale: what its loss is multiplied by; set before the backward pass.
+    Without the map: the garbage collector does not see a cycle through hooks of the autograd graph.
     """
 
-    def __init__(self, maps: Tensor) -> None:
-        self.map = maps
+    def __init__(self) -> None:
         self.scale: Tensor | float = 1.0
         self.gradient: Tensor | None = None
 
@@ -147,20 +144,23 @@ class Balance(nn.Module):
         self.factors: Tensor
         self.measured: Tensor
 
-    def watch(self, index: int, student: Tensor) -> Watch:
-        """The map (N, S, H, W) of feature ``index``, to be compared in place of ``student``."""
+    def watch(self, index: int, student: Tensor) -> tuple[Tensor, Watch]:
+        """The map (N, S, H, W) of feature ``index`` to be compared in place of ``student``, and what measures it.
+
+        Set the ``scale`` of the latter to what the loss is multiplied by, before the backward pass.
+        """
         if self.rule is None and torch.compiler.is_compiling():
-            return Watch(student)  # a ratio in the log is not worth a broken graph
+            return student, Watch()  # a ratio in the log is not worth a broken graph
         return self._watched(index, student)
 
     @torch.compiler.disable
-    def _watched(self, index: int, student: Tensor) -> Watch:
+    def _watched(self, index: int, student: Tensor) -> tuple[Tensor, Watch]:
         if not (torch.is_grad_enabled() and student.requires_grad):
-            return Watch(student)
-        watch = Watch(student.view_as(student))
-        watch.map.register_hook(watch.keep)
+            return student, Watch()
+        watch, compared = Watch(), student.view_as(student)
+        compared.register_hook(watch.keep)
         _on_gradient(student, lambda gradient: self._measure(index, watch, gradient))
-        return watch
+        return compared, watch
 
     def rescale_teacher(self, index: int, square: Tensor) -> Tensor:
         """What a teacher's map is multiplied by, for a mean square of about 1; () from this batch's ``square``."""

@@ -228,10 +228,10 @@ class MatchingGuidedDistiller(nn.Module):
         if self.needs_matching and not self._feature(name).has_matching:
             raise RuntimeError(f"feature {name} has no matching yet: observe some images and rematch first.")
         index, rescale = self._indices[name], None
-        watch = self.balance.watch(index, student)
+        student, watch = self.balance.watch(index, student)
         if self.balance.rule is not None:
             rescale = self.balance.rescale_teacher(index, mean_square(teacher, valid))
-        loss: Tensor = self._feature(name)(watch.map, teacher, valid, boxes, rescale)
+        loss: Tensor = self._feature(name)(student, teacher, valid, boxes, rescale)
         watch.scale = self.balance.factor(index, loss) * (self.weights[name] * factor)
         return watch.scale * loss
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from pathlib import Path
 from typing import Any
@@ -221,3 +222,11 @@ def test_two_ranks_equal_one(tmp_path: Path) -> None:
 def test_an_unknown_rule_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown balance 'best'; there are: blend"):
         MatchingGuidedDistiller(CHANNELS, balance="best")
+
+
+def test_a_step_leaves_no_map_behind() -> None:
+    """Nor the graph behind it."""
+    trained("auto", steps=3)
+    shapes = {(8, channels, *size) for (channels, _), size in zip(CHANNELS.values(), ((6, 6), (4, 4)))}
+    gc.collect()
+    assert not [found for found in gc.get_objects() if type(found) is Tensor and tuple(found.shape) in shapes]
