@@ -16,9 +16,12 @@ from benchmarks.traffic.process import KINDS
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = """
-import sys; from pathlib import Path; from benchmarks.traffic.process import train
-world, kind, folder = sys.argv[1:]
-train(int(world), kind, Path(folder) / f"{kind}_{world}", own_network=False)
+import sys; from pathlib import Path; from benchmarks.traffic.process import KINDS, train
+for kind in KINDS:
+    for world in (1, 2):
+        folder = Path(sys.argv[1]) / f"{kind}_{world}"
+        folder.mkdir()
+        train(world, kind, folder, own_network=False)
 """
 
 
@@ -27,11 +30,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of one and of two processes, of both kinds."""
     folder = tmp_path_factory.mktemp("traffic")
     write_images(folder / "data")
-    for kind in KINDS:
-        for world in (1, 2):
-            (folder / f"{kind}_{world}").mkdir()
-            # in a process without other tests' tensors, which would be counted
-            subprocess.run([sys.executable, "-c", TRAIN, str(world), kind, folder], cwd=ROOT, check=True, timeout=240)
+    # in a process without other tests' tensors, which would be counted
+    subprocess.run([sys.executable, "-c", TRAIN, folder], cwd=ROOT, check=True, timeout=240)
     return folder
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,7 +17,6 @@ from PIL import Image
 from torch import nn
 
 from classification import main_base, main_mgd
-from d2_mgd.training import launch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CLASSES = ("ant", "bee", "cat")
@@ -134,34 +131,6 @@ def run_command(words: list[str], folder: Path, **environment: str) -> subproces
         text=True,
         timeout=240,
     )
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def in_processes(words: list[object], world: int, script: Callable[[list[str]], int] = main_mgd.main) -> list[int]:
-    """A script's exit statuses in ``world`` processes that meet as torchrun's do; forked, which saves their start."""
-    context = multiprocessing.get_context("fork")
-    port = free_port()
-    processes = []
-    for rank in range(world):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        processes.append(context.Process(target=_rank, args=(script, [str(word) for word in words], place)))
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(200)
-    return [-1 if process.exitcode is None else process.exitcode for process in processes]
-
-
-def _rank(script: Callable[[list[str]], int], words: list[str], place: dict[str, object]) -> None:
-    launch._PATIENCE = 0.0  # without a launcher, nothing ends the other ranks after the first
-    os.environ.update({name: str(value) for name, value in place.items()})
-    sys.exit(script(words))
 
 
 TIMES = ("seconds", "images_per_second")

@@ -18,7 +18,8 @@ from classification import main_base
 from classification.checkpoint import checkpoints_of
 from d2_mgd.errors import CommonError, UserError
 from d2_mgd.training.processes import failing_together
-from tests.classification.conftest import SMALL, Run, assert_same_run, command, free_port
+from tests.classification.conftest import SMALL, Run, assert_same_run, command
+from tests.ranks import free_port
 
 METHOD = ["--arch", "shufflenet_v2_x0_5", "--checkpoint-freq", 2, "--lr", 0.01]
 

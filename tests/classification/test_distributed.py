@@ -1,5 +1,6 @@
 """The published spawn flags and torchrun, with two processes on the CPU; and what must not depend on their number."""
 
+import functools
 import json
 import socket
 from pathlib import Path
@@ -18,6 +19,7 @@ from classification.processes import Process
 from d2_mgd.data.class_folders import find_folders
 from d2_mgd.distill import MatchingGuidedDistiller, Tap, load_reports
 from d2_mgd.distill.norms import MaskedBatchNorm, synchronised_norms
+from d2_mgd.training import launch
 from d2_mgd.training.processes import average_buffers, gather, sum_over_ranks
 from d2_mgd.training.sums import Sums
 from tests.classification.conftest import (
@@ -25,12 +27,11 @@ from tests.classification.conftest import (
     SMALL,
     Run,
     command,
-    free_port,
-    in_processes,
     make_folder,
     run_command,
     settled,
 )
+from tests.ranks import free_port, in_processes
 
 METHOD = [
     "--arch",
@@ -123,7 +124,8 @@ def _gradients(rank: int, world: int, url: str, target: Path) -> None:
 def test_halves_of_a_batch_in_two_processes_are_the_batch(tmp_path: Path) -> None:
     """With synchronised statistics: the same gradients, running statistics and matching."""
     url = f"tcp://127.0.0.1:{free_port()}"
-    torch.multiprocessing.spawn(_gradients, (2, url, tmp_path / "two.pth"), nprocs=2)
+    arguments = (2, url, tmp_path / "two.pth")
+    torch.multiprocessing.start_processes(_gradients, arguments, nprocs=2, start_method="fork")
     _gradients(0, 1, "", tmp_path / "one.pth")
     two, one = (torch.load(tmp_path / name, weights_only=True) for name in ("two.pth", "one.pth"))
     assert {"network.0.weight", "distiller.features.a.norm.weight", "distiller.features.a.groups"} <= set(one)
@@ -131,24 +133,28 @@ def test_halves_of_a_batch_in_two_processes_are_the_batch(tmp_path: Path) -> Non
         torch.testing.assert_close(two[name], value, rtol=1e-9, atol=1e-9, msg=name)
 
 
-def test_torchrun_counts_every_image_once(base: Run, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_two_processes_count_every_image_once(
+    base: Run, data: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
     """15 images in two processes: 8 and 7."""
     assert base(data, "--arch", "mobilenet_v1", "--epochs", 2) == 0
     student = ["--arch", "mobilenet_v1", "--student-resume", tmp_path / "run" / "student_last.pth", "--evaluate"]
-    capsys.readouterr()
+    capfd.readouterr()
     assert base(data, *student) == 0
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()))
-    done = run_command(command("main_base.py", data, *SMALL, *student, launcher=launcher), tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == capsys.readouterr().out
+    alone = capfd.readouterr().out
+    assert in_processes(main_base.main, [data, *SMALL, *student], 2) == [0, 0]
+    assert capfd.readouterr().out == alone
 
 
-def test_an_error_in_the_processes_is_said_and_ends_all(data: Path, tmp_path: Path, resnet18_file: Path) -> None:
-    arguments = [data, *SMALL, "--arch", "mobilenet_v1", "--student-resume", resnet18_file]
-    done = run_command(command("main_base.py", *arguments, "--multiprocessing-distributed", "--nproc", 2), tmp_path)
-    assert done.returncode == 2
-    assert "is of resnet18, not of mobilenet_v1" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_an_error_in_the_processes_is_said_and_ends_all(
+    base: Run, data: Path, resnet18_file: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(launch, "LaunchConfig", functools.partial(launch.LaunchConfig, start_method="fork"))
+    student = ["--arch", "mobilenet_v1", "--student-resume", resnet18_file]
+    assert base(data, *student, "--multiprocessing-distributed", "--nproc", 2) == 2
+    said = capfd.readouterr().err
+    assert "is of resnet18, not of mobilenet_v1" in said
+    assert "Traceback" not in said
 
 
 def test_what_ends_one_process_ends_the_others_without_a_traceback(
@@ -158,7 +164,7 @@ def test_what_ends_one_process_ends_the_others_without_a_traceback(
     root = make_folder(tmp_path / "data")
     (root / "train" / "bee" / "2.png").write_bytes(b"\x89PNG")
     words = [root, *SMALL, "--arch", "shufflenet_v2_x0_5", "--output-dir", tmp_path / "run"]
-    statuses = in_processes(words, 2, main_base.main)
+    statuses = in_processes(main_base.main, words, 2)
     said = capfd.readouterr().err
     assert sorted(statuses) == [1, 2]
     assert "bee/2.png cannot be read" in said
@@ -174,7 +180,7 @@ def test_broken_images_are_counted_over_processes_and_restarts(base: Run, tmp_pa
     for path in broken:
         path.write_bytes(b"\x89PNG")
     words = [root, *SMALL, "--arch", "shufflenet_v2_x0_5", "--lr", 0.01, "--skip-broken-images"]
-    assert in_processes([*words, "--output-dir", tmp_path / "run"], 2, main_base.main) == [0, 0]
+    assert in_processes(main_base.main, [*words, "--output-dir", tmp_path / "run"], 2) == [0, 0]
     for path, content in zip(broken, whole):
         path.write_bytes(content)
     root.rename(tmp_path / "moved")
@@ -200,7 +206,7 @@ def test_a_port_in_use(mgd: Run, data: Path, resnet18_file: Path, capsys: pytest
 
 def test_one_gpu_for_the_processes_of_torchrun(data: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     words = [data, *SMALL[:-2], "--arch", "shufflenet_v2_x0_5", "--gpu", 0, "--output-dir", tmp_path / "run"]
-    assert in_processes(words, 2, main_base.main) == [2, 2]
+    assert in_processes(main_base.main, words, 2) == [2, 2]
     assert capfd.readouterr().err.count("--gpu 0 is one GPU for all of the 2 processes of this machine") == 1
 
 

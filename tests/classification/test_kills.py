@@ -19,16 +19,8 @@ import torch
 import classification.records as records
 import d2_mgd.distill.distiller as distiller
 from classification import main_mgd
-from tests.classification.conftest import (
-    REPOSITORY,
-    SMALL,
-    Run,
-    assert_same_run,
-    command,
-    free_port,
-    in_processes,
-    run_command,
-)
+from tests.classification.conftest import SMALL, assert_same_run
+from tests.ranks import in_processes
 
 KILLS = int(os.environ.get("CLASSIFICATION_KILLS", 4))
 KILLED = -signal.SIGKILL
@@ -147,32 +139,16 @@ def test_killed_at_random_moments_it_ends_as_the_undisturbed_one(
     assert_same_run(undisturbed, tmp_path / "run")
 
 
-def test_torchrun_starts_a_killed_process_again_and_the_run_goes_on_by_itself(
-    words: list[object], tmp_path: Path, mgd: Run
-) -> None:
-    """Elastic restart: one of two processes gets SIGKILL in the middle of the second epoch, once."""
-    script = tmp_path / "killed_once.py"
-    script.write_text(
-        "import os, pathlib, signal, sys\n"
-        f"sys.path.insert(0, {str(REPOSITORY)!r})\n"
-        "import torch\n"
-        "from classification import main_mgd\n"
-        f"mark, step, calls = pathlib.Path({str(tmp_path / 'mark')!r}), torch.optim.SGD.step, []\n"
-        "def visited(*arguments, **options):\n"
-        "    calls.append(1)\n"
-        "    if os.environ['RANK'] == '1' and len(calls) == 4 and not mark.exists():\n"
-        "        mark.touch()\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return step(*arguments, **options)\n"
-        "torch.optim.SGD.step = visited\n"
-        "sys.exit(main_mgd.main(sys.argv[1:]))\n"
-    )
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
-    given = [str(word) for word in [*words, "--epochs", 2, "--output-dir", tmp_path / "run", "--resume"]]
-    python = command("main_mgd.py")[0]
-    done = run_command([python, *launcher, "--master-port", str(free_port()), str(script), *given], tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "mark").exists()
-    assert "going on from" in done.stderr
-    assert in_processes([*words, "--epochs", 2, "--output-dir", tmp_path / "undisturbed"], 2) == [0, 0]
+def second_rank_dies(words: list[str]) -> int:
+    if os.environ["RANK"] == "1":
+        before(torch.optim.SGD, "step", 4)
+    return main_mgd.main(words)
+
+
+def test_one_of_two_processes_is_killed_and_both_go_on(words: list[object], tmp_path: Path) -> None:
+    """In the middle of the second epoch; a test of detection has torchrun itself start the ranks again."""
+    words = [*words, "--epochs", 2, "--output-dir"]
+    assert in_processes(second_rank_dies, [*words, tmp_path / "run"], 2) == [1, KILLED]
+    assert in_processes(main_mgd.main, [*words, tmp_path / "run", "--resume"], 2) == [0, 0]
+    assert in_processes(main_mgd.main, [*words, tmp_path / "undisturbed"], 2) == [0, 0]
     assert_same_run(tmp_path / "undisturbed", tmp_path / "run")

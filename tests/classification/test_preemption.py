@@ -17,7 +17,8 @@ from classification import main_mgd
 from classification.engine import Trainer
 from d2_mgd.distill import MatchingGuidedDistiller
 from d2_mgd.training.steps import Stepper
-from tests.classification.conftest import SMALL, Run, assert_same_run, command, free_port, in_processes
+from tests.classification.conftest import SMALL, Run, assert_same_run, command
+from tests.ranks import free_port, in_processes
 
 METHOD = ["--arch", "shufflenet_v2_x0_5", "--mgd-update-freq", 1, "--epochs", 3, "--lr", 0.01, "--print-freq", 1]
 
@@ -173,7 +174,7 @@ def two(words: list[object]) -> list[object]:
 @pytest.fixture(scope="module")
 def undisturbed(two: list[object], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    assert in_processes([*two, "--output-dir", folder], 2) == [0, 0]
+    assert in_processes(main_mgd.main, [*two, "--output-dir", folder], 2) == [0, 0]
     lines = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
     assert all(math.isfinite(line["loss"]) for line in lines)  # NaN would be unequal to itself
     return folder
@@ -195,7 +196,7 @@ def test_one_of_two_processes_is_told_and_both_leave_after_the_same_step(
     assert "exitcode  : 143" in said
     stored = torch.load(tmp_path / "run" / "checkpoint.pth", weights_only=True)
     assert len(stored["processes"]) == 2
-    assert in_processes([*two, *folder, "--resume"], 2) == [0, 0]
+    assert in_processes(main_mgd.main, [*two, *folder, "--resume"], 2) == [0, 0]
     assert_same_run(undisturbed, tmp_path / "run")
 
 

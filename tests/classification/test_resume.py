@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from classification import main_base
-from tests.classification.conftest import SMALL, Run, assert_same_run, command, in_processes
+from tests.classification.conftest import SMALL, Run, assert_same_run, command
+from tests.ranks import in_processes
 
 
 def kill_after_checkpoint(words: list[str], checkpoint: Path) -> None:
@@ -139,7 +140,7 @@ def _the_second_counts_a_restart(words: list[str]) -> int:
 def test_a_restart_that_one_machine_counts_is_one_for_all(base: Run, data: Path, tmp_path: Path) -> None:
     words = [data, *SMALL, "--arch", "mobilenet_v1", "--epochs", 2, "--output-dir", tmp_path / "run"]
     assert base(data, "--arch", "mobilenet_v1") == 0
-    assert in_processes(words, 2, _the_second_counts_a_restart) == [0, 0]
+    assert in_processes(_the_second_counts_a_restart, words, 2) == [0, 0]
     assert "going on from" in (tmp_path / "run" / "log.txt").read_text()
 
 

@@ -24,7 +24,8 @@ from d2_mgd.distill import LogitLoss, MatchingGuidedDistiller, Tap
 from d2_mgd.errors import CommonError
 from d2_mgd.training.processes import distributed, together
 from d2_mgd.training.steps import Precision, Stepper
-from tests.classification.conftest import CLASSES, SMALL, Run, free_port, settled
+from tests.classification.conftest import CLASSES, SMALL, Run, settled
+from tests.ranks import free_port
 
 CPU = torch.device("cpu")
 

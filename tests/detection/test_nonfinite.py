@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-import sys
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ import torch
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
+import train_net
 from detectron2.engine import HookBase
-from disturbed import BreakPredictions, BreakTeacher
-from training_runs import ROOT, in_process_trainer, run, same_tensors
+from training_runs import in_process_trainer, same_tensors
 
 from d2_mgd.training.nonfinite import NonFiniteError
+from tests.ranks import in_processes
 
 # batch-norm on the student's side has running statistics, which a bad batch must not reach
 SYNC = ("MGD.NORM", "bn", "MGD.STUDENT.TRAIN_LAST_NORM", "sync_bn")
@@ -25,7 +27,41 @@ SYNC = ("MGD.NORM", "bn", "MGD.STUDENT.TRAIN_LAST_NORM", "sync_bn")
 # all levels have predictions, so that no weight is without a gradient
 RPN = ("MODEL.META_ARCHITECTURE", "ProposalNetwork", "MODEL.RPN.IN_FEATURES", "['p3','p4','p5','p6','p7']")
 RPN += ("MODEL.ANCHOR_GENERATOR.SIZES", "[[8],[16],[32],[64],[128]]", "MGD.LOSS", "mse", "DATASETS.TEST", "()")
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+class _Break(HookBase):
+    """From iteration ``first`` to ``last`` a bias is NaN."""
+
+    def __init__(self, first: int, last: int) -> None:
+        self.first = first
+        self.last = last
+        self.whole: torch.Tensor | None = None
+
+    def bias(self) -> torch.Tensor:
+        raise NotImplementedError
+
+    def before_step(self) -> None:
+        bias = self.bias()
+        if self.whole is None:
+            self.whole = bias.detach().clone()
+        with torch.no_grad():
+            bias.copy_(self.whole)
+            if self.first <= self.trainer.iter <= self.last:
+                bias[0] = float("nan")
+
+
+class BreakTeacher(_Break):
+    """The teacher's p4 is NaN."""
+
+    def bias(self) -> torch.Tensor:
+        return self.trainer.detector.teacher.model.backbone.fpn_output4.bias
+
+
+class BreakPredictions(_Break):
+    """The student's objectness is NaN, which Detectron2 refuses."""
+
+    def bias(self) -> torch.Tensor:
+        return self.trainer.student.proposal_generator.rpn_head.objectness_logits.bias
 
 
 def checkpoint(output: Path, name: str) -> dict[str, Any]:
@@ -45,8 +81,19 @@ class Recorder(HookBase):
 
 
 def errors(text: str) -> list[str]:
-    """What processes said at their end, once each: on a busy machine the second one says the same too."""
-    return sorted({line for line in text.splitlines() if line.startswith("disturbed.py: error: ")})
+    """What ranks print at their end, once each."""
+    return sorted({line.partition(": error: ")[2] for line in text.splitlines() if ": error: " in line})
+
+
+def second_breaks(hook: HookBase, arguments: list[str]) -> None:
+    """``train_net.py``, with a hook on rank 1."""
+
+    class Disturbed(train_net.Trainer):
+        def build_hooks(self) -> list[Any]:
+            return [*([hook] if os.environ["RANK"] == "1" else []), *super().build_hooks()]
+
+    train_net.Trainer = Disturbed  # this is a process of its own
+    train_net.main(arguments)
 
 
 def disturbed(workplace: Any, output: Path, hook: HookBase, *overrides: Any, resume: bool = False) -> Any:
@@ -173,13 +220,12 @@ def test_a_step_that_fails_before_its_maps_are_there_leaves_the_next_one_unobser
     ids=["distiller", "student in parts"],
 )
 def test_no_process_waits_in_a_norm_for_one_whose_predictions_fail(
-    workplace: Any, tmp_path: Path, norms: tuple[Any, ...]
+    workplace: Any, tmp_path: Path, norms: tuple[Any, ...], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = workplace.arguments(tmp_path, *RPN, *norms)
-    disturbed_run = [str(ROOT / "tests/detection/disturbed.py"), "predictions", "1", "1", "9", *arguments]
-    done = run([*TORCHRUN, *disturbed_run], check=False)
-    sentences = errors(done.stderr)
-    assert len(sentences) == 1, done.stderr[-4000:]
+    script = functools.partial(second_breaks, BreakPredictions(1, 9))
+    assert in_processes(script, workplace.arguments(tmp_path, *RPN, *norms), 2) == [2, 2]
+    sentences = errors(capfd.readouterr().err)
+    assert len(sentences) == 1
     assert "contain Inf/NaN. Training has diverged at iteration 1 on rank 1, images " in sentences[0]
 
 
@@ -190,15 +236,15 @@ def test_where_nothing_can_be_written_the_end_is_the_same(workplace: Any, tmp_pa
         trainer.train()
 
 
-def test_what_happens_to_one_of_two_processes_happens_to_both(workplace: Any, tmp_path: Path) -> None:
+def test_what_happens_to_one_of_two_processes_happens_to_both(
+    workplace: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     skip = ("MGD.NONFINITE.SKIP", 1, "SOLVER.CHECKPOINT_PERIOD", 1, "TEST.EVAL_PERIOD", 0)
-    arguments = workplace.arguments(tmp_path, *skip)
-    broken_run = [str(ROOT / "tests/detection/disturbed.py"), "teacher", "1", "2", "9", *arguments]
-    done = run([*TORCHRUN, *broken_run], check=False)
-    assert done.returncode != 0
-    sentences = errors(done.stderr)
-    assert len(sentences) == 1, done.stderr[-4000:]
-    assert sentences[0].startswith("disturbed.py: error: loss_distill/p4 is nan at iteration 3 on rank 1, images ")
+    script = functools.partial(second_breaks, BreakTeacher(2, 9))
+    assert in_processes(script, workplace.arguments(tmp_path, *skip), 2) == [2, 2]
+    sentences = errors(capfd.readouterr().err)
+    assert len(sentences) == 1
+    assert sentences[0].startswith("loss_distill/p4 is nan at iteration 3 on rank 1, images ")
     assert sentences[0].endswith("; stopped after 1 skipped steps in a row.")
     first, left_out = (checkpoint(tmp_path, f"model_000000{number}.pth")["model"] for number in (1, 2))
     assert same_tensors(first, left_out)

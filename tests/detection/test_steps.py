@@ -123,7 +123,7 @@ def _counted(exchanges, bucket):  # type: ignore[no-untyped-def]  # DDP reads an
 
 
 def test_parts_on_two_processes_give_the_step_of_one(whole: dict[str, Tensor], tmp_path: Path) -> None:
-    mp.spawn(_rank, args=(2, str(tmp_path)), nprocs=2)
+    mp.start_processes(_rank, (2, str(tmp_path)), nprocs=2, start_method="fork")
     results, collectives = torch.load(tmp_path / "results.pth", weights_only=False)
     assert collectives == {"other: all_reduce": 2}  # one a step
     assert_close(results[torch.float32], whole)

@@ -384,7 +384,7 @@ def _rank(rank: int, world: int, folder: str) -> None:
 
 
 def test_two_ranks_equal_one(tmp_path: Path) -> None:
-    mp.spawn(_rank, args=(2, str(tmp_path)), nprocs=2)
+    mp.start_processes(_rank, (2, str(tmp_path)), nprocs=2, start_method="fork")
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     single = MatchingGuidedDistiller(CHANNELS, loss="mse")
     (s0, t0), (s1, t1) = batch(3, seed=0), batch(3, seed=1)

@@ -208,7 +208,7 @@ def _rank(rank: int, world: int, folder: str) -> None:
 
 
 def test_ranks_with_unequal_shares_and_with_none_equal_one_process(tmp_path: Path) -> None:
-    mp.spawn(_rank, args=(3, str(tmp_path)), nprocs=3)
+    mp.start_processes(_rank, (3, str(tmp_path)), nprocs=3, start_method="fork")
     torch.manual_seed(0)
     student, teacher = maps(images=7)
     for rank in range(3):

@@ -256,10 +256,7 @@ def test_sizes_that_differ_are_named(tmp_path: Path, capsys: Any) -> None:
     assert status == 1
     assert "error: images of another size than in the json: 2 of 7 images" in text
     assert f"{root / '000.png'} has 96 x 64 pixels, but 95 x 64 in the json\n" in text
-    assert (
-        f"{odd} has {WIDTH} x {HEIGHT} pixels, but {HEIGHT} x {WIDTH} in the json, its size before the EXIF"
-        in text
-    )
+    assert f"{odd} has {WIDTH} x {HEIGHT} pixels, but {HEIGHT} x {WIDTH} in the json, its size before the EXIF" in text
 
 
 def test_missing_images_are_named_and_the_others_still_read(tmp_path: Path, capsys: Any) -> None:
