@@ -160,15 +160,17 @@ class Trainer(Run):
         found = backward(
             self.stepper, self.step, self.intake, batch, self.options.accumulate, keep_maps=observing, factor=factor
         )
-        received, stop = self.stepper.agree(found.losses, received_signal())
+        distiller = self.student.distiller
+        measured = None if distiller is None else distiller.measured
+        received, stop = self.stepper.agree(found.losses, received_signal(), measured)
         means: dict[str, Tensor] = {}
         if stop:
             self._not_finite(batch, found.losses)
         else:
             self.nonfinite.after_finite_step()
             self.stepper.apply()
-            if self.student.distiller is not None:
-                self.student.distiller.update_balance()
+            if distiller is not None:
+                distiller.update_balance(reduced=True)
             means = self._add_up(len(batch.targets), found)
         self.progress.step += 1
         if received:
@@ -213,8 +215,8 @@ class Trainer(Run):
         if self.options.method != "base":
             values["distill_factor"] = self.schedules.distill_factor(self.finished_steps - 1)
         if self.student.distiller is not None:
-            values.update(self.student.distiller.balance_report())
-            for warning in self.student.distiller.balance_warnings():
+            values.update(self.student.distiller.balance.report())
+            for warning in self.student.distiller.balance.warnings():
                 logger.warning(warning)
         self.journal.step(values, self.finished_steps)
 

@@ -54,7 +54,7 @@ def train(run: Run, split: Split, engine: Engine, weights: WeightStore) -> Outco
     weights.save(run, network)
     if distillation is not None:
         if distillation.distiller is not None:
-            outcome.metrics.update(distillation.distiller.balance_report())
+            outcome.metrics.update(distillation.distiller.balance.report())
         _look_at_projections(distillation, training)
     return outcome
 

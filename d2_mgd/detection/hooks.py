@@ -26,10 +26,9 @@ _LOG_PERIOD = 20  # iterations, that of Detectron2's writers
 
 
 class BalanceHook(HookBase):
-    """After each step, makes the factors of the next one; logs them, and warns where fixed weights drown the task.
+    """Logs how much the distillation weighs, and warns where fixed weights drown the task.
 
-    ``ratio/<feature>`` and, under a balance, ``balance/<feature>`` go to the event storage every 20 iterations. All
-    processes take part.
+    ``ratio/<feature>`` and, under a balance, ``balance/<feature>`` go to the event storage every 20 iterations.
 
     Args:
         distiller: of the model under training.
@@ -39,10 +38,9 @@ class BalanceHook(HookBase):
         self.distiller = distiller
 
     def after_step(self) -> None:
-        self.distiller.update_balance()
-        if (self.trainer.iter + 1) % _LOG_PERIOD == 0 and rank() == 0:
-            self.trainer.storage.put_scalars(smoothing_hint=False, **self.distiller.balance_report())
-            for warning in self.distiller.balance_warnings():
+        if (self.trainer.iter + 1) % _LOG_PERIOD == 0:
+            self.trainer.storage.put_scalars(smoothing_hint=False, **self.distiller.balance.report())
+            for warning in self.distiller.balance.warnings():
                 logger.warning(warning)
 
 

@@ -101,7 +101,9 @@ class StepTrainer(SimpleTrainer):
         batch, seconds = self._next_batch()
         self.policy.before_step(observing=getattr(self.model, "observe_next", False))
         losses = self._backward(batch)
-        self.received, stop = self.stepper.agree(losses, received_signal())
+        distiller = getattr(self.model, "distiller", None)
+        measured = None if distiller is None else distiller.measured
+        self.received, stop = self.stepper.agree(losses, received_signal(), measured)
         if stop:
             self._not_finite(batch, losses)
             return
@@ -109,6 +111,8 @@ class StepTrainer(SimpleTrainer):
         values = torch.stack([*losses.values()]).tolist()
         self._write_metrics({name: torch.tensor(value) for name, value in zip(losses, values)}, seconds)
         self.stepper.apply()
+        if distiller is not None:
+            distiller.update_balance(reduced=True)
 
     def _next_batch(self) -> tuple[Batch, float]:
         """A batch, or an empty one where an image cannot be read, and the seconds that it took."""

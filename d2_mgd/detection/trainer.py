@@ -135,18 +135,17 @@ class Trainer(EvaluatingTrainer):
         return build_train_loader(cfg, _run_seed(cfg))
 
     def build_hooks(self) -> list[HookBase]:
-        """Timer, schedule, balance, preemption, rematch, checkpoint, evaluation, writers: in this order."""
+        """Timer, schedule, preemption, rematch, checkpoint, evaluation, balance, writers: in this order."""
         cfg = self.cfg
         self.preemption = PreemptionHook(self.save_checkpoint, lambda: self._trainer.received)
-        built: list[HookBase] = [hooks.IterationTimer(), hooks.LRScheduler()]
-        if self.distilled and self.detector.distiller is not None:
-            built.append(BalanceHook(self.detector.distiller))
-        built.append(self.preemption)  # which may save, so after the step's last changes
+        built: list[HookBase] = [hooks.IterationTimer(), hooks.LRScheduler(), self.preemption]
         if self.distilled and cfg.MGD.FEATURES and cfg.MGD.ALIGN in MATCHED_ALIGNMENTS:
             built.append(self._matching_hook())
         built.append(CheckpointHook(self.save_checkpoint, cfg.SOLVER.CHECKPOINT_PERIOD))
         built.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate))
         if comm.is_main_process():
+            if self.distilled and self.detector.distiller is not None:
+                built.append(BalanceHook(self.detector.distiller))
             built.append(hooks.PeriodicWriter([*self.writers, *self.build_writers()], period=20))
         return built
 

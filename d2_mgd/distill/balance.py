@@ -127,11 +127,13 @@ class Balance(nn.Module):
 
     Args:
         rule: name in ``BALANCES``; None measures only, and all factors are 1.
-        number: K.
+        weights: name of each of the K features -> what its loss is multiplied by after the balance.
     """
 
-    def __init__(self, rule: str | None, number: int) -> None:
+    def __init__(self, rule: str | None, weights: Mapping[str, float]) -> None:
         super().__init__()
+        self.weights = dict(weights)
+        number = len(self.weights)
         self._warned: set[str] = set()
         self.rule = None if rule is None else BALANCES.get(AUTO if rule == "auto" else rule)
         stored = rule is not None  # measured ratios alone are not worth a change of every checkpoint
@@ -179,12 +181,13 @@ class Balance(nn.Module):
         return torch.where(self.steps[index] > 1, self.factors[index], first)
 
     @torch.no_grad()
-    def update(self, group: Any = None) -> None:
+    def update(self, group: Any = None, reduced: bool = False) -> None:
         """Take what was measured since the last call into the running means, and make the next step's factors.
 
-        Once an optimiser step, after its backward passes. With a rule, a collective under ``torch.distributed``.
+        Once an optimiser step, after its backward passes. With a rule, a collective under ``torch.distributed``, unless
+        ``measured`` is the mean over the processes already (``reduced``).
         """
-        if self.rule is not None and dist.is_available() and dist.is_initialized():
+        if self.rule is not None and not reduced and dist.is_available() and dist.is_initialized():
             dist.all_reduce(self.measured, group=group)
             self.measured /= dist.get_world_size(group)
         task, own, applied, task_signal, own_signal, loss, teacher, passes = self.measured.unbind()
@@ -222,16 +225,20 @@ class Balance(nn.Module):
         """(K,) norms of the distillation's gradients at the maps, as they are applied, to those of the task."""
         return torch.exp(0.5 * self.running[_Row.APPLIED])
 
-    def warnings(self, weights: Mapping[str, float]) -> list[str]:
-        """One sentence, once, for each fixed weight under which the task's gradient was drowned. Waits for the device.
+    def report(self) -> dict[str, float]:
+        """``ratio/<feature>`` and, with a rule, the factors ``balance/<feature>``. Waits for the device."""
+        report = {f"ratio/{name}": ratio for name, ratio in zip(self.weights, self.ratios.tolist())}
+        if self.rule is not None:
+            factors = self.factors.tolist()
+            report.update({f"balance/{name}": factor for name, factor in zip(self.weights, factors)})
+        return report
 
-        Args:
-            weights: feature name -> weight, for the K features in order.
-        """
+    def warnings(self) -> list[str]:
+        """One sentence, once, for each fixed weight under which the task's gradient was drowned. Waits for the device."""
         if self.rule is not None:
             return []
         found = []
-        for (name, weight), ratio, steps in zip(weights.items(), self.ratios.tolist(), self.steps.tolist()):
+        for (name, weight), ratio, steps in zip(self.weights.items(), self.ratios.tolist(), self.steps.tolist()):
             if ratio > _HEAVY and steps > _HEAVY_STEPS and name not in self._warned:
                 self._warned.add(name)
                 found.append(

@@ -112,7 +112,7 @@ class MatchingGuidedDistiller(nn.Module):
         self.channels = {name: (int(student), int(teacher)) for name, (student, teacher) in channels.items()}
         self.align = align
         self.weights = {name: float(weights.get(name, 1.0)) for name in self.channels}
-        self.balance = Balance(rule, len(self.channels))
+        self.balance = Balance(rule, self.weights)
         self._indices = {name: index for index, name in enumerate(self.channels)}
         self.ties = checked_ties(tie, self.channels, align)
         self.features = nn.ModuleDict()
@@ -235,26 +235,18 @@ class MatchingGuidedDistiller(nn.Module):
         watch.scale = self.balance.factor(index, loss) * (self.weights[name] * factor)
         return watch.scale * loss
 
-    def update_balance(self, group: Any = None) -> None:
+    @property
+    def measured(self) -> Tensor | None:
+        """What the balance has measured since its last update, to be averaged over processes; None without one."""
+        return None if self.balance.rule is None else self.balance.measured
+
+    def update_balance(self, group: Any = None, reduced: bool = False) -> None:
         """Make the next step's factors from what the backward passes of this one have measured.
 
-        Call it once after each step of the optimiser. Under a balance, a collective in ``torch.distributed``.
+        Call it once after each step of the optimiser. Under a balance, a collective in ``torch.distributed``, unless
+        :attr:`measured` has been averaged already (``reduced``), such as by another collective of the step.
         """
-        self.balance.update(group)
-
-    def balance_report(self) -> dict[str, float]:
-        """``ratio/<feature>``, the norm of the distillation's gradient at the map to the task's, and, where a rule
-        balances, ``balance/<feature>``, its factor. Waits for the device."""
-        ratios = self.balance.ratios.tolist()
-        report = {f"ratio/{name}": ratio for name, ratio in zip(self.channels, ratios)}
-        if self.balance.rule is not None:
-            factors = self.balance.factors.tolist()
-            report.update({f"balance/{name}": factor for name, factor in zip(self.channels, factors)})
-        return report
-
-    def balance_warnings(self) -> list[str]:
-        """One sentence, once, for each fixed weight whose loss has drowned the task's. Waits for the device."""
-        return self.balance.warnings(self.weights)
+        self.balance.update(group, reduced)
 
     def no_losses(self, device: torch.device) -> dict[str, Tensor]:
         """Zeros on ``device``, for a step in which nothing is compared.

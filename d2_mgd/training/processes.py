@@ -6,6 +6,7 @@ Without a process group, or with one rank, each collective returns what this ran
 from __future__ import annotations
 
 import inspect
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -98,6 +99,19 @@ def largest(values: Tensor | Sequence[int]) -> list[int]:
         dist.all_reduce(values, dist.ReduceOp.MAX, group=None if values.is_cuda else _cpu_group())
     found: list[int] = values.tolist()
     return found
+
+
+def largest_and_mean(integers: Tensor, values: Tensor) -> list[int]:
+    """As :func:`largest` of integers (n,); the same collective replaces ``values`` by their mean over the ranks."""
+    if not together():
+        return largest(integers)
+    # every rank fills its own row: then the maximum is that of the integers, and every rank's values
+    rows = values.new_full((dist.get_world_size(), values.numel()), -math.inf, dtype=torch.float64)
+    rows[rank()] = torch.where(torch.isfinite(values), values, math.inf).flatten()  # no NaN in a maximum
+    packed = torch.cat([integers.double(), rows.flatten()])
+    dist.all_reduce(packed, dist.ReduceOp.MAX, group=None if packed.is_cuda else _cpu_group())
+    values.copy_(packed[len(integers) :].view_as(rows).mean(dim=0).view_as(values))
+    return [int(number) for number in packed[: len(integers)].tolist()]
 
 
 def barrier() -> None:

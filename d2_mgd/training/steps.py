@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from d2_mgd.training.processes import largest
+from d2_mgd.training.processes import largest, largest_and_mean
 
 Part = TypeVar("Part")
 
@@ -86,7 +86,7 @@ class Stepper:
                 sums[name] = sums[name] + loss.detach() if name in sums else loss.detach()
         return sums
 
-    def agree(self, losses: Mapping[str, Tensor], received: int) -> tuple[int, bool]:
+    def agree(self, losses: Mapping[str, Tensor], received: int, measured: Tensor | None = None) -> tuple[int, bool]:
         """Exchange with all ranks what decides about this step: the only collective of a step beside DDP's.
 
         Reading the result waits for the device, once a step and with a single rank too: the weights must not change
@@ -95,13 +95,15 @@ class Stepper:
         Args:
             losses: of this rank.
             received: number of the signal that this rank received; 0 for none.
+            measured: numbers that become their mean over the ranks, such as what a balance has measured.
 
         Returns:
             The largest signal number of all ranks, and whether a loss or gradient of any rank is not finite.
         """
         bad = self._nonfinite(losses).to(torch.int64)
         # filled on the device: a copy from the host would wait for it
-        number, stop = largest(torch.stack([torch.full_like(bad, received), bad]))
+        numbers = torch.stack([torch.full_like(bad, received), bad])
+        number, stop = largest(numbers) if measured is None else largest_and_mean(numbers, measured)
         return number, bool(stop)
 
     def apply(self) -> None:

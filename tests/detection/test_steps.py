@@ -144,7 +144,11 @@ def test_online_costs_see_every_part(workplace: Any, tmp_path: Path) -> None:
     assert trainer.detector.distiller.costs["p4"].num_images == 3 * 4
 
 
-@pytest.mark.parametrize("overrides", [PARTS, BFLOAT16, (*PARTS, *BFLOAT16)], ids=["parts", "bfloat16", "both"])
+@pytest.mark.parametrize(
+    "overrides",
+    [PARTS, BFLOAT16, (*PARTS, *BFLOAT16, "MGD.ALIGN", "matched_projection", "MGD.BALANCE", "norm")],
+    ids=["parts", "bfloat16", "parts, bfloat16, projection, balance"],
+)
 def test_it_resumes_to_the_bit(workplace: Any, tmp_path: Path, overrides: tuple[str, ...]) -> None:
     in_process_trainer(workplace, tmp_path, *overrides).train()
     whole = torch.load(tmp_path / "model_final.pth", weights_only=True)

@@ -66,7 +66,8 @@ def test_a_training_that_was_stopped_ends_as_if_it_was_not(
 
 def test_two_processes_match_as_one_and_resume_to_the_bit(workplace: Any, whole: Path, tmp_path: Path) -> None:
     two = tmp_path / "two"
-    train_net(*workplace.arguments(two, flags=("--num-gpus", "2")))
+    learned = ("MGD.ALIGN", "matched_projection", "MGD.BALANCE", "norm")
+    train_net(*workplace.arguments(two, *learned, flags=("--num-gpus", "2")))
     first, second = (load_reports(output / "matching" / "iter_0000000.npz") for output in (whole, two))
     for name in ("res4", "p4"):
         assert np.array_equal(first[name].matching.groups, second[name].matching.groups)
@@ -76,7 +77,7 @@ def test_two_processes_match_as_one_and_resume_to_the_bit(workplace: Any, whole:
     assert (two / "inference" / "tiny_valid" / "results.json").exists()
     resumed = stopped(two, tmp_path / "resumed")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    run([*torchrun, str(ROOT / "tools" / "train_net.py"), *workplace.arguments(resumed, flags=("--resume",))])
+    run([*torchrun, str(ROOT / "tools" / "train_net.py"), *workplace.arguments(resumed, *learned, flags=("--resume",))])
     assert_same_end(two, resumed)
 
 

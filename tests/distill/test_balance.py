@@ -94,7 +94,7 @@ def test_the_gradient_at_the_map_is_a_share_of_the_tasks() -> None:
         training.step(images(0))
     own, of_task = gradients_at(training, "b", images(0))
     assert float(own.norm() / of_task.norm()) == pytest.approx(0.5 * 0.3, rel=1e-4)
-    report = training.distiller.balance_report()
+    report = training.distiller.balance.report()
     assert list(report) == ["ratio/a", "ratio/b", "balance/a", "balance/b"]
     assert 0.0 < report["ratio/b"] < 0.15  # the geometric mean with the first step, which only measures
 
@@ -104,7 +104,7 @@ def test_the_ratio_is_measured_without_a_balance_too() -> None:
     for _ in range(2):
         training.step(images(0))
     own, of_task = gradients_at(training, "b", images(0))
-    report = training.distiller.balance_report()
+    report = training.distiller.balance.report()
     assert list(report) == ["ratio/a", "ratio/b"]
     assert report["ratio/b"] == pytest.approx(float(own.norm() / of_task.norm()), rel=1e-4)
     assert not any("balance" in name for name in training.distiller.state_dict())
@@ -161,7 +161,7 @@ def test_the_factor_of_a_schedule_is_not_balanced_away() -> None:
     again.step(images(2))
     again.step(images(2))
     # of the last feature, since the others' task includes what comes from it
-    found, expected = (run.distiller.balance_report()["balance/b"] for run in (training, again))
+    found, expected = (run.distiller.balance.report()["balance/b"] for run in (training, again))
     assert found == pytest.approx(expected, rel=1e-5) and found != pytest.approx(factors[1].item(), rel=1e-3)
 
 
@@ -187,7 +187,7 @@ def test_a_copy_that_taps_made_is_measured_at_its_original() -> None:
     maps = network.a(images(0))
     own = torch.autograd.grad(distiller({"a": maps}, guides)["loss_distill/a"], maps)[0][::4]
     of_task = torch.autograd.grad(maps.relu().square().mean(), maps)[0][::4]
-    assert distiller.balance_report()["ratio/a"] == pytest.approx(float(own.norm() / of_task.norm()), rel=1e-4)
+    assert distiller.balance.report()["ratio/a"] == pytest.approx(float(own.norm() / of_task.norm()), rel=1e-4)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -230,3 +230,14 @@ def test_a_step_leaves_no_map_behind() -> None:
     shapes = {(8, channels, *size) for (channels, _), size in zip(CHANNELS.values(), ((6, 6), (4, 4)))}
     gc.collect()
     assert not [found for found in gc.get_objects() if type(found) is Tensor and tuple(found.shape) in shapes]
+
+
+def test_a_fixed_weight_that_drowns_the_task_is_one_warning() -> None:
+    training = Training("fixed", rate=0.0, weights={"a": 1e-3, "b": 50.0})
+    for _ in range(110):
+        training.step(images(0, number=2))
+    (warning,) = training.distiller.balance.warnings()
+    ratio = training.distiller.balance.report()["ratio/b"]
+    assert f"feature b: at the student's map, the gradient of the distillation is {ratio:.3g} times" in warning
+    assert f"Try the weight {15.0 / ratio:.2g} in place of 50" in warning
+    assert not training.distiller.balance.warnings()
