@@ -234,7 +234,7 @@ class Balance(nn.Module):
         return report
 
     def warnings(self) -> list[str]:
-        """One sentence, once, for each fixed weight under which the task's gradient was drowned. Waits for the device."""
+        """One sentence, once, for each fixed weight that drowns the task's gradient. Waits for the device."""
         if self.rule is not None:
             return []
         found = []
