@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,9 +15,11 @@ import torch
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
+import train_net
 from training_runs import ROOT, in_process_trainer, run, write_coco
 
 from d2_mgd.detection.loader import SampleError
+from tests.ranks import in_processes
 from tests.soak.trainings import KILL_AT, differences, final
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -27,8 +28,13 @@ TRAIN_NET = str(ROOT / "tools" / "train_net.py")
 ALL = ("SOLVER.IMS_PER_BATCH", 4, "MGD.ACCUMULATE", 2, "SOLVER.AMP.ENABLED", True, "DATALOADER.NUM_WORKERS", 1)
 
 
+def trained(arguments: list[str]) -> int:
+    train_net.main(arguments)
+    return 0
+
+
 def test_a_lost_process_is_restarted_and_all_continue_to_the_bit(workplace: Any, tmp_path: Path) -> None:
-    run([*TORCHRUN, TRAIN_NET, *workplace.arguments(tmp_path / "whole", *ALL, "TEST.EVAL_PERIOD", 0)])
+    assert in_processes(trained, workplace.arguments(tmp_path / "whole", *ALL, "TEST.EVAL_PERIOD", 0), 2) == [0, 0]
     mark = tmp_path / "killed"
     kill = ["--place", "step", "--count", "5", "--rank", "1", "--mark", str(mark)]
     arguments = workplace.arguments(tmp_path / "lost", *ALL, "TEST.EVAL_PERIOD", 0)
@@ -38,26 +44,20 @@ def test_a_lost_process_is_restarted_and_all_continue_to_the_bit(workplace: Any,
     assert [*differences(final(tmp_path / "whole"), final(tmp_path / "lost"))] == []
 
 
+def counting_a_restart_on_rank_0(arguments: list[str]) -> int:
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(int(os.environ["RANK"] == "0"))
+    return trained(arguments)
+
+
 def test_two_machines_of_which_one_counts_a_restart_both_continue(workplace: Any, tmp_path: Path) -> None:
     """Each machine's agent counts for itself, and one that came in another's place has counted none."""
     plain = ("MGD.ENABLED", "False")
     in_process_trainer(workplace, tmp_path, *plain).train()
     (tmp_path / "last_checkpoint").write_text("model_0000002.pth")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, TRAIN_NET, *workplace.arguments(tmp_path, "TEST.EVAL_PERIOD", 0, *plain)]
-    machines = []
-    for rank, restarts in enumerate((1, 0)):
-        place = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
-        place |= {"MASTER_PORT": port, "OMP_NUM_THREADS": 1, "TORCHELASTIC_RESTART_COUNT": restarts}
-        env = {**os.environ, **{name: str(value) for name, value in place.items()}}
-        with open(tmp_path / f"said.{rank}", "w") as file:
-            machines.append(subprocess.Popen(command, env=env, stdout=file, stderr=subprocess.STDOUT))
-    statuses = [machine.wait(timeout=120) for machine in machines]
-    said = (tmp_path / "said.0").read_text()
-    assert statuses == [0, 0], said[-3000:]
-    assert "Starting training from iteration 3" in said
+    arguments = workplace.arguments(tmp_path, "TEST.EVAL_PERIOD", 0, *plain)
+    assert in_processes(counting_a_restart_on_rank_0, arguments, 2) == [0, 0]
+    for log in ("log.txt", "log.txt.rank1"):
+        assert "Starting training from iteration 3" in (tmp_path / log).read_text()
 
 
 def test_torchrun_that_is_told_to_leave_leaves_a_checkpoint(workplace: Any, tmp_path: Path) -> None:
