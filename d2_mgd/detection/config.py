@@ -77,8 +77,9 @@ def add_mgd_config(cfg: CfgNode) -> None:
     cfg.MGD.NORM = "gn"
 
     cfg.MGD.REMATCH = CfgNode()
-    # Where costs come from: "pass", over images of an own loader; or "online", the maps of training steps themselves.
-    cfg.MGD.REMATCH.SOURCE = "pass"
+    # Which maps the costs are measured on: "online", those of training steps, in any training loop; or "pass", those of
+    # a separate pass over images, which needs our Trainer or distillation_hooks(cfg, model) in another.
+    cfg.MGD.REMATCH.SOURCE = "online"
     # Rematch before the first step.
     cfg.MGD.REMATCH.START = True
     # Then every so many iterations, with another period from each milestone on; 0 or no period at all is never.

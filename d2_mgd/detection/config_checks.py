@@ -15,6 +15,7 @@ from detectron2.config import CfgNode
 from d2_mgd.detection.config import add_mgd_config, student_config, teacher_config
 from d2_mgd.detection.config_files import check_mgd_types
 from d2_mgd.detection.heads import head_options
+from d2_mgd.detection.rematcher import SOURCES
 from d2_mgd.distill import (
     ALIGNMENTS,
     BALANCE_CHOICES,
@@ -31,7 +32,6 @@ from d2_mgd.errors import UserError, located
 from d2_mgd.matching import METRICS, MODES
 
 LAST_NORMS = ("affine", "sync_bn", "none")
-SOURCES = ("pass", "online")
 SAMPLERS = (
     "TrainingSampler",
     "RepeatFactorTrainingSampler",

@@ -32,12 +32,7 @@ def build_train_loader(cfg: CfgNode, seed: int) -> TrainLoader:
         raise UserError(
             f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, which {processes} processes cannot share evenly."
         )
-    records = _records(
-        cfg.DATASETS.TRAIN,
-        cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
-        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-        min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
-    )
+    records = training_records(cfg)
     mapper = ImageMapper(cfg, is_train=True)
 
     def make_sampler(run_seed: int) -> Any:
@@ -57,12 +52,22 @@ def build_train_loader(cfg: CfgNode, seed: int) -> TrainLoader:
     )
 
 
+def training_records(cfg: CfgNode) -> DatasetFromList:
+    """The records of DATASETS.TRAIN, less those that Detectron2's config filters out."""
+    return _records(
+        cfg.DATASETS.TRAIN,
+        cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0,
+    )
+
+
 def build_pass_loader(cfg: CfgNode, records: DatasetFromList, seed: Sequence[int]) -> PassLoader:
     """The pass of one rematch, with the test-time augmentation: MGD.REMATCH.{NUM_IMAGES, BATCH_SIZE}.
 
     Args:
         cfg: the training's.
-        records: :attr:`TrainLoader.records`, so that the data set is read once.
+        records: of :func:`training_records`, or :attr:`TrainLoader.records`, so that the data set is read once.
         seed: the run's seed and the iteration, which choose the images.
     """
     return rematch_pass(

@@ -6,16 +6,21 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
+from detectron2.config import CfgNode
 from detectron2.engine import HookBase
+from torch import nn
 from tqdm import tqdm
 
+from d2_mgd.detection.config_loaders import build_pass_loader, training_records
 from d2_mgd.detection.loader import PassLoader
-from d2_mgd.distill import MatchingGuidedDistiller, RematchReport, RematchSchedule, WeightSchedule, save_reports
-from d2_mgd.distill.rematching import observe_pass, rematch, rematch_due
+from d2_mgd.detection.rematcher import Rematcher
+from d2_mgd.detection.steps import precision_of
+from d2_mgd.distill import WeightSchedule, save_reports
+from d2_mgd.distill.rematching import observe_pass, rematch_due
 from d2_mgd.training import Interrupted
 from d2_mgd.training.processes import rank
 from d2_mgd.visualize import matching_images
@@ -44,79 +49,109 @@ class BalanceHook(HookBase):
                 logger.warning(warning)
 
 
-class MatchingHook(HookBase):
-    """Rematches the detector under training: at the start and then by schedule.
+def distillation_hooks(
+    cfg: CfgNode,
+    model: nn.Module,
+    *,
+    build_loader: Callable[[int], Iterable[Any]] | None = None,
+    leave: Callable[[int], NoReturn] | None = None,
+    pictures: bool = False,
+) -> list[HookBase]:
+    """What ``trainer.register_hooks`` takes for the extra pass over images, and for files of what each rematch found.
 
-    A rematch is logged, and written to the event storage as ``rematch/<feature>_cost``, ``rematch/<feature>_changed``
-    and ``rematch/seconds``, and to ``OUTPUT_DIR/matching/iter_0001000.npz``, where the number is that of finished
-    iterations.
+    The model trains without them too, unless MGD.REMATCH.SOURCE is "pass".
+
+    Args:
+        cfg: the training's config, with the `MGD` node.
+        model: a :class:`~d2_mgd.detection.TeacherStudentDetector`, or a wrapper that has it as ``module``.
+        build_loader: number of finished iterations -> batches of this rank's share of a pass; by default those of
+            MGD.REMATCH.NUM_IMAGES images of DATASETS.TRAIN, with the test-time augmentation.
+        leave: ends the training, given the number of the signal that interrupted a pass; by default exits. The training
+            that continues starts with that rematch.
+        pictures: put a picture of each feature's matching into the event storage.
+
+    Returns:
+        list: no hook for a model without matchings.
+    """
+    detector: Any = getattr(model, "module", model)
+    if detector.distiller is None or not detector.distiller.needs_matching:
+        return []
+    if build_loader is None:
+        build_loader = _PassesOfConfig(cfg)
+    options = {"autocast": precision_of(cfg).autocast, "leave": leave or _exit, "pictures": pictures}
+    return [MatchingHook(detector, build_loader, output_dir=cfg.OUTPUT_DIR, **options)]
+
+
+class _PassesOfConfig:
+    """Loaders of passes over the training data of a config, which is read at the first pass."""
+
+    def __init__(self, cfg: CfgNode) -> None:
+        self.cfg = cfg
+        self._records: Any = None
+
+    def __call__(self, finished: int) -> PassLoader:
+        if self._records is None:
+            self._records = training_records(self.cfg)
+        return build_pass_loader(self.cfg, self._records, (max(self.cfg.SEED, 0), finished))
+
+
+def _exit(number: int) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+class MatchingHook(HookBase):
+    """Rematches on a pass over images where the model's source is ``pass``, and writes what each rematch found.
+
+    A rematch is written to ``OUTPUT_DIR/matching/iter_0001000.npz``, where the number is that of finished iterations.
 
     Where the model's weight schedule starts and stops the distillation, the rematch before the first step becomes that
     before its start, and there are none outside.
 
     Args:
         model: a :class:`~d2_mgd.detection.TeacherStudentDetector`, not wrapped.
-        schedule: when to rematch.
         build_loader: number of finished iterations -> the loader of a pass.
-        source: ``pass``, or ``online``: costs of training steps, after a pass for the first matching.
-        every: online, observe every so many steps.
         output_dir: OUTPUT_DIR.
         autocast: makes the context in which networks run in training; by default none.
-        leave: ends the training, given the number of the signal that interrupted a pass; the training that continues
-            starts with that rematch.
+        leave: ends the training, given the number of the signal that interrupted a pass.
         pictures: put a picture of each feature's matching into the event storage.
     """
 
     def __init__(
         self,
         model: Any,
-        schedule: RematchSchedule,
-        build_loader: Callable[[int], PassLoader],
+        build_loader: Callable[[int], Iterable[Any]],
         *,
-        source: str = "pass",
-        every: int = 1,
         output_dir: str = "",
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-        leave: Callable[[int], NoReturn],
+        leave: Callable[[int], NoReturn] = _exit,
         pictures: bool = False,
     ) -> None:
         self.model = model
-        self.schedule = schedule
+        self.rematcher: Rematcher = model.rematcher
         self.build_loader = build_loader
-        self.source = source
-        self.every = every
         self.output_dir = output_dir
         self.autocast = autocast
         self.leave = leave
         self.pictures = pictures
-        self.newest = -1  # finished iterations at the newest rematch
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"newest": self.newest}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.newest = state["newest"]
 
     def before_train(self) -> None:
         # After resuming, a rematch that is due was done before the checkpoint, except at the end of a shorter training.
         start = self.trainer.start_iter
-        if start < self.trainer.max_iter and self._due(start) and self.newest != start:
+        if start < self.trainer.max_iter and self._due(start) and self.rematcher.checked <= start:
             self.rematch(start)
 
-    def before_step(self) -> None:
-        if self.source == "online":  # also off: a step that failed before its maps were there has left it on
-            self.model.observe_next = self.trainer.iter % self.every == 0
-
     def after_step(self) -> None:
+        self._record(self.trainer.iter)  # of the model's own rematch in this step
         finished = self.trainer.iter + 1
         if finished < self.trainer.max_iter and self._due(finished):
             self.rematch(finished)
 
     def _due(self, finished: int) -> bool:
-        return rematch_due(self.schedule, self.model.schedule or WeightSchedule(), finished)
+        weight = self.model.schedule or WeightSchedule()
+        return self.rematcher.source == "pass" and rematch_due(self.rematcher.schedule, weight, finished)
 
     def rematch(self, finished: int) -> None:
-        """Measure the costs if need be, solve, and use the new matching (collective).
+        """Measure the costs on a pass, solve, and use the new matching (collective).
 
         Args:
             finished: number of finished iterations.
@@ -124,17 +159,13 @@ class MatchingHook(HookBase):
         Raises:
             CommonError: there is no first matching, see :func:`~d2_mgd.distill.rematching.rematch`.
         """
-        distiller: MatchingGuidedDistiller = self.model.distiller
         begin = time.perf_counter()
-        if self.source == "pass" or not distiller.matched:
-            try:
-                self._observe_pass(finished)
-            except Interrupted as stopped:
-                self.leave(stopped.number)
-        reports = rematch(distiller, f"{finished} iterations")
-        if reports:
-            self.newest = finished
-            self._record(finished, reports, time.perf_counter() - begin)
+        try:
+            self._observe_pass(finished)
+        except Interrupted as stopped:
+            self.leave(stopped.number)
+        self.rematcher.rematch(self.model.distiller, finished, begin)
+        self._record(finished)
 
     def _observe_pass(self, finished: int) -> None:
         def maps_of(batch: Any) -> Any:
@@ -144,16 +175,14 @@ class MatchingHook(HookBase):
         batches = lambda: _progress(self.build_loader(finished), "matching cost")  # noqa: E731
         observe_pass(self.model.distiller, self.model.student, batches, maps_of)
 
-    def _record(self, finished: int, reports: Mapping[str, RematchReport], seconds: float) -> None:
-        storage = self.trainer.storage
-        storage.put_scalar("rematch/seconds", seconds, smoothing_hint=False)
-        for name, report in reports.items():
-            storage.put_scalar(f"rematch/{name}_cost", report.mean_cost, smoothing_hint=False)
-            storage.put_scalar(f"rematch/{name}_changed", report.changed, smoothing_hint=False)
-        if self.pictures and rank() == 0:
+    def _record(self, finished: int) -> None:
+        reports = self.rematcher.take_reports()
+        if not reports or rank() != 0:
+            return
+        if self.pictures:
             for name, image in matching_images(reports).items():
-                storage.put_image(f"matching/{name}", image.transpose(2, 0, 1))
-        if self.output_dir and rank() == 0:
+                self.trainer.storage.put_image(f"matching/{name}", image.transpose(2, 0, 1))
+        if self.output_dir:
             save_reports(os.path.join(self.output_dir, "matching", f"iter_{finished:07d}.npz"), reports)
 
 
@@ -177,7 +206,7 @@ class CheckpointHook(HookBase):
             self.save(f"model_{self.trainer.iter:07d}")
 
 
-def _progress(loader: PassLoader, what: str) -> Any:
+def _progress(loader: Iterable[Any], what: str) -> Any:
     """A bar in a terminal; a line every ten seconds in a log file; nothing on the other ranks."""
     interval = 0.1 if sys.stderr.isatty() else 10.0
     return tqdm(loader, desc=what, unit="batch", disable=rank() != 0, mininterval=interval)

@@ -6,13 +6,14 @@ Shape shorthand: N images, S student and T teacher channels, (Hf, Wf) the studen
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY
-from detectron2.utils.events import get_event_storage
+from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
 from d2_mgd.detection.config import UNTRAINED, student_config
@@ -21,6 +22,7 @@ from d2_mgd.detection.config_checks import (
     MARGIN_LOSSES,
     feature_losses,
     feature_weights,
+    rematch_schedule,
     validate_config,
     weight_schedule,
 )
@@ -36,6 +38,8 @@ from d2_mgd.detection.features import (
 from d2_mgd.detection.heads import HeadDistiller, head_options
 from d2_mgd.detection.networks import build_network
 from d2_mgd.detection.norms import FailedElsewhere, make_trainable, synchronises
+from d2_mgd.detection.rematcher import Rematcher
+from d2_mgd.detection.student_state import save_as_student
 from d2_mgd.detection.teacher import FrozenTeacher
 from d2_mgd.distill import MatchingGuidedDistiller, WeightSchedule
 from d2_mgd.errors import UserError
@@ -56,6 +60,10 @@ class TeacherStudentDetector(nn.Module):
 
     One training step runs the student once, with its own losses, and the teacher once, as far as its deepest feature,
     and its head where predictions are distilled; where the schedule makes the distillation weigh nothing, not at all.
+    The model rematches by itself, whatever training loop calls it: it counts iterations by Detectron2's event storage,
+    measures the matching costs on the maps of its own steps, and solves at the iterations of its schedule.
+
+    ``state_dict()`` is that of the student, with the distiller's keys beside it under the prefix ``distiller.``.
 
     Args:
         student: any Detectron2 meta-architecture with a backbone.
@@ -66,8 +74,9 @@ class TeacherStudentDetector(nn.Module):
         input_format: channel order of the images that the student gets, as INPUT.FORMAT says it.
         train_last_norm: what becomes of the last, frozen norm of each distilled backbone stage of the student:
             ``affine`` trains scale and shift, ``sync_bn`` the statistics too, ``none`` nothing.
-        schedule: factor of the distillation losses by the iteration of Detectron2's event storage; None is always 1.
+        schedule: factor of the distillation losses by the iteration; None is always 1.
         heads: compares the predictions of both networks' dense heads; None does not.
+        rematcher: when to rematch, and on which maps; by default before the first step alone.
 
     Raises:
         ValueError: a feature that one of them lacks, strides or widths that do not fit, channel orders that cannot be
@@ -87,6 +96,7 @@ class TeacherStudentDetector(nn.Module):
         train_last_norm: str = "affine",
         schedule: WeightSchedule | None = None,
         heads: HeadDistiller | None = None,
+        rematcher: Rematcher | None = None,
     ) -> None:
         super().__init__()
         teacher.check_format(input_format)
@@ -99,7 +109,7 @@ class TeacherStudentDetector(nn.Module):
         self.input_format = input_format
         self.schedule = schedule
         self.heads = heads
-        self.observe_next = False  # set it, and the next training step's maps count in the matching costs
+        self.rematcher = rematcher or Rematcher()
         self._student_features = {name: pair.student for name, pair in self.pairs.items()}
         also = None if heads is None else heads.student.watch
         self._watched = WatchedMaps(student, self._student_features, also=also)
@@ -108,6 +118,7 @@ class TeacherStudentDetector(nn.Module):
         teacher.watch({name: pair.teacher for name, pair in self.pairs.items()})
         if self.distiller is not None:
             self.distiller.to(self.device)
+        save_as_student(self)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, teacher_cfg: CfgNode | None = None) -> dict[str, Any]:
@@ -130,6 +141,7 @@ class TeacherStudentDetector(nn.Module):
             "train_last_norm": cfg.MGD.STUDENT.TRAIN_LAST_NORM,
             "schedule": weight_schedule(cfg),
             "heads": heads,
+            "rematcher": Rematcher(rematch_schedule(cfg), cfg.MGD.REMATCH.SOURCE, cfg.MGD.REMATCH.EVERY),
         }
 
     @property
@@ -149,22 +161,64 @@ class TeacherStudentDetector(nn.Module):
         """
         if not self.training:
             return self.student(batched_inputs)
-        factor = self._factor()
+        iteration = self.rematcher.iteration()
+        factor = self._factor(iteration)
         if factor == 0.0:
-            self.observe_next = False
-            return {**self.student(batched_inputs), **self._no_losses()}
-        task_losses, student_maps, batch = self._run_student(batched_inputs)
+            losses = {**self.student(batched_inputs), **self._no_losses()}
+        else:
+            losses = self._distilled(batched_inputs, factor, iteration)
+        self.rematcher.finished = iteration + 1
+        return losses
+
+    def _distilled(self, batched_inputs: Batch, factor: float, iteration: int) -> dict[str, Tensor]:
+        """All losses of a step in which the distillation counts."""
+        begin, due = time.perf_counter(), self.rematches_next
+        task_losses, student_maps, batch = self._run_student(batched_inputs, self._synchronises or due)
         inputs = self._for_teacher(batched_inputs, batch)
         outputs: Maps = {}
         if self.heads is None:
             teacher_maps = self.teacher(**inputs)
         else:
             teacher_maps, outputs = self.teacher.with_outputs(**inputs)
-        losses = self._compare_features(batched_inputs, batch, student_maps, teacher_maps, factor)
+        losses: dict[str, Tensor] = {}
+        if self.distiller is not None:
+            student_maps, teacher_maps, valid = self._aligned(batched_inputs, batch, student_maps, teacher_maps)
+            if due or self.rematcher.observes(iteration):
+                self.distiller.observe(student_maps, teacher_maps, valid)
+            if due:
+                self.rematcher.rematch(self.distiller, iteration, begin)
+            if self.distiller.matched:
+                losses = self.distiller(student_maps, teacher_maps, valid, _boxes(batched_inputs), factor)
+            else:  # the schedule begins later
+                losses = self.distiller.no_losses(self.device)
         if self.heads is not None:
             of_heads = self.heads.losses(outputs, _sizes(batched_inputs))
             losses.update({name: factor * loss for name, loss in of_heads.items()})
         return {**task_losses, **losses}
+
+    @property
+    def rematches_next(self) -> bool:
+        """Whether the next training step rematches, for which ranks wait for each other.
+
+        Raises:
+            UserError: a pass over images was due for the first matching, and no hook has made it.
+        """
+        if self.distiller is None or not self.distiller.needs_matching:
+            return False
+        iteration, matched = self.rematcher.iteration(), self.distiller.matched
+        due = self.rematcher.due(iteration, self.schedule or WeightSchedule(), matched)
+        if due and self.rematcher.source == "pass":
+            raise UserError(
+                f"iteration {iteration} has no matching: MGD.REMATCH.SOURCE 'pass' needs the hooks of "
+                "d2_mgd.detection.distillation_hooks(cfg, model) in the trainer; register them, or set "
+                "MGD.REMATCH.SOURCE to 'online', which measures the costs on the maps of training steps."
+            )
+        return due
+
+    @property
+    def observes_next(self) -> bool:
+        """Whether the next training step adds to the matching costs."""
+        return self.rematcher.observes(self.rematcher.iteration()) or self.rematches_next
 
     @torch.no_grad()
     def extract_maps(self, batched_inputs: Batch) -> tuple[Maps, Maps, Masks]:
@@ -178,28 +232,36 @@ class TeacherStudentDetector(nn.Module):
         teacher_maps = self.teacher(**self._for_teacher(batched_inputs, batch))
         return self._aligned(batched_inputs, batch, student_maps, teacher_maps)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies, such as moving averages of the weights: without hooks, which the next training step registers."""
+        self._watched.detach()
+        return self.__dict__.copy()
+
     def extra_repr(self) -> str:
         return f"features={list(self.pairs)}, teacher={self.teacher!r}"
 
-    def _factor(self) -> float:
+    def _factor(self, iteration: int) -> float:
         """Of the distillation losses in this step."""
         if self.schedule is None:
             return 1.0
-        storage = get_event_storage()
-        factor = self.schedule.factor(storage.iter)
-        storage.put_scalar("distill_factor", factor, smoothing_hint=False)
+        factor = self.schedule.factor(iteration)
+        if has_event_storage():
+            get_event_storage().put_scalar("distill_factor", factor, smoothing_hint=False)
         return factor
 
-    def _run_student(self, batched_inputs: Batch) -> tuple[Any, Maps, Tensor]:
-        """The student's losses, maps and batch. Ranks agree on a failure before they meet in the distiller's norms."""
+    def _run_student(self, batched_inputs: Batch, together: bool) -> tuple[Any, Maps, Tensor]:
+        """The student's losses, maps and batch.
+
+        Where ranks wait ``together`` for each other in the rest of the step, they first agree on a failure.
+        """
         failure = ""
         try:
             found = self._watched.forward(batched_inputs)
         except FloatingPointError as error:
-            if not self._synchronises:
+            if not together:
                 raise
             failure = str(error) or type(error).__name__
-        if self._synchronises and first_failure(failure):
+        if together and first_failure(failure):
             raise FloatingPointError(failure) if failure else FailedElsewhere
         return found
 
@@ -220,19 +282,6 @@ class TeacherStudentDetector(nn.Module):
         if self.teacher.padded_size(sizes, (height, width)) != (height, width):
             teacher_maps = crop_to(teacher_maps, student_maps)
         return student_maps, teacher_maps, valid_masks(sizes, student_maps, self._student_features)
-
-    def _compare_features(
-        self, batched_inputs: Batch, batch: Tensor, student_maps: Maps, teacher_maps: Maps, factor: float
-    ) -> dict[str, Tensor]:
-        if self.distiller is None:
-            return {}
-        student_maps, teacher_maps, valid = self._aligned(batched_inputs, batch, student_maps, teacher_maps)
-        if self.observe_next:
-            self.observe_next = False
-            self.distiller.observe(student_maps, teacher_maps, valid)
-        if self.distiller.matched:
-            return self.distiller(student_maps, teacher_maps, valid, _boxes(batched_inputs), factor)
-        return self.distiller.no_losses(self.device)  # until the first rematch
 
     def _no_losses(self) -> dict[str, Tensor]:
         """Of a step without the teacher."""

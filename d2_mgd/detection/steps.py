@@ -99,7 +99,7 @@ class StepTrainer(SimpleTrainer):
         """
         assert self.model.training, "the model was changed to eval mode"
         batch, seconds = self._next_batch()
-        self.policy.before_step(observing=getattr(self.model, "observe_next", False))
+        self.policy.before_step(observing=getattr(self.model, "observes_next", False))
         losses = self._backward(batch)
         distiller = getattr(self.model, "distiller", None)
         measured = None if distiller is None else distiller.measured
@@ -128,17 +128,9 @@ class StepTrainer(SimpleTrainer):
 
     def _backward(self, batch: Batch) -> dict[str, Tensor]:
         """Gradients of a batch; returns the means of its losses over the parts."""
-        observes = getattr(self.model, "observe_next", False)
-
-        def losses_of(part: Batch) -> dict[str, Tensor]:
-            if observes:  # the maps of every part
-                self.model.observe_next = True
-            losses: dict[str, Tensor] = self.wrapped(part)
-            return losses
-
         size = len(batch) // self.micro_batches
         parts = [batch[index * size : (index + 1) * size] for index in range(self.micro_batches)]
-        sums = self.stepper.backward(parts, losses_of, len(parts))
+        sums = self.stepper.backward(parts, self.wrapped, len(parts))
         return {name: loss / len(parts) for name, loss in sums.items()}
 
     def _not_finite(self, batch: Batch, losses: dict[str, Tensor]) -> None:
@@ -189,9 +181,10 @@ class _GuardedLosses(nn.Module):
         self._synchronises = synchronises(model)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        if not self._failed():
+        waits = self._synchronises or getattr(self.model, "rematches_next", False)
+        if not self._failed(waits):
             losses = self._losses(batch)
-            if not self._failed():
+            if not self._failed(waits):
                 return losses
         sums = [parameter.float().sum() for parameter in self.model.parameters() if parameter.requires_grad]
         return {"failed": 0.0 * torch.stack(sums).sum() + math.nan}
@@ -207,9 +200,9 @@ class _GuardedLosses(nn.Module):
             self.failure = " ".join(str(error).split())
             return {}
 
-    def _failed(self) -> bool:
-        """Whether this rank has no losses; with synchronised norms, in which ranks wait for each other, any rank."""
-        return bool(largest([int(bool(self.failure))])[0]) if self._synchronises else bool(self.failure)
+    def _failed(self, waits: bool) -> bool:
+        """Whether this rank has no losses; where the model waits for other ranks, whether any rank has none."""
+        return bool(largest([int(bool(self.failure))])[0]) if waits else bool(self.failure)
 
 
 def _plain(value: Any) -> Any:

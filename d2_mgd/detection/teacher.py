@@ -78,6 +78,10 @@ class FrozenTeacher:
             self.digest = file_digest(self.weights_path)
         self.watch({})
 
+    def __deepcopy__(self, memo: Any) -> FrozenTeacher:
+        """Copies of a distilled student, such as moving averages of its weights, share the teacher."""
+        return self
+
     @property
     def record(self) -> dict[str, str]:
         """What checkpoints contain of the teacher."""

@@ -19,18 +19,17 @@ from torch import nn
 
 from d2_mgd.detection.checkpoint import TrainingCheckpointer
 from d2_mgd.detection.config import META_ARCHITECTURE, student_config
-from d2_mgd.detection.config_checks import CheckedConfig, rematch_schedule, validate_config
+from d2_mgd.detection.config_checks import CheckedConfig, validate_config
 from d2_mgd.detection.config_loaders import build_pass_loader, build_train_loader
 from d2_mgd.detection.datasets import check_classes, check_datasets_once
 from d2_mgd.detection.evaluation import EvaluatingTrainer
 from d2_mgd.detection.features import export_student_state
-from d2_mgd.detection.hooks import BalanceHook, CheckpointHook, MatchingHook
+from d2_mgd.detection.hooks import BalanceHook, CheckpointHook, distillation_hooks
 from d2_mgd.detection.loader import SampleError, TrainLoader
 from d2_mgd.detection.networks import build_network
 from d2_mgd.detection.preemption import PreemptionHook
 from d2_mgd.detection.steps import StepTrainer, precision_of, predict_in_float32
 from d2_mgd.detection.weights import load_weights
-from d2_mgd.distill import MATCHED_ALIGNMENTS
 from d2_mgd.distill.rematching import gather_costs
 from d2_mgd.errors import UserError
 from d2_mgd.training import Interrupted
@@ -139,8 +138,8 @@ class Trainer(EvaluatingTrainer):
         cfg = self.cfg
         self.preemption = PreemptionHook(self.save_checkpoint, lambda: self._trainer.received)
         built: list[HookBase] = [hooks.IterationTimer(), hooks.LRScheduler(), self.preemption]
-        if self.distilled and cfg.MGD.FEATURES and cfg.MGD.ALIGN in MATCHED_ALIGNMENTS:
-            built.append(self._matching_hook())
+        if self.distilled:
+            built += self._distillation_hooks()
         built.append(CheckpointHook(self.save_checkpoint, cfg.SOLVER.CHECKPOINT_PERIOD))
         built.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate))
         if comm.is_main_process():
@@ -149,16 +148,14 @@ class Trainer(EvaluatingTrainer):
             built.append(hooks.PeriodicWriter([*self.writers, *self.build_writers()], period=20))
         return built
 
-    def _matching_hook(self) -> MatchingHook:
-        cfg = self.cfg
-        return MatchingHook(
+    def _distillation_hooks(self) -> list[HookBase]:
+        def passes(finished: int) -> Any:
+            return build_pass_loader(self.cfg, self.data_loader.records, (self.seed, finished))
+
+        return distillation_hooks(
+            self.cfg,
             self.detector,
-            rematch_schedule(cfg),
-            lambda finished: build_pass_loader(cfg, self.data_loader.records, (self.seed, finished)),
-            source=cfg.MGD.REMATCH.SOURCE,
-            every=cfg.MGD.REMATCH.EVERY,
-            output_dir=cfg.OUTPUT_DIR,
-            autocast=self.precision.autocast,
+            build_loader=passes,
             leave=self.preemption.leave,
             pictures=bool(self.writers),
         )

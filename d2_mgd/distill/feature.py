@@ -78,7 +78,7 @@ class FeatureDistiller(nn.Module):
         self.spatial = spatial
         self.stride = stride
         self._warned_of_size = False
-        self._has_matching = False
+        self._has_matching = 0  # a number, so that undoing a step undoes it with the buffers
         projects = align in ("conv1x1", "matched_projection")
         self.project = nn.Conv2d(num_student, num_teacher, 1, bias=False) if projects else None
         if self.project is not None and self.matches:
@@ -97,8 +97,8 @@ class FeatureDistiller(nn.Module):
     def has_matching(self) -> bool:
         # remembered, so that a step does not wait for a GPU to look
         if not self._has_matching and self.matches:
-            self._has_matching = int(self.groups[0, 0]) != PADDING
-        return self._has_matching
+            self._has_matching = int(self.groups[0, 0] != PADDING)
+        return bool(self._has_matching)
 
     def matching(self) -> ChannelMatching | None:
         if not self.has_matching:
@@ -114,7 +114,7 @@ class FeatureDistiller(nn.Module):
         self.groups.fill_(PADDING)
         self.groups[:, : groups.shape[1]] = groups.to(self.groups.device)
         self.total_cost.fill_(matching.total_cost)
-        self._has_matching = True  # known without a look at the device, which would also break a compiled graph
+        self._has_matching = 1  # known without a look at the device, which would also break a compiled graph
 
     def resized(self, teacher: Tensor, student: Tensor) -> Tensor:
         if teacher.shape[2:] == student.shape[2:]:
@@ -185,7 +185,7 @@ class FeatureDistiller(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool,
         missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
-        self._has_matching = False
+        self._has_matching = 0  # a number, so that undoing a step undoes it with the buffers
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

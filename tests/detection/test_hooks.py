@@ -97,8 +97,8 @@ def test_online_costs_come_from_every_kth_step(workplace: Any, tmp_path: Path) -
     recorder = Recorder()
     trainer.register_hooks([recorder])
     trainer.train()
-    assert recorder.observed == [2, 2, 4, 4, 0, 0]  # batches of two; the rematch after five steps starts anew
-    assert load_reports(tmp_path / "matching" / "iter_0000000.npz")["p4"].num_images == 5  # from a pass
+    assert recorder.observed == [0, 0, 2, 2, 4, 0]  # batches of two; rematches at 0 and 5
+    assert load_reports(tmp_path / "matching" / "iter_0000000.npz")["p4"].num_images == 2
     assert load_reports(tmp_path / "matching" / "iter_0000005.npz")["p4"].num_images == 6
 
 

@@ -10,7 +10,10 @@ import torch
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
+from detectron2.utils.events import EventStorage
 from tiny_detectors import SIZES, batch, built, matched, paired, step, tiny
+
+from d2_mgd.errors import UserError
 
 
 class TestKnownAnswers:
@@ -108,25 +111,36 @@ class TestMatching:
         assert model.training
         assert "p2" in model.extract_maps([{"image": batch()[0]["image"]}])[0]
 
-    def test_observe_next_counts_one_step(self) -> None:
-        model = matched(built())
-        model.observe_next = True
-        step(model)
-        assert model.observe_next is False
-        assert {cost.num_images for cost in model.distiller.costs.values()} == {2}
-        step(model)
-        assert {cost.num_images for cost in model.distiller.costs.values()} == {2}
-        assert set(model.distiller.rematch()) == {"p3", "p4", "p5"}
+    def test_a_model_without_a_matching_matches_on_the_maps_of_its_first_step(self) -> None:
+        model, other = built(), built()
+        other.load_state_dict(model.state_dict())
+        other.teacher.model.load_state_dict(model.teacher.model.state_dict())
+        matched(other)
+        losses = step(model)
+        assert all(float(losses[f"loss_distill/{name}"].detach()) > 0 for name in ("p3", "p4", "p5"))
+        for name, matching in other.distiller.matchings.items():
+            assert not matching.changed(model.distiller.matchings[name])
 
-    def test_before_the_first_matching_nothing_is_distilled(self) -> None:
-        model = built()
-        model.observe_next = True
+    def test_every_tenth_step_counts_in_the_costs(self) -> None:
+        model = matched(built())
+        for iteration, images in ((0, 2), (1, 2), (9, 2), (10, 4)):
+            with EventStorage(iteration):
+                model(batch(*SIZES))
+            assert {cost.num_images for cost in model.distiller.costs.values()} == {images}
+
+    def test_before_the_first_scheduled_matching_nothing_is_distilled(self) -> None:
+        model = built("retinanet", "retinanet", "MGD.REMATCH.START", False, "MGD.REMATCH.AT", [1])
         losses = step(model)
         assert all(float(losses[f"loss_distill/{name}"]) == 0 for name in ("p3", "p4", "p5"))
         sum(losses.values()).backward()  # every parameter takes part all the same
         assert all(p.grad is not None and float(p.grad.abs().sum()) == 0 for p in model.distiller.parameters())
-        model.distiller.rematch()
-        assert all(float(step(model)[f"loss_distill/{name}"]) > 0 for name in ("p3", "p4", "p5"))
+        with EventStorage(1):
+            assert all(float(model(batch(*SIZES))[f"loss_distill/{name}"]) > 0 for name in ("p3", "p4", "p5"))
+
+    def test_a_pass_that_no_hook_made_is_an_error(self) -> None:
+        model = built("retinanet", "retinanet", "MGD.REMATCH.SOURCE", "pass")
+        with pytest.raises(UserError, match=r"iteration 0 has no matching: .*distillation_hooks\(cfg, model\)"):
+            step(model)
 
     def test_distiller_state_is_restored(self) -> None:
         model, other = matched(built()), built()

@@ -76,7 +76,9 @@ class Recorder(HookBase):
         self.losses: list[dict[str, float]] = []
 
     def after_step(self) -> None:
-        self.states.append({name: value.clone() for name, value in self.trainer.detector.state_dict().items()})
+        state = self.trainer.detector.state_dict()
+        del state["distiller.progress"]  # numbers of steps
+        self.states.append({name: value.clone() for name, value in state.items()})
         self.losses.append({name: value for name, (value, _) in self.trainer.storage.latest().items()})
 
 
@@ -166,7 +168,7 @@ def test_online_costs_do_not_count_a_step_that_is_left_out(workplace: Any, tmp_p
     trainer = disturbed(workplace, tmp_path, BreakTeacher(1, 2), "MGD.NONFINITE.SKIP", "2", *online)
     trainer.train()
     cost = trainer.detector.distiller.costs["p4"]
-    assert cost.num_images == 2 * 4 and torch.isfinite(cost.mean()).all()
+    assert cost.num_images == 2 * 3 and torch.isfinite(cost.mean()).all()
 
 
 class BreakGradient(HookBase):

@@ -58,7 +58,7 @@ TINY_MGD = {
     "FEATURES": ["res4", "p4"],
     "LOSS": "partial_l2,mse",
     "REDUCER": "rd",  # draws random numbers in every step
-    "REMATCH": {"PERIODS": [2], "MILESTONES": [], "NUM_IMAGES": 5, "BATCH_SIZE": 2},
+    "REMATCH": {"SOURCE": "pass", "PERIODS": [2], "MILESTONES": [], "NUM_IMAGES": 5, "BATCH_SIZE": 2},
 }
 
 
