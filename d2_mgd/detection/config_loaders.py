@@ -12,17 +12,18 @@ from detectron2.data.build import _train_loader_from_config
 from detectron2.data.common import DatasetFromList
 
 from d2_mgd.detection.images import ImageMapper
-from d2_mgd.detection.loader import PassLoader, TrainLoader, evaluation_pass, rematch_pass
+from d2_mgd.detection.loader import Mapper, PassLoader, TrainLoader, evaluation_pass, rematch_pass
 from d2_mgd.detection.weights import local_weights_file, read_pickled_arrays
 from d2_mgd.errors import UserError
 
 
-def build_train_loader(cfg: CfgNode, seed: int) -> TrainLoader:
+def build_train_loader(cfg: CfgNode, seed: int, mapper: Mapper | None = None) -> TrainLoader:
     """The training stream of Detectron2's config: its data sets, filters, mapper, samplers and aspect-ratio groups.
 
     Args:
         cfg: DATASETS, DATALOADER, INPUT and SOLVER.IMS_PER_BATCH count.
         seed: the run's; the same in all processes.
+        mapper: in place of the config's.
 
     Raises:
         UserError: a batch that the processes cannot share evenly, or a data set without random access.
@@ -33,7 +34,7 @@ def build_train_loader(cfg: CfgNode, seed: int) -> TrainLoader:
             f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, which {processes} processes cannot share evenly."
         )
     records = training_records(cfg)
-    mapper = ImageMapper(cfg, is_train=True)
+    mapper = mapper or ImageMapper(cfg, is_train=True)
 
     def make_sampler(run_seed: int) -> Any:
         seeded = cfg.clone()
@@ -80,8 +81,8 @@ def build_pass_loader(cfg: CfgNode, records: DatasetFromList, seed: Sequence[int
     )
 
 
-def build_evaluation_loader(cfg: CfgNode, name: str) -> PassLoader:
-    """The images of one of DATASETS.TEST, with the test-time size.
+def build_evaluation_loader(cfg: CfgNode, name: str, mapper: Mapper | None = None) -> PassLoader:
+    """The images of one of DATASETS.TEST, with the test-time size, or with another ``mapper``.
 
     Raises:
         UserError: as :func:`build_train_loader` does of the data set.
@@ -90,7 +91,7 @@ def build_evaluation_loader(cfg: CfgNode, name: str) -> PassLoader:
     if cfg.MODEL.LOAD_PROPOSALS:
         proposals = [cfg.DATASETS.PROPOSAL_FILES_TEST[list(cfg.DATASETS.TEST).index(name)]]
     records = _records((name,), proposals, filter_empty=False)
-    return evaluation_pass(records, ImageMapper(cfg, is_train=False), cfg.DATALOADER.NUM_WORKERS)
+    return evaluation_pass(records, mapper or ImageMapper(cfg, is_train=False), cfg.DATALOADER.NUM_WORKERS)
 
 
 def _records(names: Sequence[str], proposals: Sequence[str] | None, **filters: Any) -> DatasetFromList:

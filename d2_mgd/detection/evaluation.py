@@ -7,6 +7,7 @@ import logging
 import math
 import os
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -16,7 +17,6 @@ from torch import nn
 
 from d2_mgd.detection.config_loaders import build_evaluation_loader
 from d2_mgd.detection.datasets import check_classes
-from d2_mgd.detection.loader import PassLoader
 from d2_mgd.training.modules import preserved_modes
 from d2_mgd.training.processes import rank
 from d2_mgd.training.randomness import preserved_randomness
@@ -28,9 +28,9 @@ class EvaluatingTrainer(DefaultTrainer):
     """Detectron2's trainer, with metrics in a file and evaluations of the teacher."""
 
     @classmethod
-    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> PassLoader:
-        """The images of one of DATASETS.TEST, one at a time."""
-        return build_evaluation_loader(cfg, dataset_name)
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str, mapper: Callable[..., Any] | None = None) -> Any:
+        """The images of one of DATASETS.TEST, one at a time. An override may return any loader with a length."""
+        return build_evaluation_loader(cfg, dataset_name, mapper)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:

@@ -49,12 +49,16 @@ class BalanceHook(HookBase):
                 logger.warning(warning)
 
 
+def _exit(number: int) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
 def distillation_hooks(
     cfg: CfgNode,
     model: nn.Module,
     *,
     build_loader: Callable[[int], Iterable[Any]] | None = None,
-    leave: Callable[[int], NoReturn] | None = None,
+    leave: Callable[[int], NoReturn] = _exit,
     pictures: bool = False,
 ) -> list[HookBase]:
     """What ``trainer.register_hooks`` takes for the extra pass over images, and for files of what each rematch found.
@@ -78,8 +82,16 @@ def distillation_hooks(
         return []
     if build_loader is None:
         build_loader = _PassesOfConfig(cfg)
-    options = {"autocast": precision_of(cfg).autocast, "leave": leave or _exit, "pictures": pictures}
-    return [MatchingHook(detector, build_loader, output_dir=cfg.OUTPUT_DIR, **options)]
+    return [
+        MatchingHook(
+            detector,
+            build_loader,
+            output_dir=cfg.OUTPUT_DIR,
+            autocast=precision_of(cfg).autocast,
+            leave=leave,
+            pictures=pictures,
+        )
+    ]
 
 
 class _PassesOfConfig:
@@ -93,10 +105,6 @@ class _PassesOfConfig:
         if self._records is None:
             self._records = training_records(self.cfg)
         return build_pass_loader(self.cfg, self._records, (max(self.cfg.SEED, 0), finished))
-
-
-def _exit(number: int) -> NoReturn:
-    raise SystemExit(128 + number)
 
 
 class MatchingHook(HookBase):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import detectron2.utils.comm as comm
@@ -80,12 +81,20 @@ class Trainer(EvaluatingTrainer):
         self._last_eval_results: Any = None
 
         seed_all_rng(self.seed + comm.get_rank())
-        model = self.build_model(cfg, checked.teacher)
+        # an override with Detectron2's own arguments reads the teacher's config again
+        takes_teacher = "teacher_cfg" in inspect.signature(self.build_model).parameters
+        model = self.build_model(cfg, checked.teacher) if takes_teacher else self.build_model(cfg)
         self.detector: Any = model
         self.student = model.get_submodule("student") if self.distilled else model
         self._initial_numbers = module_numbers(model)
         optimizer = self.build_optimizer(cfg, model)
         loader = self.build_train_loader(cfg)
+        if not isinstance(loader, TrainLoader):
+            logger.warning(
+                "The training loader is a %s: a resumed training continues with other images than an uninterrupted "
+                "one. A mapper for Trainer.build_train_loader(cfg, mapper=...) keeps the order.",
+                type(loader).__name__,
+            )
         check_classes([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST], self.student)
         if self.precision.mixed:
             predict_in_float32(self.student)
@@ -129,9 +138,17 @@ class Trainer(EvaluatingTrainer):
         return model.to(torch.device(cfg.MODEL.DEVICE))
 
     @classmethod
-    def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
-        """The resumable stream of training batches that follows from ``cfg.SEED``; from a drawn seed if that is -1."""
-        return build_train_loader(cfg, _run_seed(cfg))
+    def build_train_loader(cls, cfg: CfgNode, mapper: Callable[..., Any] | None = None) -> Any:
+        """The resumable stream of training batches that follows from ``cfg.SEED``; from a drawn seed if that is -1.
+
+        An override may return any iterable of batches.
+
+        Args:
+            cfg: the training's.
+            mapper: makes a sample from a record, as for Detectron2's own loader; its augmentations may draw from the
+                global generators.
+        """
+        return build_train_loader(cfg, _run_seed(cfg), mapper)
 
     def build_hooks(self) -> list[HookBase]:
         """Timer, schedule, preemption, rematch, checkpoint, evaluation, balance, writers: in this order."""
@@ -155,7 +172,7 @@ class Trainer(EvaluatingTrainer):
         return distillation_hooks(
             self.cfg,
             self.detector,
-            build_loader=passes,
+            build_loader=passes if isinstance(self.data_loader, TrainLoader) else None,
             leave=self.preemption.leave,
             pictures=bool(self.writers),
         )
@@ -281,7 +298,8 @@ class Trainer(EvaluatingTrainer):
             logger.info("The seed of this run is %d, from %s", training["seed"], path)
             self.seed = training["seed"]
             self.cfg = _with_seed(self.cfg, self.seed)
-        self.data_loader.continue_at(self.start_iter, self.seed)
+        if isinstance(self.data_loader, TrainLoader):
+            self.data_loader.continue_at(self.start_iter, self.seed)
         self._resume_process(training["processes"])
 
     def _resume_distillation(self, path: str, state: dict[str, Any]) -> None:
