@@ -110,6 +110,7 @@ class TeacherStudentDetector(nn.Module):
         self.schedule = schedule
         self.heads = heads
         self.rematcher = rematcher or Rematcher()
+        self.balanced = 0  # finished steps when the balance was updated
         self._student_features = {name: pair.student for name, pair in self.pairs.items()}
         also = None if heads is None else heads.student.watch
         self._watched = WatchedMaps(student, self._student_features, also=also)
@@ -162,6 +163,8 @@ class TeacherStudentDetector(nn.Module):
         if not self.training:
             return self.student(batched_inputs)
         iteration = self.rematcher.iteration()
+        if iteration >= self.rematcher.finished:  # not a further micro-batch of the same step
+            self.update_balance()
         factor = self._factor(iteration)
         if factor == 0.0:
             losses = {**self.student(batched_inputs), **self._no_losses()}
@@ -195,6 +198,16 @@ class TeacherStudentDetector(nn.Module):
             of_heads = self.heads.losses(outputs, _sizes(batched_inputs))
             losses.update({name: factor * loss for name, loss in of_heads.items()})
         return {**task_losses, **losses}
+
+    def update_balance(self, reduced: bool = False) -> None:
+        """Make the next step's factors from the gradients of the finished one, once; by default the next step does it.
+
+        Args:
+            reduced: see :meth:`~d2_mgd.distill.MatchingGuidedDistiller.update_balance`, which is a collective without.
+        """
+        if self.distiller is not None and self.balanced < self.rematcher.finished:
+            self.balanced = self.rematcher.finished
+            self.distiller.update_balance(reduced=reduced)
 
     @property
     def rematches_next(self) -> bool:

@@ -112,7 +112,7 @@ class StepTrainer(SimpleTrainer):
         self._write_metrics({name: torch.tensor(value) for name, value in zip(losses, values)}, seconds)
         self.stepper.apply()
         if distiller is not None:
-            distiller.update_balance(reduced=True)
+            self.model.update_balance(reduced=True)
 
     def _next_batch(self) -> tuple[Batch, float]:
         """A batch, or an empty one where an image cannot be read, and the seconds that it took."""
