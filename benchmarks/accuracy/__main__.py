@@ -5,8 +5,8 @@
     python -m benchmarks.accuracy plot cifar100_r32x4_r8x4 --output curves.png
     python -m benchmarks.accuracy report
 
-A study is a name in benchmarks/accuracy/studies or a YAML file. A study that is stopped goes on where it was when it is
-started again. `report` writes docs/results.md from all studies and results.
+A study is a name in benchmarks/accuracy/studies or a YAML file. Start a stopped study again to run what is missing.
+`report` writes docs/results.md from all studies and results.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         required=True,
         metavar="PATH",
-        help="CIFAR-100 as one .npz; for a study of commands its data set's folder",
+        help="CIFAR-100 as one .npz; for a study of commands the folder of its data set",
     )
     run.add_argument("--weights", type=Path, default=Path("runs/accuracy"), help="folder for the weights of runs")
     run.add_argument("--methods", nargs="+", default=(), help="only these rows of the table")
     run.add_argument("--seeds", nargs="+", type=int, default=(), help="only these seeds")
-    run.add_argument("--jobs", type=int, default=1, help="runs at a time, each in a process of its own")
+    run.add_argument("--jobs", type=int, default=1, help="runs at a time, each in its own process")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     run.add_argument("--mixed-precision", action="store_true", help="forward passes of training in bfloat16")
     run.add_argument("--compile", nargs="?", const="inductor", metavar="BACKEND", help="torch.compile a step's forward")

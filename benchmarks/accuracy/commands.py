@@ -47,7 +47,7 @@ PLACES = ("data", "device", "output", "row", "seed", "teacher")
 
 @dataclass(frozen=True)
 class Metric:
-    """The measure of a run, and where a run writes it.
+    """The measure of a run, and the file that contains it.
 
     Args:
         name: for the table.
@@ -64,7 +64,7 @@ class Metric:
 
 @dataclass(frozen=True)
 class CommandRun:
-    """One command. ``line`` still has the places that depend on the machine: data, device, output, teacher."""
+    """One command. ``line`` contains the places that depend on the machine: data, device, output, teacher."""
 
     method: str
     seed: int
@@ -74,7 +74,7 @@ class CommandRun:
 
     @property
     def digest(self) -> str:
-        """The same for runs that compute the same."""
+        """Equal for runs with equal settings."""
         content = [self.line, self.metric.key, None if self.teacher is None else self.teacher.digest]
         return hashlib.sha1(json.dumps(content).encode()).hexdigest()[:16]
 
@@ -149,7 +149,7 @@ def run_command(run: CommandRun, folder: Path, data: Path, device: str) -> tuple
         The metric after each evaluation; the last line of metrics; seconds of this start.
 
     Raises:
-        StudyError: the command failed (with the last line that it wrote), or left no metric.
+        StudyError: the command failed (with its last line of output), or wrote no metric.
     """
     output = (folder / run.digest).resolve()
     output.mkdir(parents=True, exist_ok=True)
@@ -165,7 +165,7 @@ def run_command(run: CommandRun, folder: Path, data: Path, device: str) -> tuple
     if status:
         said = (output / "command.log").read_text(encoding="utf-8", errors="replace").split("\n")
         last = next((line.strip() for line in reversed(said) if line.strip()), "nothing")
-        raise StudyError(f"{run.method}, seed {run.seed}, ended with status {status} and said: {last}")
+        raise StudyError(f"{run.method}, seed {run.seed}, ended with status {status}. Its last line: {last}")
     values, line = _metrics(output / run.metric.file, run.metric)
     (output / FINISHED).touch()
     return values, line, seconds

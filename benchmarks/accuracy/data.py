@@ -18,13 +18,13 @@ from torch import Tensor
 SIDE = 32
 ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 
-# of CIFAR-100's training images, as the CRD protocol has them
+# of CIFAR-100's training images, as in the CRD protocol
 _MEAN = (0.5071, 0.4867, 0.4408)
 _STD = (0.2675, 0.2565, 0.2761)
 
 
 class StudyError(Exception):
-    """A study, a file or a result that cannot be used. The message says why and what is accepted."""
+    """A study, file or result that cannot be used. The message says why and what is accepted."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def normalised(images: Tensor) -> Tensor:
 
 @functools.cache
 def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and deviation (1, 3, 1, 1), moved to a device once: the processor waits for each such move."""
+    """Return mean and deviation (1, 3, 1, 1). Cached, because each copy to a device is a synchronisation."""
     return tuple(torch.tensor(values).view(1, 3, 1, 1).to(device) for values in (_MEAN, _STD))  # type: ignore[return-value]
 
 

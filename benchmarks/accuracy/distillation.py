@@ -1,4 +1,4 @@
-"""A method at work between two networks: its losses, its rematches, and what its projections learned.
+"""A method between two networks: its losses, rematches, and measurements of learned projections.
 
 Shape shorthand: N images.
 """
@@ -27,7 +27,7 @@ Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]  # an epoch of images an
 
 
 class Distillation:
-    """A method at work between two networks."""
+    """A method between two networks."""
 
     def __init__(self, method: Method, student: Staged, teacher: Staged, engine: Engine) -> None:
         self.method, self.student, self.engine = method, student, engine
@@ -49,11 +49,11 @@ class Distillation:
         return iter(()) if self.distiller is None else self.distiller.parameters()
 
     def loss(self, images: Tensor, labels: Tensor, factor: Tensor) -> tuple[Tensor, Maps, Maps]:
-        """The loss of a batch, and both networks' maps without gradients.
+        """Return the loss of a batch, and both networks' maps without gradients.
 
         Args:
             images, labels: (N, 3, P, P) and (N,).
-            factor: () of all that the teacher says.
+            factor: () of all distillation losses.
         """
         if self.distiller is not None:
             self.distiller.update_balance()  # of the step before this one
@@ -78,12 +78,12 @@ class Distillation:
         return student_maps, logits, teacher_maps, teacher_logits
 
     def observe_online(self, epoch: int, left: int, images: int, student: Maps, teacher: Maps) -> None:
-        """In the last steps before a rematch, add a step's own maps.
+        """Observe the maps of a step, if it is one of the last before a rematch.
 
         Args:
-            epoch: how many are finished after this one.
-            left: steps of the epoch that remain, this one counted.
-            images: of a step.
+            epoch: finished epochs after this one.
+            left: remaining steps of the epoch, including this one.
+            images: number of images of a step.
             student, teacher: their maps.
         """
         if not self._matches or self.method.rematch_source != "online" or not self.rematches.due(epoch):
@@ -97,7 +97,7 @@ class Distillation:
         return self.distiller is not None and self.distiller.needs_matching
 
     def measure_and_rematch(self, epoch: int, batches: Batches, outcome: Outcome) -> bool:
-        """Rematch after ``epoch`` epochs if it is due, and note for each feature what came of it; whether it was due.
+        """Rematch after ``epoch`` epochs if it is due, and add a record per feature. Returns whether it was due.
 
         ``cost`` is the mean of the matched pairs, ``chance`` that of all pairs, so of a random matching; ``changed``
         the share of student channels whose group changed, ``kept`` the mean that the old matching would have now.
@@ -123,10 +123,10 @@ class Distillation:
         return True
 
     def measure_projections(self, batches: Batches) -> list[dict[str, Any]]:
-        """How far each learned projection agrees with the matching of the same two networks' channels.
+        """Compare each learned projection with the matching of the same two networks' channels.
 
-        ``share`` is what of the projection's contributions lies on matched pairs, ``chance`` the same for a random
-        matching, ``best`` for the matching that the projection itself would choose.
+        ``share`` is the share of the projection's contributions on matched pairs, ``chance`` that for a random
+        matching, ``best`` that for the matching with the largest share.
         """
         if self.distiller is None or not self.distiller.projections:
             return []
@@ -149,7 +149,7 @@ class Distillation:
 
     @torch.no_grad()
     def _pass(self, batches: Batches, observe: Callable[[Maps, Maps], None]) -> None:
-        """Give maps of training batches, the student with the statistics of each, which also fit fresh weights."""
+        """Observe training batches. The student uses the statistics of each batch, which also fit initial weights."""
         seen = 0
         with _kept_statistics(self.student):
             while seen < self.method.rematch_images:
@@ -170,7 +170,7 @@ def _margins(method: Method, teacher: Staged) -> dict[str, Tensor] | None:
 
 @contextmanager
 def _kept_statistics(network: nn.Module) -> Iterator[None]:
-    """Training mode in which batch-norms do not move their running statistics."""
+    """Context with training mode, in which batch-norms do not change their running statistics."""
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     network.train()

@@ -1,4 +1,4 @@
-"""What a run is computed with, what it gives, and where its weights are kept."""
+"""The device and precision of a run, its results, and the files of its weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from benchmarks.accuracy.study import Run
 
 @dataclass(frozen=True)
 class Engine:
-    """What a run is computed with; it decides how fast, not what.
+    """Device, precision and compilation of a run. They decide its speed, not what is trained.
 
     Args:
         device: where networks and data are.
@@ -33,7 +33,7 @@ class Engine:
     graphs: bool = False
 
     def placed(self, network: Staged) -> Staged:
-        """The network on the device; channels last on a GPU, where convolutions in bfloat16 are faster so."""
+        """Return the network on the device, in channels_last on a GPU: convolutions in bfloat16 are faster."""
         network = network.to(self.device)
         return network.to(memory_format=torch.channels_last) if self.device.type == "cuda" else network  # type: ignore[call-overload]
 
@@ -46,15 +46,15 @@ class Engine:
 
 @dataclass
 class Outcome:
-    """What a run gave.
+    """The results of a run.
 
     Args:
         accuracy: top-1 in percent on the test images, after each epoch.
         seconds: of training and evaluation, without reading data.
-        rematches: for each feature of each rematch, see :meth:`_Distillation.measure_and_rematch`.
-        projections: for each feature of a learned projection, see :meth:`_Distillation.measure_projections`.
-        metrics: what else was reported at the end, by name: by a command line, or by the balance of a distiller.
-        trouble: what could not be measured beside the accuracy, and why.
+        rematches: for each feature of each rematch, see :meth:`Distillation.measure_and_rematch`.
+        projections: for each feature of a learned projection, see :meth:`Distillation.measure_projections`.
+        metrics: other values at the end, by name: of a command line, or of a distiller's balance.
+        trouble: which other measurement failed, and why; empty if none did.
     """
 
     accuracy: list[float] = field(default_factory=list)
@@ -75,18 +75,18 @@ class WeightStore:
         return self.folder / f"{run.digest}.pt"
 
     def save(self, run: Run, network: nn.Module) -> None:
-        """The file appears whole or not at all."""
+        """Write the weights in one rename."""
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self.folder / f"{run.digest}.{os.getpid()}.tmp"
         torch.save(network.state_dict(), temporary)
         os.replace(temporary, self.path(run))
 
     def load(self, run: Run) -> dict[str, Tensor]:
-        """On the CPU."""
+        """Return the weights of a run, on the CPU."""
         return torch.load(self.path(run), map_location="cpu", weights_only=True)
 
 
 def error_line(error: Exception) -> str:
-    """One line that says what happened: the message of an error of this package, else its kind too."""
+    """Return an error as one line: its message, with its type unless it is a :class:`StudyError`."""
     said = (str(error).strip() or "no message").splitlines()[0]
     return said if isinstance(error, StudyError) else f"{type(error).__name__}: {said}"

@@ -24,7 +24,7 @@ def load_study(path: Path) -> AnyStudy:
     """Read and check a study.
 
     Raises:
-        StudyError: the file is no study; one sentence that names the key.
+        StudyError: the file is no study.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -115,7 +115,7 @@ def _with_parts(text: str, parts: Mapping[str, Any]) -> str:
 
 
 def _common(content: Mapping[str, Any]) -> dict[str, Any]:
-    """What both kinds of studies say beside their runs."""
+    """Return the entries that both kinds of studies have."""
     return {
         "published": {str(k): float(v) for k, v in _mapping(content.get("published"), "published").items()},
         "aims": tuple(str(aim) for aim in content.get("aims", ())),
@@ -124,7 +124,7 @@ def _common(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _start(content: Any, where: str, data: Choice, recipe: Recipe) -> tuple[Choice, Recipe]:
-    """On what and how a network was trained before: the study's own data and recipe where nothing else is said."""
+    """Return data and recipe of an earlier training; by default those of the study."""
     given = _mapping(content, where, ("data", "recipe"))
     earlier = _made(Choice, given["data"], f"{where}.data") if "data" in given else data
     return earlier, _made(Recipe, given.get("recipe"), f"{where}.recipe", recipe)
@@ -137,12 +137,12 @@ def _mapping(content: Any, where: str, known: Any = None) -> dict[str, Any]:
         raise StudyError(f"{where} must be a mapping, got {content!r}.")
     unknown = [str(key) for key in content if known is not None and key not in known]
     if unknown:
-        raise StudyError(f"{where} knows no {', '.join(unknown)}; it knows: {', '.join(known)}.")
+        raise StudyError(f"{where} has no key {', '.join(unknown)}. Available: {', '.join(known)}.")
     return dict(content)
 
 
 def _made(kind: type[T], content: Any, where: str, default: T | None = None) -> T:
-    """A dataclass from a mapping; numbers that YAML took for text (1e-3) become numbers."""
+    """Build a dataclass from a mapping. Numbers that YAML reads as text (1e-3) are converted."""
     fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     values = _mapping(content, where, list(fields))
     for name, value in values.items():
@@ -164,7 +164,7 @@ def _whole_numbers(content: Any, where: str) -> tuple[int, ...]:
 
 
 def _check(study: Study) -> None:
-    """All that can be known before the first step: names, widths, numbers."""
+    """Check names, widths and numbers before the first step."""
     for what, recipe in (("recipe", study.recipe), ("teacher_recipe", study.teacher_recipe)):
         if recipe.epochs < 1 or recipe.batch < 2 or not recipe.lr > 0:
             raise StudyError(f"{what} needs 1 epoch, a batch of 2 and a rate above 0 at least, got {recipe}.")

@@ -1,12 +1,12 @@
-"""Results: json lines that only grow, and the table and the plot that are made of them."""
+"""Results as JSON lines, and the tables and the plot of them."""
 
 from __future__ import annotations
 
 import json
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +14,27 @@ import torch
 
 from benchmarks.accuracy.data import StudyError
 from benchmarks.accuracy.engine import Engine, Outcome
-from benchmarks.accuracy.study import TEACHER, AnyRun, AnyStudy, Study
+from benchmarks.accuracy.study import BEFORE, STUDENT, TEACHER, AnyRun, AnyStudy, Study
 from benchmarks.machine import commit, processor, versions
 from benchmarks.tables import markdown
 
 
 class Results:
-    """The json lines of a study, one a run. A line is written when its run is done, so what is there is whole.
+    """The JSON lines of a study, one per finished run.
 
-    Runs that other studies of the same folder did count here too: what computes the same has the same digest.
+    Lines of other studies in the folder count too, because equal runs have the same digest.
 
     Args:
         path: the file; it need not exist.
 
     Raises:
-        StudyError: a line is no json object with a digest. A last line that was cut short is left out.
+        StudyError: a line is no JSON object with a digest. An incomplete last line is skipped.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.by_digest: dict[str, dict[str, Any]] = {}
-        self._whole: int | None = None  # bytes up to a last line that was cut short
+        self._whole: int | None = None  # bytes before an incomplete last line
         for found in sorted({path, *path.parent.glob("*.jsonl")}):
             self._read(found)
 
@@ -52,7 +52,7 @@ class Results:
             self._whole = len("\n".join([*lines[:-1], ""]).encode())
 
     def add(self, line: dict[str, Any]) -> None:
-        """Append a result, in place of a line that was cut short."""
+        """Append a result, in place of an incomplete last line."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "ab") as file:
             if self._whole is not None:
@@ -62,12 +62,12 @@ class Results:
         self.by_digest[line["digest"]] = line
 
     def of(self, run: AnyRun) -> dict[str, Any] | None:
-        """The line of a run, or None."""
+        """Return the line of a run, or None."""
         return self.by_digest.get(run.digest)
 
 
 def as_line(study: AnyStudy, run: AnyRun, outcome: Outcome, engine: Engine) -> dict[str, Any]:
-    """A run's json line: what ran, from which commit, with which versions and device, and what came of it."""
+    """Return a run's JSON line: settings, commit, versions, device and results."""
     return {
         "study": study.name,
         "method": run.method,
@@ -91,41 +91,10 @@ def as_line(study: AnyStudy, run: AnyRun, outcome: Outcome, engine: Engine) -> d
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or that of the processor."""
+    """Return the name of the GPU or of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU ({processor()})"
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One row of a table: a method's results over seeds.
-
-    Args:
-        method: the row's name.
-        wanted: how many runs the study asks for.
-        best, last: top-1 in percent of those that are there, seed by seed.
-    """
-
-    method: str
-    wanted: int
-    best: tuple[float, ...]
-    last: tuple[float, ...]
-
-
-def cells(study: AnyStudy, results: Results) -> list[Cell]:
-    """Return the rows of a study that have results, in its order; results of other settings do not count."""
-    lines: dict[str, list[dict[str, Any] | None]] = {}
-    for run in study.runs():
-        lines.setdefault(run.method, []).append(results.of(run))
-    found = []
-    for name in study.rows:
-        done = [line for line in lines[name] if line is not None]
-        if not done:
-            continue
-        best, last = (tuple(float(line[key]) for line in done) for key in ("best", "last"))
-        found.append(Cell(name, len(lines[name]), best, last))
-    return found
 
 
 def mean_and_deviation(values: Sequence[float]) -> str:
@@ -135,38 +104,35 @@ def mean_and_deviation(values: Sequence[float]) -> str:
 
 
 def table(study: AnyStudy, results: Results) -> str:
-    """Return Markdown: last and best epoch, mean and deviation over seeds, and the share of the gap."""
-    rows = cells(study, results)
-    by_name = {row.method: row for row in rows}
-    gap = _gap(by_name)
-    lines = [
-        [
-            row.method,
-            mean_and_deviation(row.last),
-            mean_and_deviation(row.best),
-            f"{len(row.last)}/{row.wanted}",
-            _recovered(row, gap),
-            f"{study.published[row.method]:.2f}" if row.method in study.published else "",
-        ]
-        for row in rows
-    ]
-    lines += [[name, "", "", "", "", f"{value:.2f}"] for name, value in study.published.items() if name not in by_name]
+    """Return Markdown: last and best epoch, mean and deviation over seeds, and the share of the gap.
+
+    Rows without a result are left out, and results of other settings do not count.
+    """
+    wanted = Counter(run.method for run in study.runs())
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in study.rows}
+    for run in study.runs():
+        if (line := results.of(run)) is not None:
+            found[run.method].append(line)
+    last = {name: [line["last"] for line in lines] for name, lines in found.items() if lines}
+    means = {name: statistics.fmean(values) for name, values in last.items()}
+    published = {name: f"{value:.2f}" for name, value in study.published.items()}
+    rows = []
+    for name, values in last.items():
+        best = mean_and_deviation([line["best"] for line in found[name]])
+        runs = f"{len(values)}/{wanted[name]}"
+        row = [name, mean_and_deviation(values), best, runs, _recovered(name, means), published.pop(name, "")]
+        rows.append(row)
+    rows += [[name, "", "", "", "", value] for name, value in published.items()]
     head = ["", "last epoch", "best epoch", "runs", "of the gap", "published"]
     columns = len(head) if study.published else len(head) - 1
-    return markdown(head[:columns], [line[:columns] for line in lines])
+    return markdown(head[:columns], [row[:columns] for row in rows])
 
 
-def _gap(by_name: Mapping[str, Cell]) -> tuple[float, float] | None:
-    """Return the last accuracy of the student alone and of the teacher, if both ran."""
-    if "student" not in by_name or TEACHER not in by_name:
-        return None
-    return statistics.fmean(by_name["student"].last), statistics.fmean(by_name[TEACHER].last)
-
-
-def _recovered(row: Cell, gap: tuple[float, float] | None) -> str:
-    if gap is None or row.method in (TEACHER, "student", "student before") or gap[1] <= gap[0]:
+def _recovered(name: str, means: Mapping[str, float]) -> str:
+    """Return the share of the gap between the student alone and the teacher, if both ran and there is one."""
+    if name in (TEACHER, STUDENT, BEFORE) or not {TEACHER, STUDENT} <= means.keys() or means[TEACHER] <= means[STUDENT]:
         return ""
-    return f"{(statistics.fmean(row.last) - gap[0]) / (gap[1] - gap[0]):.0%}"
+    return f"{(means[name] - means[STUDENT]) / (means[TEACHER] - means[STUDENT]):.0%}"
 
 
 def rematch_table(study: AnyStudy, results: Results) -> str:

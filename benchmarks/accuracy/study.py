@@ -1,4 +1,4 @@
-"""A study: one small YAML that says which pair is trained by which methods on which data, and the runs that it means.
+"""A study: a small YAML with a pair, methods and data; and its runs.
 
 ::
 
@@ -49,7 +49,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Method:
-    """What is added to the loss of the labels.
+    """The distillation that is added to the loss of the labels.
 
     Args:
         features: stages to compare; None is all that both networks have, () is none.
@@ -108,14 +108,14 @@ class Method:
 
 @dataclass(frozen=True)
 class Run:
-    """One training, with all that decides its result.
+    """One training, with all settings that decide its result.
 
     Args:
         method: the row of the table.
         network: what is trained.
-        data, recipe, seed: on what, how, and from which random state.
-        start: the run whose weights it begins with.
-        teacher, distil: who teaches, and how.
+        data, recipe, seed: images, schedule, and seed of the weights and batches.
+        start: the run whose weights are the initial weights.
+        teacher, distil: the teacher's run, and the method.
     """
 
     method: str
@@ -129,7 +129,7 @@ class Run:
 
     @property
     def digest(self) -> str:
-        """The same for runs that compute the same, whatever study or row they are in."""
+        """Equal for runs with equal settings, in any study or row."""
         return hashlib.sha1(json.dumps(self._content(), sort_keys=True).encode()).hexdigest()[:16]
 
     def _content(self) -> dict[str, Any]:
@@ -142,12 +142,12 @@ class Run:
 
     @property
     def needs(self) -> list[Run]:
-        """Runs whose weights it needs."""
+        """Runs whose weights this one needs."""
         return [run for run in (self.start, self.teacher) if run is not None]
 
 
 def _other_than_default(value: Any) -> dict[str, Any]:
-    """The fields that say something, so that an option added later changes no digest."""
+    """Return the fields that differ from their default, so that an option added later changes no digest."""
     plain = type(value)()
     changed = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     return {name: given for name, given in changed.items() if given != getattr(plain, name)}
@@ -155,7 +155,7 @@ def _other_than_default(value: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Study:
-    """A study as its YAML says it; ``methods`` with the baselines, in the order of the table."""
+    """A study; ``methods`` include the baselines, in the order of the table."""
 
     name: str
     title: str

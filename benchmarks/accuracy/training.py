@@ -1,4 +1,4 @@
-"""One run: a network trained on data that lies on the device, with a teacher or alone.
+"""Train the network of a run, with a teacher or alone.
 
 Shape shorthand: N images, K classes.
 """
@@ -27,7 +27,7 @@ _PASS_BATCH = 500
 
 
 def train(run: Run, split: Split, engine: Engine, weights: WeightStore) -> Outcome:
-    """Train as the run says, and store the network's weights.
+    """Train the network of a run and store its weights.
 
     Raises:
         StudyError: the loss is no longer finite, or the pair does not fit the method.
@@ -62,20 +62,20 @@ def train(run: Run, split: Split, engine: Engine, weights: WeightStore) -> Outco
 def _look_at_projections(distillation: Distillation, training: _Training) -> None:
     try:
         training.outcome.projections = distillation.measure_projections(training.matching_batches)
-    except Exception as error:  # whatever it is, the run is done and its accuracy stands
+    except Exception as error:  # any: the run is finished and its accuracy is valid
         logger.exception("the learned projections were not measured")
         training.outcome.trouble = f"the learned projections were not measured: {error_line(error)}"
 
 
 def _start_from(network: Staged, state: dict[str, Tensor], same_classes: bool) -> None:
-    """The body of earlier weights, and their head where the classes are the same."""
+    """Load earlier weights; without their head if the classes differ."""
     fresh = network.state_dict()
     network.load_state_dict({k: v if same_classes or not k.startswith("head.") else fresh[k] for k, v in state.items()})
 
 
 @torch.no_grad()
 def accuracy(network: Staged, images: Images, batch: int = 1000) -> float:
-    """Top-1 in percent, in float32 whatever the training's precision was: in bfloat16 close classes are often equal."""
+    """Return top-1 in percent, always in float32: in bfloat16 the logits of close classes are often equal."""
     network.eval()
     correct = torch.zeros((), dtype=torch.int64, device=images.labels.device)
     for start in range(0, len(images), batch):
@@ -96,7 +96,7 @@ class _Training:
     ) -> None:
         self.run, self.network, self.split, self.engine = run, network, split, engine
         self.distillation, self.outcome = distillation, outcome
-        # a rematch draws from generators of its own, so that all methods see the same batches
+        # separate generators for rematches, so that all methods see the same batches
         self.training, self.matching = (
             (torch.Generator(engine.device).manual_seed(seed), torch.Generator().manual_seed(seed))
             for seed in (2 * run.seed, 2 * run.seed + 1)
@@ -124,7 +124,7 @@ class _Training:
         return F.cross_entropy(logits.float(), labels), {}, {}
 
     def matching_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches for a pass that only observes: large ones, since costs are means over images."""
+        """Return batches for an observe pass. They are large, because costs are means over images."""
         return batches(self.split.train, max(_PASS_BATCH, self.run.recipe.batch), *self.matching)
 
     def rematch(self, epoch: int) -> None:
@@ -156,7 +156,7 @@ class _Training:
             maps = self.step(chosen, factor)
             if self.distillation is not None:
                 self.distillation.observe_online(epoch + 1, steps - step, len(chosen), *maps)
-        if not math.isfinite(float(self.step.total)):  # looked at once an epoch: a step must not wait for the device
+        if not math.isfinite(float(self.step.total)):  # checked once an epoch: a step must not synchronise
             raise StudyError(
                 f"{self.run.method}, seed {self.run.seed}: the loss is not finite in epoch {epoch + 1}; lower the "
                 "rate or the method's weight."
@@ -164,5 +164,5 @@ class _Training:
 
 
 def rate(recipe: Recipe, epoch: int) -> float:
-    """The learning rate of an epoch, counted from 0."""
+    """Return the learning rate of an epoch, counted from 0."""
     return recipe.lr * recipe.drop_ratio ** sum(epoch >= drop for drop in recipe.drops)

@@ -57,7 +57,7 @@ def test_a_study_of_commands(
     study.write_text(yaml.safe_dump(COMMANDS, sort_keys=False))
     (tmp_path / "train.py").write_text(TRAIN)
     assert run(study, tmp_path, tmp_path) == 1
-    assert "mgd, seed 4, ended with status 1 and said: mgd is not allowed yet" in caplog.text
+    assert "mgd, seed 4, ended with status 1. Its last line: mgd is not allowed yet" in caplog.text
     assert "| mgd |" not in capsys.readouterr().out
     (tmp_path / "allowed").touch()
     assert run(study, tmp_path, tmp_path, "--jobs", "2") == 0
@@ -80,7 +80,7 @@ def test_a_study_of_commands(
         ({"command": "python x.py {row}"}, "command needs the places {row} and {output}"),
         ({"command": "python x.py {row} {output} {weights}"}, "'weights' is no place that can be filled"),
         ({"metric": {"name": "AP"}}, "metric needs name, file and key"),
-        ({"recipe": {}}, "a study of commands knows no recipe"),
+        ({"recipe": {}}, "a study of commands has no key recipe"),
     ],
 )
 def test_studies_of_commands_that_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:

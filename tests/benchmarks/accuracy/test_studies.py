@@ -58,7 +58,7 @@ def test_digests_change_with_what_decides_the_result_only() -> None:
     ("changes", "message"),
     [
         ({"student": "vgg8"}, "unknown network 'vgg8'"),
-        ({"methds": {}}, "a study knows no methds; it knows: name, title"),
+        ({"methds": {}}, "a study has no key methds. Available: name, title"),
         ({"seeds": "012"}, "seeds must be a list of whole numbers"),
         ({"methods": {}}, "a study needs 'methods'"),
         ({"recipe": {"lr": "fast"}}, "recipe.lr must be a number, got 'fast'"),
@@ -71,7 +71,7 @@ def test_digests_change_with_what_decides_the_result_only() -> None:
         ),
         ({"methods": {"a": {"logits": {"name": "kl"}}}}, "methods.a: unknown logit loss 'kl'"),
         ({"methods": {"a": {"schedule": {"decay": "linear"}}}}, "methods.a: a linear decay .* needs a step"),
-        ({"methods": {"a": {"rematch": {"often": 3}}}}, "methods.a: rematch knows no often"),
+        ({"methods": {"a": {"rematch": {"often": 3}}}}, "methods.a: rematch has no key often"),
         ({"methods": {"a": {"rematch": {"source": "air"}}}}, "methods.a: rematch source is 'pass' or 'online'"),
     ],
 )
