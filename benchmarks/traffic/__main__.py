@@ -6,8 +6,6 @@ A small student is distilled by classification's trainer, in one process and in 
 gloo, twice:
 
 - ``traffic``: float32, as users train. Every collective of every process is counted, with its payload and its purpose.
-  Where the system allows it (unshare), the processes have a network namespace, whose loopback device counts the bytes
-  that were really sent.
 - ``equality``: float64 with synchronised norms, where the number of processes may change rounding alone. In float32,
   training multiplies rounding errors by tens a step, so that weights cannot be compared after a few steps.
 
@@ -17,19 +15,18 @@ The run fails if a count differs from its formula, or if matchings or weights de
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shlex
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from benchmarks.machine import ROOT, commit, machine
+from benchmarks.machine import commit, machine
 from benchmarks.traffic.compare import ROUNDING, collected, compare
 from benchmarks.traffic.formulas import sizes
 from benchmarks.traffic.process import KINDS, OPTIONS, TOGETHER, train
@@ -41,24 +38,6 @@ PAIRS = [
     ("resnet18", "resnet50"),
     ("resnet50", "resnet152"),
 ]
-_UNSHARE = ["unshare", "--net", "--map-root-user"]
-
-
-def run(world: int, kind: str, folder: Path) -> dict[str, Any]:
-    """Train with ``world`` processes, in a network namespace where that is possible.
-
-    Returns:
-        The counts of the first process; ``others`` has the bytes of the others.
-    """
-    target = folder / f"{kind}_{world}"
-    target.mkdir()
-    command = [sys.executable, "-m", "benchmarks.traffic", "--part", str(world), kind, str(target)]
-    own_network = subprocess.run([*_UNSHARE, "true"], capture_output=True).returncode == 0
-    words = [*_UNSHARE, *command, "--own-network"] if own_network else command
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(f"the run of {world} processes failed:\n{done.stderr}")
-    return collected(world, kind, target, own_network)
 
 
 def write_images(folder: Path) -> None:
@@ -77,16 +56,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4], help="numbers of processes")
     parser.add_argument("--output", type=Path, help="json file for what was measured")
-    parser.add_argument("--part", nargs=3, help=argparse.SUPPRESS)
-    parser.add_argument("--own-network", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.part:
-        train(int(options.part[0]), options.part[1], Path(options.part[2]), options.own_network)
-        return 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_images(folder / "data")
-        runs = [run(world, kind, folder) for kind in KINDS for world in options.processes]
+        runs = []
+        for kind, world in itertools.product(KINDS, options.processes):
+            target = folder / f"{kind}_{world}"
+            target.mkdir()
+            train(world, kind, target)
+            runs.append(collected(world, kind, target))
         wrong = compare(runs, folder)
     result = {
         "command": shlex.join(["python", "-m", "benchmarks.traffic", *(arguments or sys.argv[1:])]),

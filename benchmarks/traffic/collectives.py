@@ -1,14 +1,10 @@
-"""Count what a process hands to ``torch.distributed``, and the bytes of the loopback device."""
+"""Count what a process passes to ``torch.distributed``."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import socket
-import struct
 from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -85,19 +81,3 @@ class Meter:
 def tensor_bytes(tensor: Tensor) -> int:
     """Return the bytes of its elements."""
     return tensor.numel() * tensor.element_size()
-
-
-def loopback_bytes() -> int:
-    """Return the bytes that the loopback device has sent so far."""
-    for line in Path("/proc/net/dev").read_text().splitlines():
-        name, _, numbers = line.strip().partition(":")
-        if name == "lo":
-            return int(numbers.split()[0])
-    raise RuntimeError("there is no loopback device.")
-
-
-def raise_loopback() -> None:
-    """Switch on the loopback device of a new network namespace."""
-    up, running, set_flags = 0x1, 0x40, 0x8914
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
-        fcntl.ioctl(any_socket, set_flags, struct.pack("16sh22x", b"lo", up | running))

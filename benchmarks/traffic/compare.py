@@ -14,13 +14,12 @@ from d2_mgd.distill import load_reports
 
 # Largest difference of a weight from the run of one process, over the largest weight of its tensor, in float64.
 ROUNDING = 1e-5
-OVERHEAD = 1.05  # bytes on the loopback device over the payload, at most: TCP and gloo add to it
 
 
-def collected(world: int, kind: str, target: Path, own_network: bool) -> dict[str, Any]:
+def collected(world: int, kind: str, target: Path) -> dict[str, Any]:
     """Return what the processes of a run wrote to ``target``."""
     ranks = [json.loads((target / f"rank_{rank}.json").read_text()) for rank in range(world)]
-    about = {"kind": kind, "processes": world, "images": TOGETHER // world, "own_network": own_network}
+    about = {"kind": kind, "processes": world, "images": TOGETHER // world}
     return {**about, **ranks[0], "others": [rank["bytes"] for rank in ranks[1:]]}
 
 
@@ -50,11 +49,6 @@ def compare(runs: Sequence[dict[str, Any]], folder: Path) -> list[str]:
             found["expected_saved"] = reference["saved"] * found["images"] // reference["images"]
             if abs(found["saved"] / found["expected_saved"] - 1.0) > 0.05:
                 wrong.append(f"{who} keep {found['saved']} bytes each, expected {found['expected_saved']}.")
-        if found["wire"] and kind == "traffic":
-            found["expected_wire"] = _expected_wire(found)
-            for what, size in found["expected_wire"].items():
-                if not size <= found["wire"][what] <= OVERHEAD * size:
-                    wrong.append(f"{who} sent {found['wire'][what]} bytes for {what}, expected {size}.")
         own = folder / f"{kind}_{world}"
         one = folder / f"{kind}_{reference['processes']}"
         found["same_matchings"] = _same_matchings(one, own)
@@ -65,14 +59,6 @@ def compare(runs: Sequence[dict[str, Any]], folder: Path) -> list[str]:
         if kind == "equality" and found["largest_difference"] > ROUNDING:
             wrong.append(f"{who}: weights differ by {found['largest_difference']:.1e}.")
     return wrong
-
-
-def _expected_wire(found: dict[str, Any]) -> dict[str, int]:
-    """Return the bytes on the wire: a ring sends an all-reduce's payload 2 (P - 1) times, a broadcast P - 1 times."""
-    others, size = found["processes"] - 1, found["bytes"]
-    steps = size["gradients: all_reduce"] + size["agreement: all_reduce"]
-    rematches = 2 * size["rematch: all_reduce"] + size["rematch: broadcast"]
-    return {"steps": 2 * others * steps, "rematches": others * rematches}
 
 
 def _same_matchings(one: Path, other: Path) -> list[bool]:

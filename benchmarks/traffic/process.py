@@ -7,22 +7,19 @@ from __future__ import annotations
 
 import gc
 import json
-import multiprocessing
 import os
-import socket
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.distributed_c10d as c10d
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.multiprocessing import start_processes
 
 import classification.engine as engine
 import d2_mgd.distill.rematching as rematching
 import d2_mgd.training.steps as steps
-from benchmarks.traffic.collectives import Meter, loopback_bytes, raise_loopback
+from benchmarks.traffic.collectives import Meter
 from benchmarks.traffic.formulas import expected_bytes, expected_held, saved_bytes
 from classification.assembly import TeacherNetwork, make_trainer
 from classification.models import build
@@ -40,42 +37,28 @@ OPTIONS = [
 KINDS = {"traffic": (torch.float32, 0), "equality": (torch.float64, 1)}  # kind of run -> dtype, --sync-bn
 
 
-def train(world: int, kind: str, folder: Path, own_network: bool) -> None:
-    """Train with ``world`` processes, forked because that starts fast; they write to ``folder``.
+def train(world: int, kind: str, folder: Path) -> None:
+    """Train with ``world`` processes, which write their counts to ``folder``.
 
     Args:
         world: number of processes.
         kind: of ``KINDS``.
-        folder: beside a folder ``data`` with the images.
-        own_network: whether this process has a network namespace, whose traffic is that of these processes.
+        folder: its parent has a folder ``data`` with the images.
     """
-    if own_network:
-        raise_loopback()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    arguments = [(rank, world, port, kind, folder, own_network) for rank in range(world)]
-    processes = [context.Process(target=measure, args=own) for own in arguments]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    if any(process.exitcode for process in processes):
-        raise SystemExit(1)
+    # fork: a process has few tensors beside those that are counted, and starts fast
+    start_processes(measure, (world, kind, folder), nprocs=world, start_method="fork")
 
 
-def measure(rank: int, world: int, port: int, kind: str, folder: Path, own_network: bool) -> None:
+def measure(rank: int, world: int, kind: str, folder: Path) -> None:
     """Train as one of ``world`` processes and write the counts to ``folder``."""
     torch.set_num_threads(1)
     torch.set_default_dtype(KINDS[kind][0])
     meter = Meter()
     if world > 1:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+        dist.init_process_group("gloo", init_method=f"file://{folder.resolve()}/store", rank=rank, world_size=world)
     with meter.counting():
         trainer = _trainer(meter, rank, world, kind, folder)
-        wire = _watch_wire(trainer) if own_network and world > 1 else {}
         trainer.fit()
         found = {
             "bytes": dict(meter.bytes),
@@ -84,7 +67,6 @@ def measure(rank: int, world: int, port: int, kind: str, folder: Path, own_netwo
             "held": _held(),
             "expected_held": expected_held(trainer),
             "saved": _saved_by_step(trainer),
-            "wire": wire,
         }
     if rank == 0:
         torch.save(trainer.student.network.state_dict(), folder / "student.pth")
@@ -133,28 +115,6 @@ def _settled(network: nn.Module) -> nn.Module:
     for norm in norms:
         norm.momentum = 0.1
     return network
-
-
-def _watch_wire(trainer: engine.Trainer) -> dict[str, int]:
-    """Count the bytes that all processes together send in the steps and in the rematches."""
-    wire = {"steps": 0, "rematches": 0}
-
-    def watched(name: str, what: str) -> None:
-        original = getattr(trainer, name)
-
-        def around(*arguments: Any) -> Any:
-            c10d.barrier()
-            before = loopback_bytes()
-            result = original(*arguments)
-            c10d.barrier()
-            wire[what] += loopback_bytes() - before
-            return result
-
-        setattr(trainer, name, around)
-
-    watched("_train", "steps")
-    watched("_rematch", "rematches")
-    return wire
 
 
 def _held() -> int:

@@ -21,7 +21,7 @@ for kind in KINDS:
     for world in (1, 2):
         folder = Path(sys.argv[1]) / f"{kind}_{world}"
         folder.mkdir()
-        train(world, kind, folder, own_network=False)
+        train(world, kind, folder)
 """
 
 
@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def runs(folder: Path) -> list[dict[str, Any]]:
-    return [collected(world, kind, folder / f"{kind}_{world}", False) for kind in KINDS for world in (1, 2)]
+    return [collected(world, kind, folder / f"{kind}_{world}") for kind in KINDS for world in (1, 2)]
 
 
 def test_traffic_memory_and_results_are_as_the_formulas_say(folder: Path) -> None:
