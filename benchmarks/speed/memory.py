@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+from benchmarks.machine import ROOT
 from benchmarks.speed.measure import Row, peak_tensor_bytes
 from benchmarks.speed.pair import Pair
 
@@ -45,25 +46,11 @@ def _row(name: str, goal: float | None, peaks: Mapping[str, int], batch: int, si
 
 
 def in_a_process(what: str, batch: int, size: int, returned: bool) -> int:
-    """Return the bytes that a few calls of a method of :class:`Pair` add to a new process at most."""
-    context = multiprocessing.get_context("spawn")
-    with _variables(_RETURNED if returned else {}), context.Pool(1) as pool:
-        return pool.apply(_peak, (what, batch, size))
-
-
-@contextmanager
-def _variables(values: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables for processes that start inside."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+    """Return the peak of the bytes that a few calls of a method of :class:`Pair` add to a new process."""
+    code = f"from benchmarks.speed.memory import _peak; print(_peak({what!r}, {batch}, {size}))"
+    environment = {**os.environ, **(_RETURNED if returned else {})}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, stdout=subprocess.PIPE, check=True)
+    return int(done.stdout.split()[-1])
 
 
 def _peak(what: str, batch: int, size: int) -> int:
