@@ -23,8 +23,6 @@ from d2_mgd.data.files import find_files
 from d2_mgd.data.images import prepared
 from d2_mgd.visualize import Detections, draw_detections
 
-__all__ = ["CocoImages", "evaluate", "show_detections"]
-
 
 class CocoImages(torch.utils.data.Dataset):
     """Images (3, H, W) in 0..1 and targets as torchvision's detectors take them: boxes (B, 4), labels from 1, image_id.

@@ -1,13 +1,12 @@
 #!/usr/bin/env python
-"""Shows trainings side by side, as one HTML page that needs no other file, and as PNGs.
+"""Compare trainings: one HTML page that needs no other file, and PNGs.
 
     python tools/compare.py output/student output/distilled
     python tools/compare.py output/classification/*
 
-Each folder is that of a training with tools/train_net.py, or each is one of classification/main_*.py. Shown are the
-best and the last accuracy, the seconds, the curves, the settings that differ, and on the same images what the runs
-detect, or the five classes that they find likeliest. What is gone (images, a network) is left out, and the page says
-so.
+The folders are those of trainings with tools/train_net.py, or all of classification/main_*.py. The page shows the best
+and the last accuracy, the seconds, the curves, the settings that differ, and on the same images the detections, or the
+five likeliest classes. Without the images or a network the page says so and has the rest.
 """
 
 from __future__ import annotations
@@ -22,25 +21,23 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]  # works without an installation too
 
 import numpy as np
-from run_folder import distinct_names, open_run, read_image
+from run_folder import distinct_names, open_run, read_image, write_page
 from run_numbers import Compared, Measure, finished_steps, finite, training_seconds, with_sums
 
 from d2_mgd import visualize
-from d2_mgd._warnings import ignore_deprecations
 from d2_mgd.errors import UserError
 from d2_mgd.visualize import Detections
 from d2_mgd.visualize.report import Bar, Report
 
-BAD_INPUT = 2  # exit status, as argparse has it
 SHOWN_IMAGES = 6
 _PLACES = ("output_dir", "OUTPUT_DIR")  # settings that differ between any two runs
 
 
 def open_runs(folders: Sequence[Path]) -> Compared:
-    """The runs in these folders.
+    """Read the runs in these folders.
 
     Raises:
-        UserError: fewer than two, one twice, one that is no run or has no metrics, or runs of both kinds.
+        UserError: fewer than two folders, one twice, one without a run or metrics, or runs of both kinds.
     """
     if len(folders) < 2:
         raise UserError("name two folders or more, each the output of a training.")
@@ -62,7 +59,7 @@ def open_runs(folders: Sequence[Path]) -> Compared:
 
 
 def build_report(compared: Compared) -> tuple[Report, str]:
-    """The page, and what it lacks: a sentence, or nothing."""
+    """Return the page, and a sentence on what it lacks, or an empty string."""
     names = [f"`{name}`" for name in compared.runs]
     report = Report(f"{len(names)} {compared.kind} runs side by side", lead=f"{', '.join(names[:-1])} and {names[-1]}.")
     _add_results(report, compared)
@@ -123,28 +120,18 @@ def _row(name: str, compared: Compared, measure: Measure) -> list[str]:
 
 
 def _add_curves(report: Report, compared: Compared) -> None:
-    losses = [
-        name
-        for name in ("task loss", "distillation loss")
-        if any(name in r for rows in compared.rows.values() for r in rows)
-    ]
+    metrics = {key for rows in compared.rows.values() for row in rows for key in row}
+    losses = [name for name in ("task loss", "distillation loss") if name in metrics]
     if losses:
-        _add_curve(
-            report,
-            compared,
-            "losses",
-            {name: name for name in losses},
-            "Losses on training images. The task loss is what a student alone is trained by; the distillation loss, "
-            "its weight included, is what a teacher adds.",
+        caption = (
+            "Losses on training images. The task loss is that of a student alone; the distillation loss, its weight "
+            "included, is what a teacher adds."
         )
+        _add_curve(report, compared, "losses", dict(zip(losses, losses)), caption)
     for measure in compared.measures():
-        _add_curve(
-            report,
-            compared,
-            f"accuracy_{measure.key.replace('/', '_')}",
-            dict(list({measure.title: measure.key, **measure.beside}.items())[:2]),
-            f"Evaluations during the training ({_better(measure)}).",
-        )
+        panels = dict(list({measure.title: measure.key, **measure.beside}.items())[:2])
+        caption = f"Evaluations during the training ({_better(measure)})."
+        _add_curve(report, compared, f"accuracy_{measure.key.replace('/', '_')}", panels, caption)
 
 
 def _add_curve(report: Report, compared: Compared, name: str, panels: Mapping[str, str], caption: str) -> None:
@@ -152,8 +139,7 @@ def _add_curve(report: Report, compared: Compared, name: str, panels: Mapping[st
     if not any(finite(row.get(key)) is not None for row in rows for key in panels.values()):
         report.text(f"No curves of {' and '.join(panels)}: no run has a finite value.")
         return
-    figure = visualize.draw_curves(compared.rows, panels, compared.colours, step=compared.step)
-    report.figure(name, figure, caption)
+    report.figure(name, visualize.draw_curves(compared.rows, panels, compared.colours, step=compared.step), caption)
 
 
 # ---- settings
@@ -210,7 +196,7 @@ def _add_detections(report: Report, compared: Compared) -> None:
 
 
 def _likeliest(found: Detections, count: int) -> Detections:
-    """The ``count`` detections of the highest scores."""
+    """Return the ``count`` detections of the highest scores."""
     if found.scores is None:
         return found
     order = np.argsort(-found.scores, kind="stable")[:count]
@@ -238,7 +224,7 @@ def _add_predictions(report: Report, compared: Compared) -> None:
 
 
 def _spread(items: list[Any]) -> list[Any]:
-    """Some of them, evenly spread over all."""
+    """Return at most ``SHOWN_IMAGES`` items, evenly spread."""
     places = np.linspace(0, len(items) - 1, min(SHOWN_IMAGES, len(items))).round().astype(int)
     return [items[int(place)] for place in places]
 
@@ -255,36 +241,15 @@ def _number(row: Mapping[str, Any] | None, key: str) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-# ---- the command line
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", metavar="OUTPUT_DIR", help="output folders of trainings")
     parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path("output/comparison"),
-        metavar="FOLDER",
-        help="where to write (output/comparison)",
+        "--output", type=Path, default=Path("output/comparison"), metavar="FOLDER", help="default: output/comparison"
     )
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> int:
-    options = parse(argv)
-    ignore_deprecations()
-    try:
-        report, left_out = build_report(open_runs(options.runs))
-        try:
-            _, page = report.write(options.output)
-        except OSError as error:
-            raise UserError(f"--output {options.output} cannot be written to: {error.strerror}.") from error
-    except UserError as error:
-        print(f"compare.py: error: {error}", file=sys.stderr)
-        return BAD_INPUT
-    print(f"{page}\n{left_out}".rstrip())
-    return 0
+    options = parser.parse_args(argv)
+    return write_page("compare.py", lambda: build_report(open_runs(options.runs)), options.output)
 
 
 if __name__ == "__main__":

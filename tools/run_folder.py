@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +23,13 @@ import torch
 import yaml
 
 from d2_mgd import visualize
+from d2_mgd._warnings import ignore_deprecations
 from d2_mgd.data.images import ImageError, read_rgb
 from d2_mgd.distill import MATCHED_ALIGNMENTS, RematchReport
 from d2_mgd.errors import UserError, reason
+from d2_mgd.visualize.report import Report
 
+BAD_INPUT = 2  # exit status, as in argparse
 CONFIG, RECORD = "config.yaml", "run.json"
 History = dict[int, dict[str, RematchReport]]  # finished iterations or epochs -> feature -> report
 
@@ -187,6 +191,28 @@ def read_image(path: Path) -> np.ndarray:
         return np.asarray(read_rgb(path))
     except ImageError as error:
         raise UserError(f"{path} {error}.") from error
+
+
+def write_page(program: str, build: Callable[[], tuple[Report, str]], output: Path) -> int:
+    """Build and write a report, and print its path and what it lacks; returns the exit status.
+
+    Args:
+        program: its name in error messages.
+        build: returns the report, and a sentence on what it lacks, or an empty string.
+        output: folder to write to.
+    """
+    ignore_deprecations()
+    try:
+        report, left_out = build()
+        try:
+            _, page = report.write(output)
+        except OSError as error:
+            raise UserError(f"--output {output} cannot be written to: {error.strerror}.") from error
+    except UserError as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    print(f"{page}\n{left_out}".rstrip())
+    return 0
 
 
 def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -13,7 +13,7 @@ from d2_mgd.data.coco import NOTE, CocoError, Finding, Findings, Inspection, ins
 from d2_mgd.data.files import find_files
 from d2_mgd.data.images import ImageFacts, inspect_image
 
-__all__ = ["OUTSIDE", "inspect_content", "inspect_pixels", "inspect_set"]
+__all__ = ["OUTSIDE", "inspect_content", "inspect_pixels", "inspect_set", "inspected_images"]
 
 OUTSIDE = "images outside their folder"  # a kind of finding; MGD.DATA.ALLOW_OUTSIDE_ROOT allows it
 
@@ -76,7 +76,9 @@ def inspect_pixels(
     """
     found = Findings()
     paths = [os.path.join(image_root, image["file_name"]) for image in images]
-    facts = tqdm(_inspected(paths, workers), total=len(paths), unit="image", desc="decoding", disable=not progress)
+    facts = tqdm(
+        inspected_images(paths, workers), total=len(paths), unit="image", desc="decoding", disable=not progress
+    )
     for known, image, path in zip(facts, images, paths):  # facts first, so that the progress bar ends at its total
         if known.error:
             found.add(known.kind, f"{path} {known.error}", things="images", of=len(images))
@@ -91,7 +93,8 @@ def inspect_pixels(
     return list(found)
 
 
-def _inspected(paths: Sequence[str], workers: int) -> Iterator[ImageFacts]:
+def inspected_images(paths: Sequence[str | os.PathLike[str]], workers: int) -> Iterator[ImageFacts]:
+    """Yield what :func:`inspect_image` finds in each file, with ``workers`` threads."""
     with ThreadPoolExecutor(max_workers=workers) as pool:
         # in portions: a queue of a million images would take memory and delay Ctrl-C
         for start in range(0, len(paths), _PORTION):

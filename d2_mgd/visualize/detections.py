@@ -1,4 +1,4 @@
-"""Pictures of what detectors find.
+"""Figures of detections.
 
 Shape shorthand: H, W pixels of an image, B boxes.
 """
@@ -15,8 +15,6 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from d2_mgd.visualize.style import PALETTE, legend_columns, new_figure, style
-
-__all__ = ["Detections", "draw_detections"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ def draw_detections(
     threshold: float = 0.5,
     truth: str | None = None,
 ) -> Figure:
-    """Detections of several models side by side: an image a row, a model a column.
+    """Draw detections of several models side by side: a row per image, a column per model.
 
     Args:
         images: (H, W, 3) uint8 RGB.

@@ -1,4 +1,4 @@
-"""Pictures of a matching and of the maps that it pairs.
+"""Figures of a matching and of the maps that it pairs.
 
 Shape shorthand: S student channels, T teacher channels, K members of a group, H, W pixels of a map or image.
 """
@@ -24,14 +24,12 @@ from d2_mgd.distill import RematchReport, load_reports
 from d2_mgd.matching import ChannelMatching
 from d2_mgd.visualize.style import PALETTE, new_figure, style
 
-__all__ = ["draw_group", "draw_matching", "draw_rematches", "load_history", "matching_images", "matching_order"]
-
 _COST_COLOURS = "cividis"
 _MAP_COLOURS = "viridis"
 
 
 def matching_order(cost: np.ndarray, matching: ChannelMatching) -> tuple[np.ndarray, np.ndarray]:
-    """An order of channels in which matched pairs lie along the diagonal.
+    """Return an order of channels in which matched pairs lie along the diagonal.
 
     Student channels go from the best matched to the worst. Teacher channels follow their student; those without one
     come last.
@@ -66,15 +64,15 @@ def matching_order(cost: np.ndarray, matching: ChannelMatching) -> tuple[np.ndar
 
 
 def draw_matching(cost: np.ndarray, matching: ChannelMatching, title: str = "") -> Figure:
-    """The matching cost as a heat map whose channels are ordered by the matching, with the matched pairs outlined.
+    """Draw the matching cost as a heat map, ordered by the matching, with the matched pairs outlined.
 
-    Beside it, for each student channel: the mean cost of its group, and of all teacher channels, which is what a
-    matching by chance would cost.
+    Beside it, for each student channel: the mean cost of its group, and of all teacher channels (the cost of a random
+    matching).
 
     Args:
         cost: (S, T) mean distances, 0 to 4.
         matching: between S and T channels.
-        title: what stands above, such as the feature's name.
+        title: such as the feature's name.
     """
     rows, columns = matching_order(cost, matching)
     ordered = cost[np.ix_(rows, columns)]
@@ -102,7 +100,7 @@ def draw_matching(cost: np.ndarray, matching: ChannelMatching, title: str = "") 
 
 
 def matching_images(reports: Mapping[str, RematchReport]) -> dict[str, np.ndarray]:
-    """:func:`draw_matching` of each feature as (H, W, 3) uint8 RGB, for logs of images."""
+    """Return :func:`draw_matching` of each feature as (H, W, 3) uint8 RGB, for loggers."""
     images = {}
     for name, report in reports.items():
         canvas = FigureCanvasAgg(draw_matching(report.cost, report.matching, name))
@@ -112,7 +110,7 @@ def matching_images(reports: Mapping[str, RematchReport]) -> dict[str, np.ndarra
 
 
 def _outline_pairs(axes: Axes, rows: np.ndarray, columns: np.ndarray, matching: ChannelMatching) -> None:
-    """A thin frame around each run of a row's matched columns."""
+    """Frame each run of a row's matched columns."""
     place = np.empty(len(columns), dtype=int)
     place[columns] = np.arange(len(columns))
     frames = []
@@ -144,14 +142,14 @@ def draw_group(
     title: str = "",
     names: Sequence[str] = (),
 ) -> Figure:
-    """One student channel on one image: its map, the maps of its group of teacher channels, and the reduced one.
+    """Draw one student channel on one image: its map, the maps of its group of teacher channels, the reduced map.
 
     Args:
         student: (H, W) map of the student channel.
         teachers: K maps (H, W).
-        guided: (H, W), what the reducer made of them.
+        guided: (H, W), the reduced map.
         image: (H', W', 3) the image itself, uint8.
-        title: what stands above.
+        title: of the figure.
         names: K captions of the teacher channels; "teacher 1" ... by default.
 
     Raises:
@@ -179,7 +177,7 @@ def draw_group(
 
 
 def load_history(folder: str | os.PathLike[str]) -> dict[int, dict[str, RematchReport]]:
-    """All rematches of a training, from its ``matching`` folder.
+    """Read all rematches of a training from its ``matching`` folder.
 
     Args:
         folder: with ``iter_0001000.npz`` or ``epoch_0003.npz`` files.
@@ -201,11 +199,11 @@ def load_history(folder: str | os.PathLike[str]) -> dict[int, dict[str, RematchR
 
 
 def draw_rematches(history: Mapping[int, Mapping[str, RematchReport]], steps: str = "iterations") -> Figure:
-    """How a matching moved: the cost of the matched pairs, and the share of student channels whose group changed.
+    """Draw the cost of the matched pairs over the rematches, and the share of student channels whose group changed.
 
     Args:
         history: as from :func:`load_history`.
-        steps: what its keys count.
+        steps: the unit of its keys.
     """
     features = list(next(iter(history.values())))
     with style():

@@ -1,4 +1,4 @@
-"""Pictures of what classifiers find likeliest.
+"""Figures of the likeliest classes of classifiers.
 
 Shape shorthand: H, W pixels of an image, K classes that are shown.
 """
@@ -13,8 +13,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from d2_mgd.visualize.style import new_figure, style
-
-__all__ = ["Prediction", "draw_predictions"]
 
 _RIGHT, _WRONG = "#7CCFB7", "#D3D8DD"
 _LONGEST = 24  # letters of a class name
@@ -36,7 +34,7 @@ class Prediction:
 def draw_predictions(
     images: Sequence[np.ndarray], truth: Sequence[str], columns: Mapping[str, Sequence[Prediction]]
 ) -> Figure:
-    """The likeliest classes by several classifiers: an image a row, a classifier a column, the true class in green.
+    """Draw the likeliest classes of several classifiers: a row per image, a column per classifier, the truth in green.
 
     Args:
         images: (H, W, 3) uint8 RGB.

@@ -17,8 +17,6 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-__all__ = ["Bar", "Report"]
-
 
 @dataclass(frozen=True)
 class Bar:

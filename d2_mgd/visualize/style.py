@@ -1,4 +1,4 @@
-"""What all pictures share: colours, type, and figures that belong to nobody else."""
+"""Colours and type of all figures."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from typing import Any, cast
 import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-
-__all__ = ["PALETTE", "legend_columns", "new_figure", "style"]
 
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#7F7F7F")
 """Okabe and Ito's colours, and grey."""
@@ -29,19 +27,19 @@ _STYLE = {
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Matplotlib's settings of all pictures; others' figures stay as they are."""
+    """Context with matplotlib's settings of all figures here."""
     with matplotlib.rc_context(cast(Any, _STYLE)):
         yield
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A figure of so many inches that belongs to nobody else."""
+    """A new figure, in inches, that is not registered with pyplot."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def legend_columns(figure: Figure, names: Sequence[str]) -> int:
-    """How many columns a legend of these names may have, so that it is no wider than the figure."""
+    """Return the number of columns with which a legend of these names is no wider than the figure."""
     widest = 0.09 * max(map(len, names), default=0) + 0.6  # inches of the letters, and of line and gap
     return max(1, min(len(names), int(figure.get_size_inches()[0] / widest)))

@@ -16,21 +16,19 @@ from matplotlib.ticker import MaxNLocator
 from d2_mgd.errors import UserError
 from d2_mgd.visualize.style import PALETTE, legend_columns, new_figure, style
 
-__all__ = ["draw_curves", "read_metrics", "smoothed"]
-
 
 def read_metrics(path: str | os.PathLike[str], step: str = "iteration") -> list[dict[str, Any]]:
-    """``metrics.json`` of a training: one dict a line; lines of one iteration joined, later ones winning.
+    """Read ``metrics.json`` of a training: a dict per step. Lines of one step are joined; later values win.
 
-    A resumed training writes some iterations twice, and one that was killed may end in half a line: both are fine.
+    A resumed training writes some steps twice. Incomplete lines of a killed training are skipped.
 
     Args:
         path: of the file.
-        step: what its lines count: ``iteration`` (Detectron2's), ``epoch`` (the classification pipeline's).
+        step: key of the step: ``iteration`` (Detectron2), ``epoch`` (the classification pipeline).
 
     Raises:
         FileNotFoundError: no such file.
-        UserError: a line that does not say its step.
+        UserError: a line without a step.
     """
     rows: dict[int, dict[str, Any]] = {}
     for line in Path(path).read_text(encoding="utf-8").splitlines():
@@ -45,7 +43,7 @@ def read_metrics(path: str | os.PathLike[str], step: str = "iteration") -> list[
 
 
 def smoothed(values: Sequence[float], window: int) -> np.ndarray:
-    """Centred moving average, over what there is at the ends."""
+    """Return the centred moving average; at the ends it averages fewer values."""
     array = np.asarray(values, dtype=float)
     kernel = np.ones(max(1, min(window, len(array))))
     return np.convolve(array, kernel, "same") / np.convolve(np.ones_like(array), kernel, "same")
@@ -58,7 +56,7 @@ def draw_curves(
     window: int = 5,
     step: str = "iteration",
 ) -> Figure:
-    """Metrics of several trainings over their iterations or epochs, one panel a metric.
+    """Draw metrics of several trainings over their iterations or epochs, one panel per metric.
 
     Args:
         runs: caption of a run -> its rows, as from :func:`read_metrics`.
@@ -66,7 +64,7 @@ def draw_curves(
         colours: caption -> colour.
         window: points of the moving average of metrics that were written at more than 20 steps; the raw values stay
             visible behind.
-        step: what the rows count.
+        step: key of the step in the rows.
 
     Raises:
         ValueError: no run has any of the metrics.
@@ -99,7 +97,7 @@ def draw_curves(
 
 
 def _points(rows: Sequence[Mapping[str, Any]], step: str, metric: str) -> np.ndarray:
-    """(2, P) steps and values; without those that are no number, such as an AP where there are no objects."""
+    """Return (2, P) steps and finite values. An AP without objects is not finite."""
     found = [(row[step], row[metric]) for row in rows if row.get(metric) is not None]
     points = np.array(found, dtype=float).reshape(-1, 2)
     return points[np.isfinite(points[:, 1])].T

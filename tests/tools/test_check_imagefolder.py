@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from check_imagefolder import check_folder, main, reason_unreadable
+from check_imagefolder import check_folder, main
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from d2_mgd.data.class_folders import EXTENSIONS, find_folders
+from d2_mgd.data.images import inspect_image
 from d2_mgd.errors import UserError
 
 CLASSES = ("auk", "bittern", "crane")
@@ -66,14 +67,14 @@ def test_unreadable_images_are_named_with_the_reason(root: Path) -> None:
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "I;16", "LA", "CMYK"])
 def test_unusual_images_are_fine(tmp_path: Path, mode: str) -> None:
     suffix = "jpg" if mode == "CMYK" else "png"
-    assert reason_unreadable(_image(tmp_path / f"image.{suffix}", mode)) is None
+    assert inspect_image(_image(tmp_path / f"image.{suffix}", mode)).error == ""
 
 
 def test_cut_short_anywhere(tmp_path: Path) -> None:
     whole = _image(tmp_path / "image.jpg").read_bytes()
     for keep in range(0, len(whole) - 2, 97):  # without its last two bytes, the end marker, a JPEG is still whole
         (tmp_path / "image.jpg").write_bytes(whole[:keep])
-        assert reason_unreadable(tmp_path / "image.jpg") is not None, keep
+        assert inspect_image(tmp_path / "image.jpg").error, keep
 
 
 def test_classes_that_differ(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,7 +95,7 @@ def test_empty_classes_and_other_files(root: Path) -> None:
     _image(root / "train" / "stray.jpg")
     report = check_folder(root)
     assert report.problems == ["train has 1 class without an image: crane."]
-    assert report.splits["train"].ignored == ["train/crane/notes.txt", "train/stray.jpg"]
+    assert report.splits["train"].ignored_files == ["train/crane/notes.txt", "train/stray.jpg"]
 
 
 def test_folders_below_a_class_and_links_in_a_circle(root: Path) -> None:
@@ -102,7 +103,7 @@ def test_folders_below_a_class_and_links_in_a_circle(root: Path) -> None:
     (root / "train" / "auk" / "more" / "back").symlink_to(root / "train" / "auk")
     report = check_folder(root)
     assert report.problems == []
-    assert report.splits["train"].images["auk"] == 4
+    assert report.splits["train"].images_per_class["auk"] == 4
 
 
 def test_the_training_sees_the_images_that_the_check_counts(root: Path) -> None:
@@ -118,8 +119,10 @@ def test_the_training_sees_the_images_that_the_check_counts(root: Path) -> None:
     report = check_folder(root)
     found, _ = find_folders(root)
     counts = {name: int((found.targets == number).sum()) for number, name in enumerate(found.classes)}
-    assert report.splits["train"].images == counts == {"auk": 4, "bittern": 3 + 4 + 3, "crane": 3, "dunlin": 3}
-    assert report.splits["train"].ignored == ["train/.ipynb_checkpoints"]
+    assert (
+        report.splits["train"].images_per_class == counts == {"auk": 4, "bittern": 3 + 4 + 3, "crane": 3, "dunlin": 3}
+    )
+    assert report.splits["train"].ignored_files == ["train/.ipynb_checkpoints"]
     assert all(found.path(index).is_file() for index in range(len(found)))
 
 

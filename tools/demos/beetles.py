@@ -18,8 +18,6 @@ import numpy as np
 from PIL import Image, ImageFilter
 from tqdm import tqdm
 
-__all__ = ["SPECIES", "render_beetle", "write_image_folder"]
-
 Array = np.ndarray
 # (p, q, jitter) -> bool: which points of the wing covers are marked; p across (0: the seam, 1: the edge), q along
 # (-1: the front, 1: the tail), jitter (4,) the beetle's own deviation from its species, about -0.05 to 0.05.

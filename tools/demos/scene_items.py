@@ -16,8 +16,6 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-__all__ = ["CLASSES", "DRAWN", "Item", "fractal_noise", "palette"]
-
 Array = np.ndarray
 Random = np.random.Generator
 

@@ -20,8 +20,6 @@ from PIL import Image, ImageFilter
 
 from demos.scene_items import CLASSES, DRAWN, Item, fractal_noise, palette
 
-__all__ = ["CLASSES", "SceneObject", "render_scene", "write_scenes"]
-
 MOST_ITEMS = 3  # in a scene
 RADIUS = (0.17, 0.30)  # of an item, in sides of the scene
 _TRIES = 20  # at placing an item where it covers no other
