@@ -5,7 +5,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 IN_VENV := . $(VENV)/bin/activate &&
 
-# One worker a core, each on one thread: see tests/conftest.py.
+# One worker a core, each on one thread: see tests/conftest.py. A file stays with one worker, and so do its fixtures.
 JOBS ?= auto
 CODE := d2_mgd classification tools examples benchmarks tests
 TYPED := d2_mgd classification tools examples benchmarks
@@ -58,7 +58,7 @@ demo-classification: install  ## the classification pipeline on generated images
 	$(PY) tools/demos/classification_demo.py
 
 test: install lint types docs  ## lint, types, documentation and tests; the last lines say what was skipped and why
-	$(PY) -m pytest --numprocesses $(JOBS) --maxprocesses 8
+	$(PY) -m pytest --numprocesses $(JOBS) --maxprocesses 8 --dist loadfile
 
 lint: install  ## ruff's rules and formatting
 	$(PY) -m ruff check $(CODE)
