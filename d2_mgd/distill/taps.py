@@ -6,7 +6,6 @@ Nothing of the tapped model is changed: no attribute, no file, no second forward
 from __future__ import annotations
 
 import copy
-import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,10 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from d2_mgd.distill.activations import ActivationWatch
 from d2_mgd.errors import UserError
 
 __all__ = ["FeatureTaps", "Tap"]
@@ -231,11 +229,11 @@ class FeatureTaps:
 
     @torch.compiler.disable
     def _watch_activation(self, module: nn.Module, args: Any) -> None:
-        watch = _ActivationWatch()
+        watch = ActivationWatch()
         _watches().append((self, module, watch))
         watch.__enter__()
 
-    def _stop_watching(self, module: nn.Module) -> _ActivationWatch | None:
+    def _stop_watching(self, module: nn.Module) -> ActivationWatch | None:
         watches = _watches()
         if not watches or watches[-1][:2] != (self, module):
             return None
@@ -244,7 +242,7 @@ class FeatureTaps:
         return watch
 
     def _stop_watching_all(self) -> None:
-        """Of this thread, what a forward that was cut short has left."""
+        """End the watches of this thread that an interrupted forward has left running."""
         watches = _watches()
         while watches and watches[-1][0] is self:
             self._stop_watching(watches[-1][1])
@@ -339,79 +337,11 @@ def _submodule(model: nn.Module, path: str) -> nn.Module:
     return found
 
 
-# ---- the map before the last activation
-
-
-def _out_of_place_functions() -> dict[Any, Callable[..., Tensor]]:
-    """Every activation function, in place or not -> the same without changing its input."""
-    table: dict[Any, Callable[..., Tensor]] = {}
-    for name in (
-        "relu", "relu6", "hardtanh", "leaky_relu", "elu", "selu", "celu", "rrelu",
-        "silu", "mish", "hardswish", "hardsigmoid", "gelu", "softplus", "threshold",
-    ):  # fmt: skip
-        function = getattr(F, name)
-        table[function] = _without_inplace(function)
-        for owner in (torch, torch.Tensor, F):
-            for spelling in (name, f"{name}_"):
-                other = getattr(owner, spelling, None)
-                if other is not None and other not in table:
-                    table[other] = table[function]
-    for name in ("sigmoid", "tanh"):
-        for owner in (torch, torch.Tensor, F):
-            for spelling in (name, f"{name}_"):
-                other = getattr(owner, spelling, None)
-                if other is not None:
-                    table[other] = getattr(torch, name)
-    return table
-
-
-def _without_inplace(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    try:
-        signature = inspect.signature(function)
-    except ValueError:  # a builtin, which has no flag
-        return function
-    if "inplace" not in signature.parameters:
-        return function
-
-    def out_of_place(*args: Any, **kwargs: Any) -> Tensor:
-        bound = signature.bind(*args, **kwargs)
-        bound.arguments["inplace"] = False
-        return function(*bound.args, **bound.kwargs)
-
-    return out_of_place
-
-
-_OUT_OF_PLACE = _out_of_place_functions()
-
-
-class _ActivationWatch(TorchFunctionMode):
-    """While a block runs: its activations leave their input alone, and the last one is remembered.
-
-    An in-place activation would overwrite the pre-activation, so it gets a result of its own instead; that is the one
-    extra map that holding both needs anyway.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.before: Tensor | None = None
-        self.after: Tensor | None = None
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        replacement = _OUT_OF_PLACE.get(func)
-        if replacement is None:
-            return func(*args, **kwargs)
-        result = replacement(*args, **kwargs)
-        self.before = args[0] if args else kwargs["input"]
-        self.after = result
-        return result
-
-
 _watching = threading.local()
 
 
-def _watches() -> list[tuple[FeatureTaps, nn.Module, _ActivationWatch]]:
-    """Of this thread, in the order in which they were started."""
+def _watches() -> list[tuple[FeatureTaps, nn.Module, ActivationWatch]]:
+    """The running watches of this thread, in the order in which they were started."""
     if not hasattr(_watching, "stack"):
         _watching.stack = []
     return _watching.stack
