@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import ast
+import graphlib
+import io
 import json
+import keyword
 import os
 import re
 import subprocess
 import sys
+import tokenize
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -132,6 +137,98 @@ def test_imports_point_one_way(folder: str, forbidden: list[str]) -> None:
         if any(name == part or name.startswith(f"{part}.") for part in forbidden)
     ]
     assert not wrong
+
+
+# --- structure ---
+
+CODE = ("d2_mgd", "classification", "tools", "examples", "benchmarks")
+LONGEST = 400
+SHARED = 6  # lines of one shape that no two places share
+
+
+def _files(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def _name(path: Path) -> str:
+    """Dotted name; commands under tools/ and examples/ import each other without the folder's."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = parts[1:] if parts[0] in ("tools", "examples") else parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _imported(path: Path, modules: set[str]) -> set[str]:
+    """The project's modules that a file imports, for type checking too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.update(
+                whole if (whole := f"{node.module}.{alias.name}") in modules else node.module for alias in node.names
+            )
+    return (found & modules) - {_name(path)}
+
+
+def test_there_is_no_import_circle() -> None:
+    files = _files(*CODE)
+    modules = {_name(path) for path in files}
+    graph = {_name(path): _imported(path, modules) for path in files}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        raise AssertionError(f"import circle: {' <- '.join(error.args[1])}") from None
+
+
+def test_no_file_is_two_ideas() -> None:
+    lengths = {
+        str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in _files(*CODE)
+    }
+    assert {path: lines for path, lines in lengths.items() if lines > LONGEST} == {}
+
+
+def _shapes(path: Path) -> list[tuple[int, str]]:
+    """Number and shape of each line of code: names are n, numbers and strings v.
+
+    Left out are what cannot be shared or need not be: imports, docstrings, closing brackets, and lines that only list
+    (signatures, fields, arguments of a parser, rows of a table).
+    """
+    text = path.read_text(encoding="utf-8")
+    skipped: set[int] = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            skipped.update(range(node.lineno - len(node.decorator_list), node.body[0].lineno))
+        elif isinstance(node, (ast.Import, ast.ImportFrom, ast.AnnAssign)) or _is_parser_call(node):
+            skipped.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    lines: dict[int, list[str]] = defaultdict(list)
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.NAME:
+            lines[token.start[0]].append(token.string if keyword.iskeyword(token.string) else "n")
+        elif token.type in (tokenize.NUMBER, tokenize.STRING):
+            lines[token.start[0]].append("v")
+        elif token.type == tokenize.OP:
+            lines[token.start[0]].append(token.string)
+    found = []
+    for number, parts in sorted(lines.items()):
+        lists = parts[-1] == "," and set(parts) <= set("nv.,:=|[]()-") | {"None", "True", "False"}
+        if number not in skipped and not lists and parts != ["v"] and not set(parts) <= set("()[]{},:"):
+            found.append((number, " ".join(parts)))
+    return found
+
+
+def _is_parser_call(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "add_argument"
+
+
+def test_no_two_places_share_six_lines_of_one_shape() -> None:
+    places = defaultdict(list)
+    for path in _files("d2_mgd", "classification", "tools"):
+        shapes = _shapes(path)
+        for index in range(len(shapes) - SHARED + 1):
+            window = tuple(shape for _, shape in shapes[index : index + SHARED])
+            if len(set(window)) > SHARED // 2:  # a table's rows are alike
+                places[window].append(f"{path.relative_to(ROOT)}:{shapes[index][0]}")
+    assert sorted(where for where in places.values() if len(where) > 1) == []
 
 
 # --- documents ---
