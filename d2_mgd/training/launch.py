@@ -5,6 +5,7 @@ Ranks find their place in the same environment variables as under torchrun, so t
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import signal
@@ -96,19 +97,43 @@ def rank_status(work: Callable[[], Any]) -> int:
         0; 2 after a :class:`UserError`, whose message is printed; 130 after a Ctrl-C before there was anything to save;
         1 where another rank ended.
     """
+    status = 1  # of an exception that is a bug
+    if under_launcher():
+        _exit_without_finalizing(lambda: status)
     try:
         work()
+        status = 0
     except UserError as error:
-        return report(error)
+        status = report(error)
     except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+        status = 128 + signal.SIGINT
+    except SystemExit as left:  # after a signal
+        status = int(left.code or 0)
+        raise
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
         _print(f"rank {os.environ.get('RANK', 0)}: another rank ended, whose error says why ({reason(error)}).")
         time.sleep(3 * _PATIENCE)  # longer than report(): the launcher's status is that of the rank that ends first
-        return 1
-    return 0
+    return status
+
+
+def _exit_without_finalizing(status: Callable[[], int]) -> None:
+    """End this process after its exit functions, before the interpreter is finalized.
+
+    Gloo's threads release the tensors of finished collectives, and live as long as anything refers to their group, such
+    as a DDP module. A thread that releases a tensor during finalization cannot take the GIL, and the process dies:
+    "terminate called without an active exception".
+    """
+
+    def leave() -> None:
+        atexit.unregister(leave)
+        atexit._run_exitfuncs()  # the others
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status())
+
+    atexit.register(leave)
 
 
 def report(error: UserError) -> int:

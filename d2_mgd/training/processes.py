@@ -37,18 +37,7 @@ def process_group(backend: str) -> Iterator[None]:
     try:
         yield
     finally:
-        destroy_group()
-
-
-def destroy_group() -> None:
-    """End the process group, if there is one; every rank has to, before its interpreter ends.
-
-    Gloo's threads release the tensors of finished collectives a moment after the ranks have their results. A thread
-    that does so while the interpreter ends cannot take the GIL, and the process dies: "terminate called without an
-    active exception".
-    """
-    global _beside_nccl
-    if dist.is_available() and dist.is_initialized():
+        global _beside_nccl
         _beside_nccl = (None, None)
         dist.destroy_process_group()
 
