@@ -21,12 +21,7 @@ from classification.features import FeaturePair, margins, pair_features, publish
 from classification.models import architecture, build, measure_features
 from classification.options import SUMMED_LOSSES, logit_loss
 from classification.processes import Process
-from classification.weights import (
-    load_file,
-    load_weights,
-    network_from_file,
-    pretrained_network,
-)
+from classification.weights import load_file, load_weights, network_from_file, pretrained_network
 from d2_mgd.data.class_folders import Folder
 from d2_mgd.distill import MatchingGuidedDistiller
 from d2_mgd.distill.norms import synchronised_norms
@@ -113,9 +108,8 @@ def make_trainer(
     pairs: dict[str, FeaturePair] = {}
     distiller = None
     if teacher is not None and options.method not in ("base", "kd"):
-        every = pair_features(options.arch, teacher.name, options.features)
-        pairs = {name: pair for name, pair in every.items() if pair.distilled}
-        distiller = _make_distiller(process, options, network, teacher, every)
+        pairs = pair_features(options.arch, teacher.name, options.features)
+        distiller = _make_distiller(process, options, network, teacher, pairs)
     if options.sync_bn and process.world > 1:
         network = synchronised_norms(network, process.device)
     precision = Precision(process.device.type, _DTYPES[options.mixed_precision])
@@ -146,9 +140,8 @@ def _make_distiller(
     options: argparse.Namespace,
     network: nn.Module,
     teacher: TeacherNetwork,
-    every: dict[str, FeaturePair],
+    pairs: dict[str, FeaturePair],
 ) -> MatchingGuidedDistiller:
-    pairs = {name: pair for name, pair in every.items() if pair.distilled}
     size = options.image_size
     student_maps = measure_features(options.arch, network, {name: pair.student for name, pair in pairs.items()}, size)
     teacher_maps = measure_features(
@@ -160,7 +153,7 @@ def _make_distiller(
         )
     fixed = options.balance == "fixed"
     summed = fixed and options.loss in SUMMED_LOSSES
-    weights = published_factors(every, options.loss_factor) if summed else dict.fromkeys(pairs, options.loss_weight)
+    weights = published_factors(pairs, options.loss_factor) if summed else dict.fromkeys(pairs, options.loss_weight)
     return MatchingGuidedDistiller(
         {name: (student_maps[name][0], teacher_maps[name][0]) for name in pairs},
         reducer=options.mgd_reducer,

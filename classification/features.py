@@ -26,29 +26,27 @@ class FeaturePair:
         student: tap of the student.
         teacher: tap of the teacher.
         norm: dotted path of the teacher's batch-norm for the margins; None: the last one inside the tapped module.
-        deeper: how many features are deeper, for the published factors.
-        distilled: whether it is compared; features that are not still count in the published factors.
+        deeper: number of deeper features of the network, for the published factors.
     """
 
     student: Tap
     teacher: Tap
     norm: str | None
     deeper: int
-    distilled: bool = True
 
 
 def pair_features(student: str, teacher: str, specs: Sequence[str] | None = None) -> dict[str, FeaturePair]:
-    """Name -> the pair, in the order of the table or of ``specs``.
+    """Name -> pair of the features to distil, in the order of the table or of ``specs``.
 
     Args:
         student: architecture.
         teacher: architecture.
-        specs: what ``--features`` was given; None for the table's features, of which the student's ignored ones are not
-            distilled. A bare name takes both modules and its depth from the table; named modules go from shallow to
-            deep. ``MODULE@pre`` taps before the last activation.
+        specs: values of ``--features``; None for the table's features without the ignored ones. A bare name takes both
+            modules and the depth from the table; named modules go from shallow to deep. ``MODULE@pre`` taps before the
+            last activation.
 
     Raises:
-        UserError: no features are known for a network, or a spec cannot be understood.
+        UserError: the table has no features of a network, or a spec is malformed.
     """
     if specs is None:
         return _table_pairs(student, teacher)
@@ -73,9 +71,9 @@ def _table_pairs(student: str, teacher: str) -> dict[str, FeaturePair]:
             teacher_row.features[name].tap,
             teacher_row.features[name].norm,
             _deeper(name, student_row.features),
-            name not in student_row.ignored,
         )
         for name in student_row.features
+        if name not in student_row.ignored
     }
 
 
@@ -110,21 +108,20 @@ def _tap(text: str) -> Tap:
 
 
 def published_factors(pairs: dict[str, FeaturePair], loss_factor: float) -> dict[str, float]:
-    """Distilled feature -> 1 / loss_factor / 2^(features that are deeper), for losses summed over an image."""
-    return {name: 1.0 / loss_factor / 2.0**pair.deeper for name, pair in pairs.items() if pair.distilled}
+    """Feature -> 1 / loss_factor / 2^(number of deeper features), for losses summed over an image."""
+    return {name: 1.0 / loss_factor / 2.0**pair.deeper for name, pair in pairs.items()}
 
 
 def margins(name: str, teacher: nn.Module, pairs: dict[str, FeaturePair]) -> dict[str, Tensor]:
-    """Distilled feature -> (T,) margins of the teacher's pre-activation.
+    """Feature -> (T,) margins of the teacher's pre-activation.
 
     Raises:
-        UserError: a tapped map that is no output of a batch-norm.
+        UserError: a tapped map is not the output of a batch-norm.
     """
     found: dict[str, Tensor] = {}
     for feature, pair in pairs.items():
-        if pair.distilled:
-            with located(f"{name}, feature {feature}: "):
-                found[feature] = batch_norm_margin(_norm(teacher, feature, pair))
+        with located(f"{name}, feature {feature}: "):
+            found[feature] = batch_norm_margin(_norm(teacher, feature, pair))
     return found
 
 

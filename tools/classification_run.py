@@ -113,7 +113,6 @@ def feature_maps(run: Run, image: Path) -> Maps:
     with located("the teacher cannot be had: "):
         name = run.record["teacher"]["arch"]
         pairs = pair_features(settings["arch"], name, settings["features"])
-        pairs = {feature: pair for feature, pair in pairs.items() if pair.distilled}
         teacher = _teacher(run, len(student.classes))
         return Maps(
             pixels,

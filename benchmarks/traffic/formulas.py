@@ -79,7 +79,7 @@ def saved_bytes(forward: Callable[[], Any], parameters: Iterable[Tensor]) -> int
 
 def sizes(student: str, teacher: str) -> dict[str, Any]:
     """Return the formulas' values for 1,000 classes and images of 224 px; nothing is trained."""
-    pairs = {name: pair for name, pair in pair_features(student, teacher).items() if pair.distilled}
+    pairs = pair_features(student, teacher)
     networks = [build(name, 1000) for name in (student, teacher)]
     taps = ({name: pair.student for name, pair in pairs.items()}, {name: pair.teacher for name, pair in pairs.items()})
     widths = [measure_features(name, net, tap, 224) for name, net, tap in zip((student, teacher), networks, taps)]

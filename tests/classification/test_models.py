@@ -132,7 +132,6 @@ def test_any_network_of_torchvision_can_be_tapped_by_name() -> None:
 def test_features_can_be_chosen_by_name() -> None:
     pairs = pair_features("mobilenet_v2", "resnet18", ["stage1", "stage4"])
     assert list(pairs) == ["stage1", "stage4"]
-    assert all(pair.distilled for pair in pairs.values())
 
 
 @pytest.mark.parametrize(
