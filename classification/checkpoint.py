@@ -12,13 +12,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 
 from classification.models import architecture
 from classification.weights import architecture_name, read_checkpoint
 from d2_mgd.errors import UserError
 from d2_mgd.training import Checkpoints, disk_errors, write_atomically
+from d2_mgd.training.weights_files import write_safetensors
 
 CHECKPOINT = "checkpoint.pth"
 STUDENT_LAST = "student_last.pth"
@@ -40,10 +40,8 @@ def save_student(content: dict[str, Any], path: Path, as_safetensors: bool) -> N
     with disk_errors(path):
         write_atomically(path, lambda file: torch.save(content, file))
         if as_safetensors:
-            tensors = {key: value.detach().cpu().contiguous() for key, value in content["state_dict"].items()}
             metadata = {key: json.dumps(value) for key, value in content.items() if key != "state_dict"}
-            data = safetensors.torch.save(tensors, metadata)
-            write_atomically(path.with_suffix(".safetensors"), lambda file: file.write(data))
+            write_safetensors(str(path.with_suffix(".safetensors")), content["state_dict"], metadata)
 
 
 def replace_file(path: Path, text: str) -> None:

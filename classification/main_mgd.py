@@ -8,6 +8,7 @@ DATA has train/ and valid/ (or val/) with a folder per class. docs/classificatio
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 
@@ -17,11 +18,7 @@ if __package__ in (None, ""):  # run as a script: the repository need not be ins
 from classification.options import parse_mgd
 from classification.run import main as run
 
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    return run(parse_mgd, arguments)
-
+main = functools.partial(run, parse_mgd)
 
 if __name__ == "__main__":
     sys.exit(main())

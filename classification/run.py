@@ -62,7 +62,7 @@ _FREE = {
 }  # fmt: skip
 
 
-def main(parse: Callable[[Sequence[str] | None], argparse.Namespace], arguments: Sequence[str] | None) -> int:
+def main(parse: Callable[[Sequence[str] | None], argparse.Namespace], arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit status."""
     try:
         options = parse(arguments)
@@ -114,20 +114,24 @@ def _work(process: Process, options: argparse.Namespace) -> None:
             _open_folder(options, anew=state is None)
         if state is None:
             _look_at(trainer, teacher, len(classes))
-            seed_all(options.seed + 1 + process.rank)
-        else:
-            if process.is_main:
-                _compare_options(state, options)
-            if trainer.teacher and state["teacher"] and options.method != "base":
-                check_same_teacher(str(resume), _identity(state["teacher"]), _identity(trainer.teacher))
-            trainer.restore(state)
-            done = trainer.progress
-            logger.info("going on from %s: %d epochs and %d steps are done", resume, done.epoch, done.step)
+        seed_all(options.seed + 1 + process.rank)  # ranks differ, also after a restart with another number of ranks
+        if resume is not None and state is not None:
+            _restore(trainer, resume, state)
         if process.is_main:
             _record(trainer)
         progress = trainer.fit()
     if process.is_main:
         print(_summary(progress, options, teacher))
+
+
+def _restore(trainer: Trainer, path: Path, state: dict[str, Any]) -> None:
+    if trainer.process.is_main:
+        _compare_options(state, trainer.options)
+    if trainer.teacher and state["teacher"] and trainer.options.method != "base":
+        check_same_teacher(path, _identity(state["teacher"]), _identity(trainer.teacher))
+    trainer.restore(state)
+    done = trainer.progress
+    logger.info("Resumed %s: %d epochs and %d steps are done", path, done.epoch, done.step)
 
 
 def _start_logging(process: Process) -> None:

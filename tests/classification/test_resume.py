@@ -141,7 +141,7 @@ def test_a_restart_that_one_machine_counts_is_one_for_all(base: Run, data: Path,
     words = [data, *SMALL, "--arch", "mobilenet_v1", "--epochs", 2, "--output-dir", tmp_path / "run"]
     assert base(data, "--arch", "mobilenet_v1") == 0
     assert in_processes(_the_second_counts_a_restart, words, 2) == [0, 0]
-    assert "going on from" in (tmp_path / "run" / "log.txt").read_text()
+    assert "Resumed" in (tmp_path / "run" / "log.txt").read_text()
 
 
 def test_checkpoints_that_do_not_fit(
