@@ -25,15 +25,15 @@ from d2_mgd.visualize import Detections, draw_detections
 
 
 class CocoImages(torch.utils.data.Dataset):
-    """Images (3, H, W) in 0..1 and targets as torchvision's detectors take them: boxes (B, 4), labels from 1, image_id.
+    """Images (3, H, W) in 0..1 with targets for torchvision's detectors: boxes (B, 4), labels from 1, image_id.
 
     Args:
         annotations: json file in COCO format.
         folder: of the images.
-        mirror: for training: mirror at random, and leave out images without annotations.
+        mirror: for training: mirror images at random, and leave out those without annotations.
 
     Raises:
-        SystemExit: a sentence: a file is absent, or there is nothing to train on.
+        SystemExit: a file does not exist, or there are no images or no categories.
     """
 
     def __init__(self, annotations: Path, folder: Path, mirror: bool) -> None:
@@ -50,7 +50,9 @@ class CocoImages(torch.utils.data.Dataset):
         found = find_files(str(folder), self.files())
         if found.outside:
             name, place = next(iter(found.outside.items()))
-            raise SystemExit(f"error: the image {name} leads to {place}, outside {folder} ({len(found.outside)} such).")
+            raise SystemExit(
+                f"error: the image {name} is at {place}, outside {folder} ({len(found.outside)} such images)."
+            )
         if found.missing:
             raise SystemExit(f"error: {found.missing[0]} does not exist ({len(found.missing)} such images).")
 
@@ -59,7 +61,7 @@ class CocoImages(torch.utils.data.Dataset):
 
     @property
     def names(self) -> list[str]:
-        """Of the classes with the labels 1, 2, ..."""
+        """Names of the classes with the labels 1, 2, ..."""
         return [self.coco.cats[key]["name"] for key in self.categories]
 
     def __len__(self) -> int:
@@ -84,7 +86,7 @@ class CocoImages(torch.utils.data.Dataset):
         return image, {"boxes": boxes, "labels": labels, "image_id": torch.tensor(key)}
 
     def batches(self, size: int, seed: int | None = None, workers: int = 0) -> torch.utils.data.DataLoader:
-        """Lists of N images and of N targets, in an order that follows from ``seed``; without one, in the file's."""
+        """A dataloader of lists of N images and N targets, shuffled if there is a ``seed``."""
         order = torch.Generator().manual_seed(seed or 0)
         return torch.utils.data.DataLoader(
             self, size, seed is not None, generator=order, num_workers=workers, collate_fn=_as_lists
@@ -123,7 +125,7 @@ def evaluate(
 
 @torch.no_grad()
 def show_detections(models: Mapping[str, nn.Module], data: CocoImages, device: str, least: float) -> Figure:
-    """Some images, one a row: the annotations, then every network's detections that score ``least`` or more."""
+    """Draw the annotations and each network's detections on five images; detections need a score of ``least``."""
     samples = [data[index] for index in range(min(5, len(data)))]
     columns = {"ground truth": [_detections(target) for _, target in samples]}
     for caption, model in models.items():

@@ -1,12 +1,12 @@
-"""Distils torchvision's RetinaNet with the same core as everything else here: no Detectron2 is imported.
+"""Distil torchvision's RetinaNet with the core of d2_mgd, without Detectron2.
 
     python examples/torchvision_detection.py --demo --output demo_output
     python examples/torchvision_detection.py --output run --train-json train.json --train-images images \\
         --valid-json valid.json --valid-images images --size 320 --steps 5000
 
-Trains a teacher, a small student alone, and the same student from the same start distilled on its FPN levels; writes
-report.html with their COCO AP and detections, results.json, and weights that plain torchvision loads. An interrupted
-run continues with the first network that is not finished.
+Trains a teacher, a small student alone, and a student with the same initial weights distilled on its FPN levels. Writes
+report.html with their COCO AP and detections, results.json, and weights that plain torchvision loads. The command of an
+interrupted run continues with the first unfinished network.
 
 Shape shorthand: N images, C channels, H, W.
 """
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]  # the repository need not be installed
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]  # for a repository that is not installed
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +48,7 @@ NETWORKS = {"teacher": (48, 2, 96), "student": (24, 1, 48)}  # width of the firs
 
 
 def build_detector(kind: str, num_classes: int, size: int) -> RetinaNet:
-    """A RetinaNet from torchvision's parts: BasicBlocks of any width, FPN, heads with group-norm."""
+    """Build a RetinaNet from torchvision's parts: BasicBlocks, FPN, heads with group-norm."""
     width, blocks, fpn_width = NETWORKS[kind]
     body: OrderedDict[str, nn.Module] = OrderedDict()
     body["stem"] = nn.Sequential(Conv2dNormActivation(3, width, 3, 2), Conv2dNormActivation(width, width, 3, 2))
@@ -60,7 +60,7 @@ def build_detector(kind: str, num_classes: int, size: int) -> RetinaNet:
         body[f"layer{stage + 1}"] = nn.Sequential(first, *(BasicBlock(after, after) for _ in range(blocks - 1)))
         before = after
     stages = {"layer2": "0", "layer3": "1", "layer4": "2"}
-    backbone = BackboneWithFPN(nn.Sequential(body), stages, widths[1:], fpn_width)  # and a fourth level by pooling
+    backbone = BackboneWithFPN(nn.Sequential(body), stages, widths[1:], fpn_width)  # adds a fourth level by pooling
     anchors = AnchorGenerator(
         tuple((round(1.75 * stride), round(2.5 * stride)) for stride in (8, 16, 32, 64)), ((0.5, 1.0, 2.0),) * 4
     )
@@ -72,7 +72,7 @@ def build_detector(kind: str, num_classes: int, size: int) -> RetinaNet:
 
 
 class FpnDistillation:
-    """The teacher's FPN levels as guides of the student's: all that distillation adds to a training loop."""
+    """Distils the FPN levels of a teacher: all that distillation adds to a training loop."""
 
     def __init__(self, student: RetinaNet, teacher: RetinaNet, steps: int, weight: float, reports: Path) -> None:
         taps = {name: Tap("backbone", key=key) for name, key in LEVELS.items()}
@@ -85,10 +85,10 @@ class FpnDistillation:
         self.transform, self.reports = student.transform, reports
 
     def losses(self, images: list[Tensor], step: int) -> dict[str, Tensor]:
-        """Of the batch that the student has just seen; rematches from the same maps when it is time."""
+        """Distillation losses of the batch that the student has just processed; observes it, and rematches if due."""
         student_maps = self.student.collect()
         with torch.no_grad():
-            teacher_maps = self.teacher.run(images)  # ends at the FPN: no head, no NMS
+            teacher_maps = self.teacher.run(images)  # the forward pass ends at the FPN: no head, no NMS
             batch, _ = self.transform(images)
         real = torch.zeros(len(images), 1, *batch.tensors.shape[-2:])
         for mask, (height, width) in zip(real, batch.image_sizes):
@@ -106,7 +106,7 @@ def endless(loader: torch.utils.data.DataLoader) -> Iterator[tuple[list[Tensor],
 
 
 def train(model: RetinaNet, data: CocoImages, options: argparse.Namespace, name: str, steps: int, teacher: Any) -> None:
-    """AdamW with one cycle of the learning rate; distilled where there is a teacher."""
+    """Train with AdamW and a one-cycle learning rate; distil if there is a teacher."""
     model.to(options.device).train()
     guide = FpnDistillation(model, teacher, steps, options.weight, options.output / "matching") if teacher else None
     if guide:
@@ -132,9 +132,9 @@ def train(model: RetinaNet, data: CocoImages, options: argparse.Namespace, name:
 
 
 def run_stage(name: str, data: dict[str, CocoImages], options: argparse.Namespace, teacher: Any = None) -> Any:
-    """A trained network and its row of the table; from the disk if an equal run has finished it."""
+    """Train a network, or load it if a run with the same settings has finished it; returns it and its results."""
     kind = "teacher" if name == "teacher" else "student"
-    torch.manual_seed(options.seed)  # the same start for every student
+    torch.manual_seed(options.seed)  # the same initial weights for every student
     model = build_detector(kind, len(data["train"].categories), options.size)
     steps = round(options.steps * (1.5 if kind == "teacher" else 1))
     settings = {key: str(value) for key, value in vars(options).items() if key not in ("device", "workers", "output")}
@@ -157,7 +157,7 @@ def run_stage(name: str, data: dict[str, CocoImages], options: argparse.Namespac
 
 
 def write_report(rows: list[dict[str, Any]], detections: Figure, data: str, output: Path) -> str:
-    """Write report.md, report.html and results.json; the summary for the terminal."""
+    """Write report.md, report.html and results.json; returns the summary for the terminal."""
     report = start_report({row["network"]: row["AP"] for row in rows}, "AP", data)
     header = ["network", "AP", "AP50", "parameters", "steps", "seconds"]
     cells = [
@@ -168,14 +168,16 @@ def write_report(rows: list[dict[str, Any]], detections: Figure, data: str, outp
     report.heading("Results")
     report.table(header, cells, emphasised=[2])
     report.heading("Detections")
-    report.figure("detections", detections, "Detections with a score of 40% or more; dashed where no such object is.")
+    report.figure(
+        "detections", detections, "Detections with a score of 40% or more; dashed if there is no such object."
+    )
     markdown, page = report.write(output)
     (output / "results.json").write_text(json.dumps(rows, indent=2))
     return f"{report.headline}\n\n{terminal_table(header, cells)}\n\n{markdown}\n{page}"
 
 
 def demo_data(options: argparse.Namespace) -> None:
-    """Rendered scenes in place of the user's data."""
+    """Render scenes, and use them as the data."""
     sizes = {"train": 24, "valid": 8} if options.quick else {"train": 1500, "valid": 200}
     with tqdm(total=sum(sizes.values()), desc="rendering scenes") as bar:
         paths = write_scenes(
@@ -186,19 +188,21 @@ def demo_data(options: argparse.Namespace) -> None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--demo", action="store_true", help="on rendered scenes, which are drawn first")
-    parser.add_argument("--quick", action="store_true", help="with --demo: a few images and steps, to see that it runs")
+    parser.add_argument("--demo", action="store_true", help="render scenes and train on them")
+    parser.add_argument("--quick", action="store_true", help="with --demo: only a few images and steps, as a test")
     for split in ("train", "valid"):
         parser.add_argument(f"--{split}-json", type=Path, help="annotations in COCO format")
         parser.add_argument(f"--{split}-images", type=Path, help="folder of the images")
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True, help="folder for the results")
     parser.add_argument("--size", type=int, default=64, help="shorter side of the images (longer: twice that at most)")
-    parser.add_argument("--steps", type=int, default=400, help="of the students; the teacher gets half as many more")
+    parser.add_argument(
+        "--steps", type=int, default=400, help="steps of the students; the teacher trains 1.5 times as many"
+    )
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--weight", type=float, default=1.0, help="of the distillation loss of each FPN level")
+    parser.add_argument("--weight", type=float, default=1.0, help="weight of the distillation loss of each FPN level")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=1, help="processes that read images")
+    parser.add_argument("--workers", type=int, default=1, help="image-loading processes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(argv)
     given = [options.train_json, options.train_images, options.valid_json, options.valid_images]

@@ -134,7 +134,7 @@ def test_metrics_by_epoch_and_of_another_training(tmp_path: Path) -> None:
     path = tmp_path / "metrics.json"
     path.write_text('{"epoch": 2, "err1": 3.0}\n{"epoch": 1, "err1": NaN}\n')
     assert [row["epoch"] for row in read_metrics(path, "epoch")] == [1, 2]
-    with pytest.raises(ValueError, match="names no iteration"):
+    with pytest.raises(ValueError, match="has no key 'iteration'"):
         read_metrics(path)
 
 
@@ -193,7 +193,7 @@ def test_detections_below_the_threshold_are_left_out_and_wrong_ones_dashed() -> 
 
 def test_detections_of_another_number_of_images_are_an_error() -> None:
     image = np.zeros((8, 8, 3), dtype=np.uint8)
-    with pytest.raises(ValueError, match="'model' has detections of 1 images, and there are 2"):
+    with pytest.raises(ValueError, match="'model' has detections of 1 images, but there are 2"):
         draw_detections([image, image], {"model": [_found([0.5])]}, ["ball"])
 
 
@@ -207,7 +207,7 @@ def test_the_true_class_stands_out() -> None:
     assert [bar.get_width() for bar in right.patches] == [0.7, 0.2, 0.1]
     assert any(text.get_text().endswith("…") for text in right.texts)
     assert _pixels(figure).std() > 2
-    with pytest.raises(ValueError, match="'a' is of 1 images, and there are 2"):
+    with pytest.raises(ValueError, match="'a' is of 1 images, but there are 2"):
         draw_predictions(images, ["cat", "emu"], {"a": [sure]})
 
 
@@ -261,7 +261,7 @@ def test_a_report_is_written_twice_and_needs_no_other_file(tmp_path: Path) -> No
 
 
 def test_a_row_that_does_not_fit_its_table_is_an_error() -> None:
-    with pytest.raises(ValueError, match="3 cells and the header 2"):
+    with pytest.raises(ValueError, match="3 cells and the header has 2"):
         Report("x").table(["a", "b"], [["1", "2", "3"]])
 
 

@@ -1,7 +1,7 @@
 """Figures of matchings, of the maps they pair, of trainings, and of detections and predictions.
 
-No window is opened and no figure is kept: save one with ``figure.savefig(path)``, or collect several in a
-:class:`d2_mgd.visualize.report.Report`. The palettes (Okabe and Ito's; cividis) are safe for colour-blind readers.
+Each function returns a figure that is not registered with pyplot: save it with ``figure.savefig(path)``, or collect
+several in a :class:`d2_mgd.visualize.report.Report`. The palettes (Okabe and Ito's; cividis) suit colour-blind readers.
 """
 
 from d2_mgd.visualize.detections import Detections, draw_detections

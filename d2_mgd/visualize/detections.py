@@ -39,29 +39,29 @@ def draw_detections(
     threshold: float = 0.5,
     truth: str | None = None,
 ) -> Figure:
-    """Draw detections of several models side by side: a row per image, a column per model.
+    """Draw detections of several models side by side: one row per image, one column per model.
 
     Args:
         images: (H, W, 3) uint8 RGB.
         columns: caption -> the detections on each image.
         classes: names, by label.
         threshold: detections below this score are not drawn.
-        truth: caption of the column that is the ground truth. With it, boxes of other columns are dashed where no
-            object of that class overlaps by an IoU of one half.
+        truth: caption of the ground-truth column. With it, a box of another column is dashed if no object of its class
+            has an IoU of at least 0.5 with it.
 
     Raises:
-        ValueError: a column has detections for another number of images.
+        ValueError: a column has another number of images.
     """
     for caption, found in columns.items():
         if len(found) != len(images):
-            raise ValueError(f"column {caption!r} has detections of {len(found)} images, and there are {len(images)}.")
+            raise ValueError(f"column {caption!r} has detections of {len(found)} images, but there are {len(images)}.")
     shapes = [image.shape[0] / image.shape[1] for image in images]
     cell = min(float(np.clip(9.4 / len(columns), 1.9, 3.2)), 2.8 / float(np.median(shapes)))  # inches
     heights = [cell * shape for shape in shapes]
     with style():
         figure = new_figure(cell * len(columns), sum(heights) + 0.65)
         grid = figure.subplots(len(images), len(columns), squeeze=False, gridspec_kw={"height_ratios": heights})
-        layout: Any = figure.get_layout_engine()  # its base class has no such arguments
+        layout: Any = figure.get_layout_engine()  # typed as its base class, whose set() has no arguments
         layout.set(w_pad=0.02, h_pad=0.02, wspace=0.0, hspace=0.0)
         for row, image in enumerate(images):
             for column, (caption, found) in enumerate(columns.items()):
@@ -94,7 +94,7 @@ def _draw_boxes(axes: Axes, found: Detections, objects: Detections | None, thres
         x0, y0, x1, y1 = (float(value) for value in box)
         missed = objects is not None and not _hits(box, int(label), objects)
         colour = _class_colour(int(label))
-        for edge, width in (("black", 2.6), (colour, 1.5)):  # the dark rim keeps it visible on any ground
+        for edge, width in (("black", 2.6), (colour, 1.5)):  # a dark rim, visible on any background
             axes.add_patch(
                 Rectangle(
                     (x0, y0), x1 - x0, y1 - y0, fill=False, ec=edge, lw=width, ls=(0, (2.2, 1.6)) if missed else "-"
@@ -114,7 +114,7 @@ def _draw_boxes(axes: Axes, found: Detections, objects: Detections | None, thres
 
 
 def _hits(box: np.ndarray, label: int, objects: Detections) -> bool:
-    """Whether an object of that class overlaps by an IoU of one half."""
+    """Whether an object of the class has an IoU of at least 0.5 with the box."""
     same = objects.boxes[objects.labels == label].reshape(-1, 4)
     low, high = np.maximum(same[:, :2], box[:2]), np.minimum(same[:, 2:], box[2:])
     shared = np.clip(high - low, 0, None).prod(axis=1)

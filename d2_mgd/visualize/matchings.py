@@ -1,4 +1,4 @@
-"""Figures of a matching and of the maps that it pairs.
+"""Figures of matchings and of the maps that they pair.
 
 Shape shorthand: S student channels, T teacher channels, K members of a group, H, W pixels of a map or image.
 """
@@ -29,10 +29,10 @@ _MAP_COLOURS = "viridis"
 
 
 def matching_order(cost: np.ndarray, matching: ChannelMatching) -> tuple[np.ndarray, np.ndarray]:
-    """Return an order of channels in which matched pairs lie along the diagonal.
+    """Order channels so that matched pairs lie along the diagonal.
 
-    Student channels go from the best matched to the worst. Teacher channels follow their student; those without one
-    come last.
+    Student channels go from the lowest to the highest cost. Teacher channels are in the order of their student
+    channels; those without one come last.
 
     Args:
         cost: (S, T).
@@ -42,7 +42,7 @@ def matching_order(cost: np.ndarray, matching: ChannelMatching) -> tuple[np.ndar
         tuple: (S,) and (T,) indices.
 
     Raises:
-        ValueError: cost and matching are of different sizes.
+        ValueError: cost and matching differ in size.
     """
     if cost.shape != (matching.num_student, matching.num_teacher):
         raise ValueError(
@@ -66,8 +66,8 @@ def matching_order(cost: np.ndarray, matching: ChannelMatching) -> tuple[np.ndar
 def draw_matching(cost: np.ndarray, matching: ChannelMatching, title: str = "") -> Figure:
     """Draw the matching cost as a heat map, ordered by the matching, with the matched pairs outlined.
 
-    Beside it, for each student channel: the mean cost of its group, and of all teacher channels (the cost of a random
-    matching).
+    Beside it, for each student channel: the mean cost of its group, and the mean cost of all teacher channels, which is
+    the expected cost of a random matching.
 
     Args:
         cost: (S, T) mean distances, 0 to 4.
@@ -100,7 +100,7 @@ def draw_matching(cost: np.ndarray, matching: ChannelMatching, title: str = "") 
 
 
 def matching_images(reports: Mapping[str, RematchReport]) -> dict[str, np.ndarray]:
-    """Return :func:`draw_matching` of each feature as (H, W, 3) uint8 RGB, for loggers."""
+    """Feature -> picture of :func:`draw_matching`, (H, W, 3) uint8 RGB."""
     images = {}
     for name, report in reports.items():
         canvas = FigureCanvasAgg(draw_matching(report.cost, report.matching, name))
@@ -110,7 +110,7 @@ def matching_images(reports: Mapping[str, RematchReport]) -> dict[str, np.ndarra
 
 
 def _outline_pairs(axes: Axes, rows: np.ndarray, columns: np.ndarray, matching: ChannelMatching) -> None:
-    """Frame each run of a row's matched columns."""
+    """Draw a thin frame around each run of matched columns in a row."""
     place = np.empty(len(columns), dtype=int)
     place[columns] = np.arange(len(columns))
     frames = []
@@ -142,21 +142,21 @@ def draw_group(
     title: str = "",
     names: Sequence[str] = (),
 ) -> Figure:
-    """Draw one student channel on one image: its map, the maps of its group of teacher channels, the reduced map.
+    """Draw a student channel's map on one image, the maps of its group of teacher channels, and the reduced map.
 
     Args:
         student: (H, W) map of the student channel.
         teachers: K maps (H, W).
-        guided: (H, W), the reduced map.
-        image: (H', W', 3) the image itself, uint8.
+        guided: (H, W) map that the reducer computes from them.
+        image: (H', W', 3) uint8 image.
         title: of the figure.
         names: K captions of the teacher channels; "teacher 1" ... by default.
 
     Raises:
-        ValueError: an empty group.
+        ValueError: the group is empty.
     """
     if not len(teachers):
-        raise ValueError("a group without teacher channels cannot be drawn.")
+        raise ValueError("draw_group needs at least one teacher map; this group is without teacher channels.")
     captions = list(names) or [f"teacher {number}" for number in range(1, len(teachers) + 1)]
     panels: list[tuple[str, np.ndarray]] = [("student", student), *zip(captions, teachers), ("reduced", guided)]
     if image is not None:
@@ -177,7 +177,7 @@ def draw_group(
 
 
 def load_history(folder: str | os.PathLike[str]) -> dict[int, dict[str, RematchReport]]:
-    """Read all rematches of a training from its ``matching`` folder.
+    """Load all rematches of a training from its ``matching`` folder.
 
     Args:
         folder: with ``iter_0001000.npz`` or ``epoch_0003.npz`` files.
@@ -186,7 +186,7 @@ def load_history(folder: str | os.PathLike[str]) -> dict[int, dict[str, RematchR
         dict: finished iterations or epochs -> feature -> report, ascending.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: the folder contains no rematch.
     """
     found = {}
     for path in sorted(Path(folder).glob("*.npz")):
@@ -199,11 +199,11 @@ def load_history(folder: str | os.PathLike[str]) -> dict[int, dict[str, RematchR
 
 
 def draw_rematches(history: Mapping[int, Mapping[str, RematchReport]], steps: str = "iterations") -> Figure:
-    """Draw the cost of the matched pairs over the rematches, and the share of student channels whose group changed.
+    """Draw, over all rematches, the cost of matched pairs and the share of student channels whose group changed.
 
     Args:
         history: as from :func:`load_history`.
-        steps: the unit of its keys.
+        steps: unit of its keys, for the labels.
     """
     features = list(next(iter(history.values())))
     with style():

@@ -1,4 +1,4 @@
-"""Figures of the likeliest classes of classifiers.
+"""Figures of the most probable classes of images.
 
 Shape shorthand: H, W pixels of an image, K classes that are shown.
 """
@@ -15,15 +15,15 @@ from matplotlib.figure import Figure
 from d2_mgd.visualize.style import new_figure, style
 
 _RIGHT, _WRONG = "#7CCFB7", "#D3D8DD"
-_LONGEST = 24  # letters of a class name
+_LONGEST = 24  # characters of a class name
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The likeliest classes of one image.
+    """The most probable classes of one image.
 
     Args:
-        classes: K names, the likeliest first.
+        classes: K names, the most probable first.
         shares: (K,) their probabilities, between 0 and 1.
     """
 
@@ -34,7 +34,9 @@ class Prediction:
 def draw_predictions(
     images: Sequence[np.ndarray], truth: Sequence[str], columns: Mapping[str, Sequence[Prediction]]
 ) -> Figure:
-    """Draw the likeliest classes of several classifiers: a row per image, a column per classifier, the truth in green.
+    """Draw the most probable classes by several classifiers: one row per image, one column per classifier.
+
+    The true class is green.
 
     Args:
         images: (H, W, 3) uint8 RGB.
@@ -42,11 +44,11 @@ def draw_predictions(
         columns: caption -> the prediction for each image.
 
     Raises:
-        ValueError: a column, or the truth, is of another number of images.
+        ValueError: a column, or the truth, has another number of images.
     """
     for caption, found in {"truth": truth, **columns}.items():
         if len(found) != len(images):
-            raise ValueError(f"column {caption!r} is of {len(found)} images, and there are {len(images)}.")
+            raise ValueError(f"column {caption!r} is of {len(found)} images, but there are {len(images)}.")
     with style():
         wide = float(np.clip(8.6 / len(columns), 2.4, 3.6))
         figure = new_figure(1.5 + wide * len(columns), 1.5 * len(images) + 0.5)

@@ -1,7 +1,7 @@
-"""A report of a training or a comparison: one text, written as Markdown and as one self-contained HTML page.
+"""Reports of trainings and comparisons, written as Markdown and as one self-contained HTML page.
 
-The page needs no other file and no network: pictures are data URIs, and there is no script. In titles, paragraphs and
-cells `` `code` `` and ``**bold**`` have their meaning of Markdown; all other characters are text.
+The page needs no other file and no network: pictures are data URIs, and there is no script. Titles, paragraphs and
+cells may contain `` `code` `` and ``**bold**`` as in Markdown; all other characters are plain text.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Bar:
 
     Args:
         label: what was measured.
-        value: not negative; None where nothing was measured.
+        value: not negative; None if it was not measured.
         colour: of the bar, as in CSS.
     """
 
@@ -35,11 +35,11 @@ class Bar:
 
 @dataclass
 class Report:
-    """Collects a report's parts in order; :meth:`write` writes the files.
+    """A report, to which parts are added in order; :meth:`write` writes the files.
 
     Args:
         title: of the page; its ``**bold**`` part, such as the gain with its unit, is printed largest.
-        lead: a sentence or two below it: the result.
+        lead: one or two sentences below it, with the result.
     """
 
     title: str
@@ -54,19 +54,19 @@ class Report:
         return _plain(self.title)
 
     def heading(self, text: str) -> None:
-        """A new section."""
+        """Start a section."""
         self._add(f"## {text}", f"<h2>{_inline(text)}</h2>")
 
     def text(self, text: str) -> None:
-        """A paragraph."""
+        """Add a paragraph."""
         self._add(text, f"<p>{_inline(text)}</p>")
 
     def bars(self, bars: Sequence[Bar], unit: str = "", digits: int = 1) -> None:
-        """Horizontal bars on a common scale; in Markdown a list.
+        """Add horizontal bars on a common scale; in Markdown, a list.
 
         Args:
             bars: from top to bottom.
-            unit: behind each value.
+            unit: after each value.
             digits: decimals of the values. Bars are as long as the rounded value, so equal numbers have equal bars.
         """
         values = [None if bar.value is None else round(bar.value, digits) for bar in bars]
@@ -82,19 +82,19 @@ class Report:
         self._add("\n".join(lines), f'<div class="bars">{"".join(rows)}</div>')
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[str]], emphasised: Sequence[int] = ()) -> None:
-        """A table; the first column holds names, the others numbers.
+        """Add a table; the first column contains names, the others numbers.
 
         Args:
             header: names of the columns.
             rows: cells.
-            emphasised: indices of rows that matter most.
+            emphasised: indices of emphasised rows.
 
         Raises:
-            ValueError: a row of another length than the header.
+            ValueError: a row and the header differ in length.
         """
         for row in rows:
             if len(row) != len(header):
-                raise ValueError(f"a row has {len(row)} cells and the header {len(header)}: {list(row)}.")
+                raise ValueError(f"a row has {len(row)} cells and the header has {len(header)}: {list(row)}.")
         lines = ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 1)]
         lines += ["| " + " | ".join(row) + " |" for row in rows]
         head = "".join(f"<th>{_inline(cell)}</th>" for cell in header)
@@ -108,7 +108,7 @@ class Report:
         self._add("\n".join(lines), page)
 
     def figure(self, name: str, figure: Figure, caption: str) -> None:
-        """A picture with a caption; Markdown refers to it as ``figures/<name>.png``."""
+        """Add a picture with a caption; Markdown links to it as ``figures/<name>.png``."""
         self._pictures[name] = _png(figure)
         source = f"data:image/png;base64,{_base64(self._pictures[name])}"
         width = round(figure.get_size_inches()[0] * figure.dpi)
@@ -120,7 +120,7 @@ class Report:
         )
 
     def code(self, text: str) -> None:
-        """Commands or a config, verbatim."""
+        """Add commands or a config, verbatim."""
         self._add(f"```\n{text.strip()}\n```", f"<pre>{html.escape(text.strip())}</pre>")
 
     def write(self, folder: str | os.PathLike[str]) -> tuple[Path, Path]:
@@ -169,7 +169,7 @@ def _plain(text: str) -> str:
 
 
 def _inline(text: str) -> str:
-    """Escaped text with ```code``` and ``**bold**``."""
+    """Convert text with `` `code` `` and ``**bold**`` to HTML."""
     escaped = html.escape(text, quote=False)
     escaped = re.sub(r"`([^`]+)`", r"<code>\1</code>", escaped)
     return re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", escaped)

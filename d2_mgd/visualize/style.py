@@ -1,4 +1,4 @@
-"""Colours and type of all figures."""
+"""Colours, fonts and layout of all figures."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _STYLE = {
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Context with matplotlib's settings of all figures here."""
+    """Context with Matplotlib's settings for these figures; restores the settings at its end."""
     with matplotlib.rc_context(cast(Any, _STYLE)):
         yield
 
@@ -40,6 +40,6 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def legend_columns(figure: Figure, names: Sequence[str]) -> int:
-    """Return the number of columns with which a legend of these names is no wider than the figure."""
-    widest = 0.09 * max(map(len, names), default=0) + 0.6  # inches of the letters, and of line and gap
+    """Number of columns with which a legend of these names is not wider than the figure."""
+    widest = 0.09 * max(map(len, names), default=0) + 0.6  # inches of the text, of the line and of the gap
     return max(1, min(len(names), int(figure.get_size_inches()[0] / widest)))

@@ -1,4 +1,4 @@
-"""Curves of trainings."""
+"""Metrics of trainings as curves."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from d2_mgd.visualize.style import PALETTE, legend_columns, new_figure, style
 
 
 def read_metrics(path: str | os.PathLike[str], step: str = "iteration") -> list[dict[str, Any]]:
-    """Read ``metrics.json`` of a training: a dict per step. Lines of one step are joined; later values win.
+    """Read ``metrics.json`` of a training as one dict per step; later lines of the same step overwrite earlier values.
 
-    A resumed training writes some steps twice. Incomplete lines of a killed training are skipped.
+    A resumed training writes some steps twice. Lines that a killed training has left incomplete are skipped.
 
     Args:
         path: of the file.
-        step: key of the step: ``iteration`` (Detectron2), ``epoch`` (the classification pipeline).
+        step: key of the step's number: ``iteration`` in detection, ``epoch`` in classification.
 
     Raises:
-        FileNotFoundError: no such file.
-        UserError: a line without a step.
+        FileNotFoundError: the file does not exist.
+        UserError: a line has no step.
     """
     rows: dict[int, dict[str, Any]] = {}
     for line in Path(path).read_text(encoding="utf-8").splitlines():
@@ -37,13 +37,13 @@ def read_metrics(path: str | os.PathLike[str], step: str = "iteration") -> list[
         except json.JSONDecodeError:
             continue
         if not isinstance(row, dict) or step not in row:
-            raise UserError(f"a line of {path} names no {step}: {line[:60]}")
+            raise UserError(f"a line of {path} has no key {step!r}: {line[:60]}")
         rows.setdefault(int(row[step]), {}).update(row)
     return [rows[number] for number in sorted(rows)]
 
 
 def smoothed(values: Sequence[float], window: int) -> np.ndarray:
-    """Return the centred moving average; at the ends it averages fewer values."""
+    """Centred moving average, over fewer values at the ends."""
     array = np.asarray(values, dtype=float)
     kernel = np.ones(max(1, min(window, len(array))))
     return np.convolve(array, kernel, "same") / np.convolve(np.ones_like(array), kernel, "same")
@@ -56,15 +56,14 @@ def draw_curves(
     window: int = 5,
     step: str = "iteration",
 ) -> Figure:
-    """Draw metrics of several trainings over their iterations or epochs, one panel per metric.
+    """Draw metrics of several trainings over iterations or epochs, one panel per metric.
 
     Args:
         runs: caption of a run -> its rows, as from :func:`read_metrics`.
-        panels: title of a panel -> the metric that it shows; runs without it are left out there.
+        panels: title of a panel -> its metric; runs without the metric are not drawn there.
         colours: caption -> colour.
-        window: points of the moving average of metrics that were written at more than 20 steps; the raw values stay
-            visible behind.
-        step: key of the step in the rows.
+        window: number of points of the moving average, which is drawn over the values if there are more than 20.
+        step: key of the step's number.
 
     Raises:
         ValueError: no run has any of the metrics.
@@ -97,7 +96,7 @@ def draw_curves(
 
 
 def _points(rows: Sequence[Mapping[str, Any]], step: str, metric: str) -> np.ndarray:
-    """Return (2, P) steps and finite values. An AP without objects is not finite."""
+    """(2, P) steps and values, without missing and non-finite values, such as the AP of a class without objects."""
     found = [(row[step], row[metric]) for row in rows if row.get(metric) is not None]
     points = np.array(found, dtype=float).reshape(-1, 2)
     return points[np.isfinite(points[:, 1])].T
