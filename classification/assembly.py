@@ -1,4 +1,4 @@
-"""Options into networks, distiller and trainer.
+"""Build networks, distiller and trainer from the options.
 
 Shape shorthand: S student channels, T teacher channels, K classes.
 """
@@ -43,7 +43,7 @@ class TeacherNetwork:
         name: architecture.
         network: on the CPU.
         num_classes: of its head.
-        record: what checkpoints keep of it.
+        record: its architecture, file and digest, for checkpoints.
     """
 
     name: str
@@ -53,7 +53,7 @@ class TeacherNetwork:
 
 
 def make_student(options: argparse.Namespace, num_classes: int) -> nn.Module:
-    """The student with its first weights, on the CPU; its head has the data's K classes."""
+    """Build the student with its initial weights, on the CPU; its head has the data's K classes."""
     name = options.arch
     if options.use_pretrained:
         with one_rank_first():
@@ -67,18 +67,18 @@ def make_student(options: argparse.Namespace, num_classes: int) -> nn.Module:
 
 
 def make_teacher(options: argparse.Namespace, num_classes: int) -> TeacherNetwork | None:
-    """The teacher that the options ask for, on the CPU; None for training without one.
+    """Build the teacher that the options name, on the CPU; None for training without one.
 
     Raises:
-        UserError: no teacher is known for the student, its weights are missing or do not fit, or its classes are not
-            the data's where its logits matter.
+        UserError: the student has no default teacher; the teacher's weights are missing or do not fit; or its logits
+            are needed and its number of classes is not the data's.
     """
     distilling = options.method != "base"
     if not distilling and options.teacher_arch is None and options.teacher_resume is None:
         return None
     name = options.teacher_arch or architecture(options.arch).teacher
     if name is None:
-        raise UserError(f"no teacher goes with {options.arch} by default: name one by --teacher-arch.")
+        raise UserError(f"{options.arch} has no default teacher: name one with --teacher-arch.")
     features_only = distilling and not options.with_kd
     if options.teacher_resume is not None:
         path, what = options.teacher_resume, "the teacher's file"
@@ -90,9 +90,9 @@ def make_teacher(options: argparse.Namespace, num_classes: int) -> TeacherNetwor
         record = {"arch": name, "file": source}
     if classes != num_classes and not features_only:
         raise UserError(
-            f"the teacher tells {classes} classes apart and the data has {num_classes}: train it on the data first "
-            f"(main_base.py --arch {name} --use-pretrained 1), and name its file by --teacher-resume; only features "
-            "may come from a teacher of other classes."
+            f"the teacher has {classes} classes and the data has {num_classes}, so its logits cannot be used: train it "
+            f"on the data first (main_base.py --arch {name} --use-pretrained 1) and name its file with "
+            "--teacher-resume, or distil features only."
         )
     return TeacherNetwork(name, network, classes, record)
 
@@ -104,7 +104,7 @@ def make_trainer(
     teacher: TeacherNetwork | None,
     folders: tuple[Folder, Folder],
 ) -> Trainer:
-    """All parts of a run on their device, and wrapped for several."""
+    """Assemble the trainer: networks and distiller on their device, wrapped for several ranks or GPUs."""
     pairs: dict[str, FeaturePair] = {}
     distiller = None
     if teacher is not None and options.method not in ("base", "kd"):
@@ -171,7 +171,7 @@ def _make_distiller(
 
 
 def _wrapped(process: Process, options: argparse.Namespace, student: Student, teacher: Teacher | None) -> nn.Module:
-    """One module that a batch goes through, on one device, in one of several processes, or over several GPUs."""
+    """The module that a batch goes through: plain, in DDP with several ranks, or in DataParallel over GPUs."""
     if process.world > 1:
         return DistillationStep(distributed(student, gradient_as_bucket_view=True), teacher)
     return over_gpus(process, options, DistillationStep(student, teacher))

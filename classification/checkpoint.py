@@ -1,9 +1,8 @@
-"""Checkpoints: written whole or not at all, known by digest, read without running code of theirs.
+"""The files of a run: checkpoints, from which a training resumes, and the student alone.
 
-A run's folder holds ``checkpoint_epoch_0003.pth`` or ``checkpoint_epoch_0003_step_000120.pth`` (all that training goes
-on from), the newest of which ``checkpoint.pth`` points to; ``checkpoints.json`` knows the state in which they must be
-found. Beside them is the student alone, last and best, as files that plain torchvision loads:
-``network.load_state_dict(torch.load("student_best.pth")["state_dict"])``.
+Checkpoints are ``checkpoint_epoch_0003.pth`` or ``checkpoint_epoch_0003_step_000120.pth``. ``checkpoint.pth`` links to
+the newest; ``checkpoints.json`` lists their digests. ``student_last.pth`` and ``student_best.pth`` load in plain
+torchvision: ``network.load_state_dict(torch.load("student_best.pth")["state_dict"])``.
 """
 
 from __future__ import annotations
@@ -32,10 +31,10 @@ def checkpoints_of(folder: Path, keep: int = 0) -> Checkpoints:
 
 
 def save_student(content: dict[str, Any], path: Path, as_safetensors: bool) -> None:
-    """Write a student's file, and beside it as safetensors its ``state_dict``, with the rest as metadata in json.
+    """Write a student's file; ``as_safetensors`` also writes a safetensors file, with the rest as JSON metadata.
 
     Raises:
-        UserError: the disk refuses.
+        UserError: the file cannot be written.
     """
     with disk_errors(path):
         write_atomically(path, lambda file: torch.save(content, file))
@@ -48,35 +47,35 @@ def replace_file(path: Path, text: str) -> None:
     """Write a small text file, whole or not at all.
 
     Raises:
-        UserError: the disk refuses.
+        UserError: the file cannot be written.
     """
     with disk_errors(path):
         write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def read_training_state(path: Path, arch: str, classes: list[str]) -> dict[str, Any]:
-    """The state that a training continues from.
+    """Read the state from which a training resumes.
 
     Args:
         path: a ``checkpoint.pth``.
-        arch: the student that the options ask for.
+        arch: value of ``--arch``.
         classes: the data's class names.
 
     Raises:
-        UserError: the file is missing, cut short, of a student alone, of another architecture, or of other classes.
+        UserError: the file is missing, damaged, a student's file, or of another architecture or other classes.
     """
     architecture(arch)
     state = read_checkpoint(path, "the checkpoint")
     if "format" not in state or "optimizer" not in state:
         raise UserError(
-            f"{path} holds no training state to go on from; to start from its weights use --student-resume."
+            f"{path} contains no training state to resume from; to start from its weights use --student-resume."
         )
     if state["format"] != FORMAT:
-        raise UserError(f"{path} has format {state['format']}, and this version reads format {FORMAT}.")
+        raise UserError(f"{path} has format {state['format']}, but this version reads format {FORMAT}.")
     if architecture_name(state["arch"]) != architecture_name(arch):
-        raise UserError(f"the checkpoint {path} is of {state['arch']}, and --arch is {arch}.")
+        raise UserError(f"the checkpoint {path} is of {state['arch']}, but --arch is {arch}.")
     if state["classes"] != classes:
         raise UserError(
-            f"the checkpoint {path} was trained on {len(state['classes'])} other classes than these {len(classes)}."
+            f"the checkpoint {path} has {len(state['classes'])} classes that are not the data's {len(classes)}."
         )
     return state

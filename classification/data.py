@@ -1,9 +1,9 @@
-"""Images as batches, in an order and with an augmentation that follow from seed, epoch and position alone.
+"""Batches of images, whose order and augmentation depend only on seed, epoch and position.
 
 Shape shorthand: N images, H, W.
 
-Any number of worker processes gives the same batches, and a run that was stopped in the middle of an epoch goes on with
-exactly those that it has not seen. Images are moved as uint8; :func:`normalize` runs where the network does.
+Batches are the same with any number of dataloader workers, and a run that was stopped within an epoch resumes with the
+batches that it has not seen. Images move to the device as uint8 and are normalised there (:func:`normalize`).
 """
 
 from __future__ import annotations
@@ -26,29 +26,31 @@ from d2_mgd.data.images import ImageError, read_rgb
 from d2_mgd.errors import UserError
 from d2_mgd.training.loading import keyed_loader
 
-_LONGEST = 100  # times the shorter side
+_LONGEST = 100  # longer side of an image over its shorter side
 
 
 class Key(NamedTuple):
-    """The number of an image, and the seed of its augmentation."""
+    """The index of an image, and the seed of its augmentation."""
 
     number: int
     seed: int = 0
 
 
 class Item(NamedTuple):
-    image: Tensor | None  # (3, H, W) uint8; None: it cannot be read
+    """An image and its class."""
+
+    image: Tensor | None  # (3, H, W) uint8; None if it cannot be read
     target: int
-    broken: tuple[str, ...]  # files that could not be read in its place
+    broken: tuple[str, ...]  # unreadable files that were tried before this one
 
 
 class Batch(NamedTuple):
-    """What a loader yields.
+    """A batch of a loader.
 
     Args:
         images: (N, 3, H, W) uint8.
         targets: (N,) int64.
-        broken: files that could not be read; N is smaller by them, or others took their place.
+        broken: files that could not be read; they are left out, or replaced by other images.
     """
 
     images: Tensor
@@ -61,9 +63,9 @@ class ImageDataset(Dataset[Item]):
 
     Args:
         folder: the images.
-        size: side of the square that the network sees (224 as published; then images are resized to 256 px first).
+        size: side of the network's square input; before a centre crop, the shorter side is resized to 256/224 of it.
         augment: crop and flip at random, by the key's seed.
-        replace_broken: take the next readable image in place of one that is not, so that batches keep their size.
+        replace_broken: replace an unreadable image by the next readable one, so that batches keep their size.
     """
 
     def __init__(self, folder: Folder, size: int, augment: bool, replace_broken: bool = False) -> None:
@@ -95,7 +97,7 @@ class ImageDataset(Dataset[Item]):
     def _transformed(self, image: Image.Image, seed: int) -> Tensor:
         if not self.augment:
             return self.transform(_middle(image))
-        state = torch.default_generator.get_state()  # without worker processes it is the training's own
+        state = torch.default_generator.get_state()  # without workers, this is the training's global RNG
         torch.default_generator.manual_seed(seed)
         try:
             return self.transform(image)
@@ -104,9 +106,9 @@ class ImageDataset(Dataset[Item]):
 
 
 def _middle(image: Image.Image) -> Image.Image:
-    """The centre of a very long image, beyond which the centre crop never sees.
+    """Crop a very long image to its centre, which contains the later centre crop.
 
-    Resized as a whole, an image of 1 x 20,000 pixels would take gigabytes.
+    Resizing all of an image of 1 x 20,000 pixels would take gigabytes.
     """
     width, height = image.size
     longest = _LONGEST * min(width, height)
@@ -115,7 +117,7 @@ def _middle(image: Image.Image) -> Image.Image:
 
 
 def _collate(items: list[Item]) -> Batch:
-    """The readable images of some items as a batch."""
+    """Stack the readable images into a batch."""
     good = [item for item in items if item.image is not None]
     images = torch.stack([item.image for item in good if item.image is not None]) if good else torch.empty(0, 3, 0, 0)
     targets = torch.tensor([item.target for item in good], dtype=torch.int64)
@@ -126,24 +128,24 @@ def _collate(items: list[Item]) -> Batch:
 
 
 class Statistics(NamedTuple):
-    """Mean and standard deviation of each channel of the images that a network is made for, white being 1."""
+    """Mean and standard deviation of each channel of a network's training images, in 0..1."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
 
 IMAGENET = Statistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-_BYTES = Statistics((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255))  # images of uint8 are "normalised" by these
+_BYTES = Statistics((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255))  # the normalisation that uint8 images have
 
 
 def image_statistics(network: nn.Module) -> Statistics:
-    """The statistics of timm's networks; ImageNet's for all others."""
+    """Image statistics that a network expects: those of timm's config, ImageNet's for other networks."""
     known: Any = getattr(network, "pretrained_cfg", None) or {}
     return Statistics(tuple(known.get("mean", IMAGENET.mean)), tuple(known.get("std", IMAGENET.std)))
 
 
 class Renormalize(nn.Module):
-    """(N, 3, H, W) normalised by some statistics -> float32, by others."""
+    """Converts images from one normalisation to another: (N, 3, H, W) -> float32."""
 
     def __init__(self, before: Statistics, after: Statistics) -> None:
         super().__init__()
@@ -158,20 +160,20 @@ class Renormalize(nn.Module):
 
 
 def normalize(statistics: Statistics = IMAGENET) -> nn.Module:
-    """(N, 3, H, W) uint8 -> float32 with a mean of 0 and a standard deviation of 1 over such images."""
+    """Module that normalises images: (N, 3, H, W) uint8 -> float32."""
     return Renormalize(_BYTES, statistics)
 
 
 def renormalize(before: Statistics, after: Statistics) -> nn.Module:
-    """(N, 3, H, W) normalised by one network's statistics -> by another's; the same images where these agree."""
+    """Module that converts images from one network's normalisation to another's; the identity if they are equal."""
     return nn.Identity() if before == after else Renormalize(before, after)
 
 
-# ---- which images, in which order
+# ---- order of images
 
 
 def _seed(*numbers: int) -> int:
-    """63 bits that any change of any number changes."""
+    """A 63-bit hash of the numbers."""
     packed = struct.pack(f"<{len(numbers)}q", *numbers)
     return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
 
@@ -181,20 +183,20 @@ def _permutation(length: int, *seed: int) -> np.ndarray:
 
 
 class ShuffledBatches:
-    """Batches of one process in one epoch of training.
+    """Batch sampler of one rank for one epoch of training.
 
-    Step ``s`` of all processes together holds positions ``s * B`` to ``(s + 1) * B`` of the epoch's order, ``B`` being
-    the batch of all processes. The last step may be smaller; it is filled up from the front of the order until all
-    processes have equally many, and left out if a process would have one image, which batch-norm cannot take.
+    With ``B`` images on all ranks, step ``s`` uses positions ``s * B`` to ``(s + 1) * B`` of the epoch's order. The
+    last step may be smaller: it is filled up from the start of the order until all ranks have equally many images, and
+    left out if a rank would have a single image, which batch-norm cannot normalise.
 
     Args:
         length: number of images.
-        batch_size: of one process.
+        batch_size: images of one rank.
         seed: of the run.
-        rank, world: this process, and how many there are.
+        rank, world: this rank, and the world size.
 
     Raises:
-        UserError: not even one step's worth of images.
+        UserError: there are too few images for one step.
     """
 
     def __init__(self, length: int, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> None:
@@ -204,7 +206,7 @@ class ShuffledBatches:
         whole, rest = divmod(length, batch_size * world)
         self.steps = whole + (math.ceil(rest / world) >= min(2, batch_size))
         if self.steps == 0:
-            raise UserError(f"{length} training images are too few for {world} processes.")
+            raise UserError(f"{length} training images are too few for {world} processes: use fewer processes.")
 
     def set_epoch(self, epoch: int, first_step: int = 0) -> None:
         self.epoch, self.first_step = epoch, first_step
@@ -217,7 +219,7 @@ class ShuffledBatches:
         return (self._keys(order, step) for step in range(self.first_step, self.steps))
 
     def keys(self, step: int) -> list[Key]:
-        """What this process gets in a step of the epoch."""
+        """The keys of this rank in a step of the epoch."""
         return self._keys(_permutation(self.length, self.seed, 0, self.epoch), step)
 
     def _keys(self, order: np.ndarray, step: int) -> list[Key]:
@@ -230,25 +232,25 @@ class ShuffledBatches:
 def strided_batches(
     indices: Sequence[int] | np.ndarray, batch_size: int, rank: int = 0, world: int = 1
 ) -> list[list[Key]]:
-    """One process's batches of a pass that reads every image once over all processes.
+    """Batches of one rank in a pass in which all ranks together read each image once.
 
     Args:
-        indices: numbers of the images, of which every ``world``-th is this process's.
-        batch_size: of one process.
-        rank, world: this process, and how many there are.
+        indices: of the images; each rank takes every ``world``-th.
+        batch_size: images of one rank.
+        rank, world: this rank, and the world size.
     """
     own = [Key(int(index)) for index in indices[rank::world]]
     return [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
 
 
 def rematch_indices(length: int, wanted: int, seed: int, epoch: int) -> np.ndarray:
-    """Numbers of ``wanted`` images (or all), drawn anew for every rematch."""
+    """Indices of ``wanted`` random images (or all), another draw for every epoch."""
     return _permutation(length, seed, 2, epoch)[:wanted]
 
 
 def loader(
     dataset: ImageDataset, batches: Iterable[list[Key]], workers: int, device: torch.device, keep: bool = False
 ) -> DataLoader:
-    """A loader of :class:`Batch`, in pinned memory for a GPU; arguments as in :func:`keyed_loader`."""
+    """A dataloader of :class:`Batch`, in pinned memory for a GPU; arguments as in :func:`keyed_loader`."""
     pin = device.type == "cuda"
     return keyed_loader(dataset, batches, workers, _collate, pin_memory=pin, keep_workers=keep)

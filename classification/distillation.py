@@ -1,9 +1,9 @@
-"""One step's forward: the teacher's maps, the student's maps and logits, and the losses.
+"""The forward pass of a step: the teacher's maps, the student's maps and logits, and the losses.
 
 Shape shorthand: N images, K classes.
 
-The teacher and the trainable part are two modules, so that only the trainable part is wrapped for DDP. Both together
-are one module, :class:`DistillationStep`, which can be run over several GPUs.
+The teacher and the trainable part are two modules, so that DDP wraps the trainable part only. DataParallel wraps both
+together, :class:`DistillationStep`.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ Maps = dict[str, Tensor]
 
 
 class Forward(NamedTuple):
-    """What a step's forward gives.
+    """Outputs of a step's forward pass.
 
     Args:
         logits: (N, K) of the student.
         losses: name -> (1,) loss times N, so that the shares of several GPUs add up.
-        student_maps, teacher_maps: without gradients; only where they were asked for.
+        student_maps, teacher_maps: without gradients; empty without ``keep_maps``.
     """
 
     logits: Tensor
@@ -39,12 +39,12 @@ class Forward(NamedTuple):
 
 
 class Classifier(nn.Module):
-    """A network alone, to be evaluated as it is trained.
+    """A network for evaluation, with the precision and the input images of training.
 
     Args:
         network: the student, or the teacher.
-        precision: of the forward.
-        renormalize: from the student's images to the network's.
+        precision: of the forward pass.
+        renormalize: converts the student's images to the network's normalisation.
     """
 
     def __init__(self, network: nn.Module, precision: Precision, renormalize: nn.Module | None = None) -> None:
@@ -61,14 +61,14 @@ class Classifier(nn.Module):
 
 
 class Teacher(nn.Module):
-    """A frozen network and the maps of it that are wanted; always in eval mode.
+    """The frozen teacher and its taps; always in evaluation mode.
 
     Args:
         network: the teacher.
-        taps: feature name -> where; none for distillation of the logits alone.
+        taps: feature name -> tap; empty to distil logits only.
         with_logits: also run the head.
-        precision: of the forward; float32 by default.
-        renormalize: from the student's images to the teacher's.
+        precision: of the forward pass; float32 by default.
+        renormalize: converts the student's images to the teacher's normalisation.
     """
 
     def __init__(
@@ -91,9 +91,11 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor, with_logits: bool | None = None) -> tuple[Maps, Tensor | None]:
-        """Maps by name, and logits (N, K) or None; without logits the forward ends at the deepest tap.
+        """Maps by name, and (N, K) logits or None; without logits the forward pass ends at the deepest tap.
 
-        ``images`` are normalised for the student.
+        Args:
+            images: normalised for the student.
+            with_logits: overrides the constructor's.
         """
         with_logits = self.with_logits if with_logits is None else with_logits
         images = self.renormalize(images)
@@ -105,14 +107,14 @@ class Teacher(nn.Module):
 
 
 class Student(nn.Module):
-    """All that is trained: the student and the distiller's norms (or projections); gives logits and losses.
+    """The trainable part: the student network, and the distiller's norms or projections.
 
     Args:
-        network: the student; it stays a plain network, taps are hooks on it.
-        taps: feature name -> where; empty without a distiller.
+        network: the student; taps are hooks, its modules and state dict stay as they are.
+        taps: feature name -> tap; empty without a distiller.
         distiller: compares the maps; None without features.
-        logit_loss: compares the logits, where the teacher gives them; plain KD at temperature 1.5 by default.
-        precision: of the forward; float32 by default.
+        logit_loss: compares the logits if the teacher returns them; by default KD at temperature 1.5.
+        precision: of the forward pass; float32 by default.
     """
 
     def __init__(
@@ -143,17 +145,17 @@ class Student(nn.Module):
 
         Args:
             images, targets: (N, 3, H, W) and (N,).
-            teacher_maps, teacher_logits: the teacher's; nothing is compared with them where ``factor`` is 0. Maps are
-                taken out of ``teacher_maps`` as they are used up.
-            keep_maps: give the maps, too.
-            factor: of all losses but the labels'.
+            teacher_maps, teacher_logits: the teacher's, not used if ``factor`` is 0. Each map is removed from
+                ``teacher_maps`` when it has been compared, which frees its memory.
+            keep_maps: also return the maps of both networks.
+            factor: of the distillation losses.
         """
         found: dict[str, Tensor] = {}
         kept: Maps = {}
         of_teacher = dict(teacher_maps) if keep_maps else {}
 
         def compare(name: str, student_map: Tensor) -> None:
-            """As soon as the student's map is there: afterwards neither map is needed, and memory is."""
+            """Compare one feature as soon as the student has computed it, so that both maps can be freed."""
             if keep_maps:
                 kept[name] = student_map.detach()
             if self.distiller is not None and factor:
@@ -171,7 +173,7 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def maps(self, images: Tensor) -> Maps:
-        """The tapped maps alone."""
+        """The tapped maps; the forward pass ends at the deepest tap."""
         assert self.taps is not None
         with self.precision.autocast():
             return self.taps.run_in(self.network, images)
@@ -182,7 +184,7 @@ class DistillationStep(nn.Module):
 
     Args:
         student: the trainable part, possibly wrapped in DDP.
-        teacher: None for training without one.
+        teacher: None to train without a teacher.
     """
 
     def __init__(self, student: nn.Module, teacher: Teacher | None = None) -> None:
@@ -193,9 +195,12 @@ class DistillationStep(nn.Module):
     def forward(
         self, images: Tensor, targets: Tensor | None = None, keep_maps: bool = False, factor: float = 1.0
     ) -> Forward:
-        """A training forward; or, without targets, the maps of both networks alone.
+        """Logits and losses of a batch; without ``targets``, only the maps of both networks.
 
-        ``factor`` is that of the distillation losses; where it is 0, the teacher does not run.
+        Args:
+            images, targets: (N, 3, H, W) and (N,).
+            keep_maps: also return the maps of both networks.
+            factor: of the distillation losses; if it is 0, the teacher does not run.
         """
         if targets is None:
             assert self.teacher is not None

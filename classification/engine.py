@@ -54,7 +54,7 @@ class Trainer(Run):
         """Train to the last epoch.
 
         Raises:
-            SystemExit: after a signal, when all is saved; the status is 143 (SIGTERM) or 130 (Ctrl-C).
+            SystemExit: a signal ended the run, and its state is saved; the status is 143 (SIGTERM) or 130 (Ctrl-C).
         """
         if self.process.is_main:
             self.options.output_dir.mkdir(parents=True, exist_ok=True)
@@ -76,11 +76,11 @@ class Trainer(Run):
         return self.progress
 
     def _leave(self, number: int) -> NoReturn:
-        message = "left before a step; there is nothing to save."  # in the pass for the first matching
+        message = "stopped before the first step; there is nothing to save."  # in the pass for the first matching
         if self.progress.step:
             self.save()
             done = f"{self.progress.epoch} epochs and {self.progress.step} of {self.order.steps} steps"
-            message = f"left after {done}, all of it saved; the same command with --resume goes on."
+            message = f"stopped after {done}, all of it saved; the same command with --resume continues."
         if self.journal is not None:
             logger.warning("%s: %s", signal.Signals(number).name, message)
             self.journal.close()
@@ -137,7 +137,7 @@ class Trainer(Run):
         for batch in bar if self.progress.step < self.order.steps else ():
             if len(batch.targets) == 0:
                 raise UserError(
-                    "a whole batch of training images cannot be read; tools/check_imagefolder.py names them."
+                    "no image of a training batch can be read; tools/check_imagefolder.py lists such images."
                 )
             losses = self._train_step(batch)
             clock.images += len(batch.targets) * self.process.world
@@ -148,10 +148,10 @@ class Trainer(Run):
                 self.save()
 
     def _train_step(self, batch: Batch) -> dict[str, Tensor]:
-        """One step, unless it is skipped because of non-finite numbers; returns mean losses, of this rank.
+        """Run one step, and return this rank's mean losses; empty if a non-finite step was skipped.
 
         Raises:
-            NonFiniteError: losses or gradients are not finite, and the step is not to be skipped.
+            NonFiniteError: losses or gradients are not finite, and no more steps may be skipped.
             Interrupted: a rank received a signal.
         """
         factor = self.schedules.distill_factor(self.finished_steps)
@@ -209,7 +209,7 @@ class Trainer(Run):
                 self.progress.epoch + 1, self.progress.step, self.order.steps, text, clock.per_second, left,
             )  # fmt: skip
         else:
-            bar.set_postfix_str(f"{text}, {left} to the end of the run")
+            bar.set_postfix_str(f"{text}, {left} left in the run")
         rate = self.stepper.optimizer.param_groups[0]["lr"]
         values = {**values, "lr": rate, "images_per_second": clock.per_second}
         if self.options.method != "base":
@@ -223,7 +223,7 @@ class Trainer(Run):
     # ---- evaluation and rematching
 
     def evaluate(self, network: nn.Module | None = None) -> Evaluation:
-        """A network, by default the student, on the evaluation split (collective)."""
+        """Evaluate a network, by default the student, on the evaluation split (collective)."""
         network = self.student.network if network is None else network
         statistics = image_statistics(self.student.network), image_statistics(network)
         renormalized = renormalize(*statistics).to(self.process.device)
@@ -237,7 +237,7 @@ class Trainer(Run):
         return loader(data, order, self.workers, self.process.device)
 
     def _observe_pass(self, epoch: int) -> None:
-        """Measure the matching cost on training images, this rank on its share of them (collective at the end)."""
+        """Measure the matching cost on this rank's share of training images (collective at the end)."""
         data = self.data["rematch"]
         indices = rematch_indices(len(data), self.options.mgd_update_images, self.options.seed, epoch)
 
@@ -251,7 +251,7 @@ class Trainer(Run):
         observe_pass(self.distiller, self.student, batches, maps_of)
 
     def _rematch(self, epoch: int) -> dict[str, float]:
-        """Solve what was observed (collective); returns the metrics of it, none if the old matching stays."""
+        """Rematch from the observed costs (collective); returns metrics, empty if the old matching stays."""
         reports = rematch(self.distiller, f"{epoch} epochs")
         if reports:
             with failing_together():
@@ -265,20 +265,20 @@ class Trainer(Run):
     # ---- checkpoints
 
     def save(self) -> None:
-        """Write a checkpoint and move ``checkpoint.pth`` to it (collective); the run itself stays as it is.
+        """Write a checkpoint and point ``checkpoint.pth`` to it (collective).
 
         Raises:
-            CommonError: the disk refuses.
+            CommonError: the checkpoint cannot be written.
         """
         state = training_state(self)
         with failing_together():
             write_checkpoint(self, state)
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from what :meth:`save` wrote.
+        """Continue from the state of a checkpoint.
 
         Raises:
-            UserError: the state is of another distiller.
+            UserError: the checkpoint has another distiller.
         """
         with located("the checkpoint does not fit these options: "):
             restore_training(self, state)

@@ -1,4 +1,4 @@
-"""Batches to the device, and the errors of a network on a split, exact over any number of processes.
+"""Moving batches to the device, and evaluating a network on a split with any number of ranks.
 
 Shape shorthand: N images.
 """
@@ -26,12 +26,12 @@ logger = logging.getLogger(__name__)
 
 
 class Intake:
-    """Moves batches to where the network is, normalised, channels last; and deals with images that cannot be read.
+    """Moves batches to the device, normalised and channels last; reports images that cannot be read.
 
     Args:
-        device: where the network is.
-        skip_broken: go on without images that cannot be read.
-        statistics: those that the network takes images by.
+        device: of the network.
+        skip_broken: skip images that cannot be read, instead of raising an error.
+        statistics: mean and standard deviation of the network's images.
     """
 
     def __init__(self, device: torch.device, skip_broken: bool, statistics: Statistics = IMAGENET) -> None:
@@ -44,7 +44,7 @@ class Intake:
         """(N, 3, H, W) float32 images and (N,) targets; N may be zero.
 
         Raises:
-            UserError: an image could not be read, and that was not asked to be skipped.
+            UserError: an image cannot be read, and ``skip_broken`` is False.
         """
         for path in batch.broken:
             self._note(path)
@@ -56,16 +56,16 @@ class Intake:
     def _note(self, path: str) -> None:
         if not self.skip_broken:
             raise UserError(
-                f"the image {path} cannot be read: remove it (tools/check_imagefolder.py names all such), or go on "
-                "without such images by --skip-broken-images."
+                f"the image {path} cannot be read: remove it (tools/check_imagefolder.py lists all such images), or "
+                "skip such images with --skip-broken-images."
             )
         if path not in self.broken:
             self.broken.add(path)
-            logger.warning("skipped, since it cannot be read: %s (%d so far)", path, len(self.broken))
+            logger.warning("skipped %s, which cannot be read (%d so far)", path, len(self.broken))
 
 
 def until_signal(batches: Any, intake: Intake, what: str, is_main: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    """The images and targets of a pass, of which ranks have unequal shares (collective at the end).
+    """Iterate over the images and targets of a pass; ranks may have unequal shares (collective at the end).
 
     Raises:
         Interrupted: a rank received a signal; on every rank, after its last batch.
@@ -84,12 +84,12 @@ def until_signal(batches: Any, intake: Intake, what: str, is_main: bool) -> Iter
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Of a network on a split.
+    """Results of a network on a split.
 
     Args:
-        err1, err5: top-1 and top-5 error in percent (of K < 5 classes: the best K).
+        err1, err5: top-1 and top-5 error in percent; with K < 5 classes, err5 is the top-K error.
         loss: mean cross-entropy.
-        images: how many there were.
+        images: number of images.
     """
 
     err1: float
@@ -100,12 +100,16 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Any, intake: Intake, is_main: bool) -> Evaluation:
-    """Evaluate on this rank's share of the images; each image counts once (collective at the end).
+    """Evaluate a network on the images of all ranks, each counted once (collective at the end).
 
-    ``model`` gives (N, K) float32 logits of what ``intake`` gives of ``batches``.
+    Args:
+        model: images of ``intake`` -> (N, K) float32 logits.
+        batches: this rank's share.
+        intake: moves a batch to the device.
+        is_main: whether this rank shows a progress bar.
 
     Raises:
-        UserError: not one image could be read.
+        UserError: no image can be read.
         Interrupted: a rank received a signal.
     """
     model.eval()
@@ -116,11 +120,11 @@ def evaluate(model: nn.Module, batches: Any, intake: Intake, is_main: bool) -> E
         sums.add(images.shape[0], {"loss": losses, **errors(logits, targets)})
     count, totals = sums.totals(("loss", "err1", "err5"))
     if count == 0:
-        raise UserError("not one image could be read for the evaluation.")
+        raise UserError("no image of the evaluation split can be read; tools/check_imagefolder.py lists such images.")
     return Evaluation(100.0 * totals["err1"] / count, 100.0 * totals["err5"] / count, totals["loss"] / count, count)
 
 
 def progress_bar(batches: Any, what: str, is_main: bool, done: int = 0) -> Any:
-    """A bar for people; none where the output goes to a file, or from other processes than the main one."""
+    """A progress bar over batches, shown by the main rank if standard error is a terminal."""
     shown = is_main and sys.stderr.isatty()
     return tqdm(batches, what, total=done + len(batches), initial=done, leave=False, disable=not shown)

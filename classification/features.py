@@ -1,4 +1,4 @@
-"""Which features of a student and its teacher are compared: the table's, or those named on the command line.
+"""The features of a student and its teacher to distil: those of the table, or those of ``--features``.
 
 Shape shorthand: S student channels, T teacher channels.
 """
@@ -14,7 +14,7 @@ from classification.models import Feature, architecture
 from d2_mgd.distill import Tap, batch_norm_margin
 from d2_mgd.errors import UserError, located
 
-_BEFORE = "@pre"  # suffix of a module's path: tap before its last activation
+_BEFORE = "@pre"  # suffix of a module's path, which taps before its last activation
 _FORM = "NAME, NAME=STUDENT_MODULE or NAME=STUDENT_MODULE:TEACHER_MODULE[:TEACHER_NORM]"
 
 
@@ -55,7 +55,7 @@ def pair_features(student: str, teacher: str, specs: Sequence[str] | None = None
         name, _, modules = spec.partition("=")
         parts = modules.split(":") if modules else []
         if not name or name in pairs or len(parts) > 3 or not all(parts):
-            raise UserError(f"--features {spec}: expected a new {_FORM}.")
+            raise UserError(f"--features {spec}: expected {_FORM}, with each NAME once.")
         pairs[name] = _named_pair(student, teacher, name, parts, deeper=len(specs) - 1 - index)
     return pairs
 
@@ -64,7 +64,7 @@ def _table_pairs(student: str, teacher: str) -> dict[str, FeaturePair]:
     student_row, teacher_row = architecture(student), architecture(teacher)
     for name, row in ((student, student_row), (teacher, teacher_row)):
         if not row.features:
-            raise UserError(f"where to tap {name} is not known: name its modules with --features {_FORM}.")
+            raise UserError(f"{name} has no default features: name its modules with --features {_FORM}.")
     return {
         name: FeaturePair(
             student_row.features[name].tap,
@@ -78,7 +78,7 @@ def _table_pairs(student: str, teacher: str) -> dict[str, FeaturePair]:
 
 
 def _named_pair(student: str, teacher: str, name: str, parts: list[str], deeper: int) -> FeaturePair:
-    """Of a spec: its name and modules. ``deeper`` specs follow, which a name of the table does not depend on."""
+    """The pair of one spec, given as its name and modules; ``deeper`` is replaced if the table knows the student's."""
     student_row, teacher_row = architecture(student), architecture(teacher)
     if parts:
         student_tap = _tap(parts[0])
@@ -97,8 +97,8 @@ def _deeper(name: str, features: Mapping[str, Feature]) -> int:
 
 def _known(feature: str, name: str, features: Mapping[str, Feature]) -> Feature:
     if feature not in features:
-        there = f"its features are: {', '.join(features)}" if features else "none of its features are known"
-        raise UserError(f"--features {feature}: {name} has no such feature; {there}; name its module, as {_FORM}.")
+        there = f"Available: {', '.join(features)}" if features else "It has no default features"
+        raise UserError(f"--features {feature}: {name} has no such feature. {there}, or name its module as {_FORM}.")
     return features[feature]
 
 
@@ -129,7 +129,7 @@ def _norm(teacher: nn.Module, feature: str, pair: FeaturePair) -> nn.Module:
     modules = dict(teacher.named_modules())
     if pair.norm is not None:
         if pair.norm not in modules:
-            raise UserError(f"there is no module {pair.norm!r} to make margins from.")
+            raise UserError(f"there is no module {pair.norm!r} to compute margins from.")
         return modules[pair.norm]
     tapped = modules[pair.teacher.module]
     end = tapped
@@ -138,7 +138,7 @@ def _norm(teacher: nn.Module, feature: str, pair: FeaturePair) -> nn.Module:
     norms = [module for module in tapped.modules() if hasattr(module, "running_mean")]
     if not norms or not (pair.teacher.before_activation or end is norms[-1]):
         raise UserError(
-            f"the output of {pair.teacher.module!r} is not known to be a batch-norm's, so there are no margins for "
+            f"the output of {pair.teacher.module!r} does not come from a batch-norm, so there are no margins for "
             f"partial_l2: tap before an activation ({pair.teacher.module}{_BEFORE}), name the norm "
             f"({feature}=STUDENT_MODULE:{pair.teacher.module}:NORM), or use --loss mse or pearson."
         )

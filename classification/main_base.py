@@ -12,7 +12,7 @@ import functools
 import sys
 from pathlib import Path
 
-if __package__ in (None, ""):  # run as a script: the repository need not be installed
+if __package__ in (None, ""):  # run as a script of a repository that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from classification.options import parse_base

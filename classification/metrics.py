@@ -1,4 +1,4 @@
-"""Numbers of a run: errors, `metrics.json`, TensorBoard, the table at the end.
+"""Metrics of a run: errors, throughput, `metrics.json`, TensorBoard, and the table at the end.
 
 Shape shorthand: N images, K classes.
 """
@@ -27,15 +27,15 @@ logger = logging.getLogger(__name__)
 
 @torch.no_grad()
 def errors(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """How many of N images are not among the best class, and not among the best five (or K, if fewer)."""
+    """Numbers of images whose class is not the best one, and not among the best five (or K, if fewer)."""
     best = logits.topk(min(5, logits.shape[1]), dim=1).indices
     hits = best == targets.unsqueeze(1)
-    images = targets.shape[0]  # a tensor of it would wait for the device, to which the number has to go
+    images = targets.shape[0]  # a number, because creating a tensor from it would synchronise with the device
     return {"err1": images - hits[:, 0].sum(), "err5": images - hits.sum()}
 
 
 class Throughput:
-    """Images per second since it was made."""
+    """Counts images per second since its construction."""
 
     def __init__(self) -> None:
         self.start = time.perf_counter()
@@ -51,10 +51,10 @@ class Throughput:
 
 
 class Remaining:
-    """The time that a run still takes, from the mean of its steps so far, evaluations and rematches included.
+    """Estimates the time to the end of a run from the mean time of a step, evaluations and rematches included.
 
     Args:
-        done: finished steps when the clock starts.
+        done: finished steps at construction.
         total: steps of the whole run.
     """
 
@@ -62,20 +62,18 @@ class Remaining:
         self.start, self.done, self.total = time.perf_counter(), done, total
 
     def after(self, done: int) -> str:
-        """As H:MM:SS."""
+        """Remaining time after ``done`` finished steps, as H:MM:SS."""
         seconds = (time.perf_counter() - self.start) / max(done - self.done, 1) * (self.total - done)
         return str(timedelta(seconds=round(seconds)))
 
 
 class Journal:
-    """`metrics.json`, one line an epoch, TensorBoard's files and the services of --log.
-
-    After a restart all of them go on from the checkpoint.
+    """Writes `metrics.json` (one line an epoch), TensorBoard's files, and the logs of ``--log``.
 
     Args:
-        folder: the run's.
-        step: number of finished steps; what TensorBoard has of later ones is dropped.
-        logs: the services.
+        folder: of the run.
+        step: number of finished steps; TensorBoard's values of later steps are dropped.
+        logs: of the services.
     """
 
     def __init__(self, folder: Path, step: int, logs: Sequence[ServiceLog] = ()) -> None:
@@ -86,27 +84,27 @@ class Journal:
         self.logs = logs
 
     def step(self, values: Mapping[str, float], step: int) -> None:
-        """Curves of the training steps."""
+        """Log the values of a training step."""
         self._scalars({f"step/{name}": value for name, value in values.items()}, step)
 
     def epoch(self, history: Sequence[Mapping[str, Any]], step: int) -> None:
-        """Write all epochs' lines, and the newest one's curves."""
+        """Write `metrics.json` with all epochs, and log the values of the newest."""
         replace_file(self.path, "".join(json.dumps(line, allow_nan=True) + "\n" for line in history))
         numbers = {name: value for name, value in history[-1].items() if isinstance(value, (int, float))}
         self._scalars({f"epoch/{name}": value for name, value in numbers.items() if math.isfinite(value)}, step)
         self.writer.flush()
 
     def matchings(self, reports: Mapping[str, RematchReport], step: int) -> None:
-        """Pictures of new matchings, for the services."""
+        """Log pictures of new matchings in the services."""
         for name, image in matching_images(reports).items() if self.logs else ():
             for log in self.logs:
                 log.image(f"matching/{name}", image, step)
 
     def close(self, student: Path | None = None, success: bool = False) -> None:
-        """End all logs.
+        """Close all logs.
 
         Args:
-            student: a file that the services store.
+            student: file to store in the services.
             success: whether the run has finished.
         """
         self.writer.close()
@@ -123,7 +121,7 @@ class Journal:
 
 
 def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
-    """Aligned columns: the first to the left, the others to the right."""
+    """A table as text; the first column is left-aligned, the others are right-aligned."""
     text = [[_cell(value) for value in row] for row in [header, *rows]]
     sizes = [max(len(row[column]) for row in text) for column in range(len(header))]
     lines = [

@@ -1,10 +1,10 @@
-"""Architectures, and where to tap them: one table, a row a network, no code for a new one.
+"""The table of architectures: how to build each, and which of its features to tap. A new one is a new row.
 
 Shape shorthand: N images, C channels of a map, H, W.
 
 A feature has a name (``stage1`` ... ``stage4``, shallow to deep), the module whose output is tapped, and the batch-norm
-that makes a teacher's margins. Features of student and teacher are paired by name. Widths and strides are read off a
-forward pass (:func:`measure_features`), not kept here.
+for a teacher's margins. Features of student and teacher are paired by name. Widths and strides are not in the table:
+:func:`measure_features` measures them.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from d2_mgd.distill import FeatureTaps, Tap
 from d2_mgd.errors import UserError, located
 
 TIMM = "timm:"  # prefix of timm's networks
-# Their training output carries auxiliary classifiers, which neither the loss nor the checkpoints here know.
+# In training mode these return the logits of auxiliary classifiers too, which this pipeline does not support.
 _WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
 
 
 @dataclass(frozen=True)
 class Feature:
-    """Where a named map is taken.
+    """The tap of a named map, and the batch-norm for its margins.
 
     Args:
-        tap: the module, and whether its last activation is undone.
-        norm: dotted path of the batch-norm whose output the map is (or is the last addend of), for a teacher's margins.
+        tap: the module, and whether the map is taken before its last activation.
+        norm: dotted path of the batch-norm whose output is the map, or the last summand of the map.
     """
 
     tap: Tap
@@ -44,11 +44,11 @@ class Architecture:
     """One row of the table.
 
     Args:
-        build: number of classes -> network with fresh weights.
-        features: name -> where, shallow to deep.
-        ignored: features that are not distilled where this is the student, as published.
-        teacher: the teacher unless another is asked for.
-        torchvision: torchvision's name, where it has published weights.
+        build: number of classes -> network with new weights.
+        features: name -> feature, shallow to deep.
+        ignored: features that are not distilled if this is the student, as published.
+        teacher: architecture of the default teacher.
+        torchvision: torchvision's name of the network, if it publishes weights.
     """
 
     build: Callable[[int], nn.Module]
@@ -76,7 +76,7 @@ def _resnet(name: str, blocks: tuple[int, int, int, int], last_norm: str, teache
 
 
 def _shufflenet(name: str, widths: list[int]) -> Architecture:
-    # The first map is what the first unit reads, after ReLU and pooling; margins are those of the stem, as published.
+    # As published, the first map is the input of the first unit, after ReLU and pooling, with the stem's margins.
     features = _stages(
         Feature(Tap("maxpool"), "conv1.1"),
         Feature(Tap("stage2"), "stage2.3.branch2.6"),
@@ -96,9 +96,9 @@ _MOBILENET_V1 = Architecture(
     _stages(_before("model.3", "4"), _before("model.5", "4"), _before("model.11", "4"), _before("model.13", "4")),
 )
 
-# Published: the depthwise convolutions of blocks 4, 7, 11 and 17, in a network whose fourth and fifth stage have each
-# other's stride. torchvision's halves the map in block 7 already, so the 192 channels at stride 8 are those that enter
-# that depthwise convolution.
+# The published code taps the depthwise convolutions of blocks 4, 7, 11 and 17, in a network whose fourth and fifth
+# stages have swapped strides. torchvision's block 7 has stride 2, so there the map with 192 channels at stride 8 is the
+# input of the depthwise convolution.
 _MOBILENET_V2 = Architecture(
     _from_torchvision("mobilenet_v2"),
     _stages(
@@ -133,7 +133,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def available() -> list[str]:
-    """Names that :func:`build` knows, the table's first; timm's networks come on top as ``timm:NAME``."""
+    """Names for :func:`build`, those of the table first, without timm's (``timm:NAME``)."""
     others = torchvision.models.list_models(module=torchvision.models)
     return [
         *ARCHITECTURES,
@@ -142,10 +142,10 @@ def available() -> list[str]:
 
 
 def architecture(name: str) -> Architecture:
-    """The row of a network; one without features for networks outside the table.
+    """The row of a network; for a network outside the table, a row without features.
 
     Raises:
-        UserError: an unknown network, with the list of those that there are.
+        UserError: the network is unknown; the message lists all.
     """
     if name in ARCHITECTURES:
         return ARCHITECTURES[name]
@@ -154,17 +154,17 @@ def architecture(name: str) -> Architecture:
     if name in available():
         return Architecture(_from_torchvision(name), {}, teacher=None, torchvision=name)
     raise UserError(
-        f"unknown architecture {name!r}; there are: {', '.join(available())}, and timm:NAME where timm is installed."
+        f"unknown architecture {name!r}. Available: {', '.join(available())}, and timm:NAME if timm is installed."
     )
 
 
 def build(name: str, num_classes: int) -> nn.Module:
-    """A network with fresh weights. Errors as in :func:`architecture`."""
+    """Build a network with new weights. Errors as in :func:`architecture`."""
     return architecture(name).build(num_classes)
 
 
 def timm_model(name: str, num_classes: int | None, pretrained: bool = False) -> nn.Module:
-    """A network of timm; ``num_classes`` None keeps the published head."""
+    """Build a network of timm; with ``num_classes`` None it has the published head."""
     try:
         import timm
     except ImportError as error:
@@ -172,7 +172,7 @@ def timm_model(name: str, num_classes: int | None, pretrained: bool = False) -> 
     bare = name[len(TIMM) :]
     if not timm.is_model(bare):
         near = ", ".join(timm.list_models(f"*{bare.split('_')[0]}*")[:20])
-        raise UserError(f"timm has no model {bare!r}; near it there are: {near or 'none'}.")
+        raise UserError(f"timm has no model {bare!r}. Similar names: {near or 'none'}.")
     head: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     return timm.create_model(bare, pretrained=pretrained, **head)
 
@@ -181,10 +181,10 @@ def timm_model(name: str, num_classes: int | None, pretrained: bool = False) -> 
 def measure_features(
     name: str, model: nn.Module, taps: Mapping[str, Tap], image_size: int
 ) -> dict[str, tuple[int, int, int]]:
-    """(C, H, W) of every tapped map for images of ``image_size`` px, from one forward pass in eval mode.
+    """Measure (C, H, W) of every tapped map, by one forward pass with an image of ``image_size`` px.
 
     Raises:
-        UserError: a path that is not in the model, a map that is not (N, C, H, W), or too small an image.
+        UserError: a path is not in the model, a map is not (N, C, H, W), or the image is too small.
     """
     training = model.training
     images = torch.zeros(1, 3, image_size, image_size, device=next(model.parameters()).device)
@@ -193,7 +193,7 @@ def measure_features(
         with located(f"{name}: "), FeatureTaps(model, taps) as feature_taps:
             maps: dict[str, Tensor] = feature_taps.run(images)
     except RuntimeError as error:
-        raise UserError(f"{name} cannot be tapped with images of {image_size} px: {error}") from error
+        raise UserError(f"{name} cannot run on images of {image_size} px: {error}") from error
     finally:
         model.train(training)
     for feature, found in maps.items():

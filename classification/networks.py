@@ -1,4 +1,4 @@
-"""Networks that torchvision lacks, or has without the maps that the publication taps.
+"""Networks that torchvision lacks, or in which the maps that the paper taps do not exist.
 
 Shape shorthand: N images, C channels, H, W.
 """
@@ -53,9 +53,9 @@ class MobileNetV1(nn.Module):
 class PreActivationUnit(shufflenetv2.InvertedResidual):
     """torchvision's ShuffleNet-V2 unit with its last ReLU moved to where the output is read.
 
-    A ReLU commutes with concatenation and channel shuffle, so the network computes the same; but the output of a stage
-    is now the pre-activation of all its channels, also of those that pass a unit untouched. In torchvision's order that
-    map does not exist anywhere. Parameters and their names are torchvision's.
+    A ReLU commutes with concatenation and channel shuffle, so the network computes the same function. The output of a
+    stage is now the pre-activation of all its channels, including those that a unit passes unchanged. In torchvision's
+    order that map does not exist. Parameters and their names are torchvision's.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ class PreActivationUnit(shufflenetv2.InvertedResidual):
 class PreActivationShuffleNetV2(shufflenetv2.ShuffleNetV2):
     """torchvision's ShuffleNet-V2 (Ma et al., ECCV 2018) whose stages end before their activation.
 
-    Same function, same ``state_dict`` as torchvision's; see :class:`PreActivationUnit`.
+    Its function and ``state_dict`` are those of torchvision's network; see :class:`PreActivationUnit`.
     """
 
     def __init__(

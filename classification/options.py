@@ -1,4 +1,4 @@
-"""The options of both entry points; published names and defaults, ours beside them."""
+"""Parsing and checking the options of both entry points."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from classification.checkpoint import CHECKPOINT
 from d2_mgd.distill import LogitLoss, RematchSchedule, WeightSchedule
 from d2_mgd.errors import UserError, located
 
-SUMMED_LOSSES = ("partial_l2", "mse")  # over an image; they take the published factors
+SUMMED_LOSSES = ("partial_l2", "mse")  # sums over an image, weighted by the published factors
 
 
 def parse_base(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Options of ``main_base.py``: training without a teacher.
+    """Parse the options of ``main_base.py``, which trains without a teacher.
 
     Raises:
-        UserError: an option that is unknown, malformed, or does not go with another.
+        UserError: an option is unknown or malformed, or contradicts another.
     """
     parser = Parser(
-        prog="main_base.py", description="Train or evaluate a network; with --evaluate, also its teacher beside it."
+        prog="main_base.py", description="Train a network without a teacher, or evaluate it and its teacher."
     )
     add_common(parser, nesterov=0, drops=[30, 60, 90])
     options = parser.parse_args(arguments)
@@ -34,7 +34,7 @@ def parse_base(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def parse_mgd(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Options of ``main_mgd.py``: training with a teacher. Errors as in :func:`parse_base`."""
+    """Parse the options of ``main_mgd.py``, which distils a teacher. Errors as in :func:`parse_base`."""
     parser = Parser(prog="main_mgd.py", description="Distil a teacher into a student by Matching Guided Distillation.")
     add_common(parser, nesterov=1, drops=[31, 61, 81])
     add_distillation(parser)
@@ -55,7 +55,7 @@ def parse_mgd(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """The options, and the names of those that the command line gave a value."""
+    """Parse the options; also returns the names of those that the command line sets."""
     defaults = vars(parser.parse_args(["DATA"]))
     options = parser.parse_args(arguments, argparse.Namespace(**dict.fromkeys(defaults)))
     given = [name for name, value in vars(options).items() if value is not None]
@@ -65,27 +65,27 @@ def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> 
 
 
 def _check_in_vain(options: argparse.Namespace, given: Sequence[str]) -> None:
-    """Refuse what was asked for and would change nothing."""
+    """Check that no option is set that the run would not use."""
     about_logits = next((name for name in given if name.startswith("kd_")), None)
     if about_logits is not None and not options.with_kd:
         raise UserError(
-            f"--{about_logits.replace('_', '-')} is about the logits, which are not distilled: add --mgd-with-kd 1, or "
-            "--distiller kd, or leave it out."
+            f"--{about_logits.replace('_', '-')} needs distillation of logits: add --mgd-with-kd 1 or --distiller kd, "
+            "or leave it out."
         )
     for name in ("loss_weight", "loss_factor"):
         if options.balance != "fixed" and name in given:
             raise UserError(f"--{name.replace('_', '-')} is not used with --balance {options.balance}.")
     if options.loss in SUMMED_LOSSES and "loss_weight" in given:
-        raise UserError(f"--loss-weight is not used by --loss {options.loss}, which --loss-factor divides.")
+        raise UserError(f"--loss-weight is not used with --loss {options.loss}: use --loss-factor.")
     if options.loss not in SUMMED_LOSSES and "loss_factor" in given:
-        raise UserError(f"--loss-factor is not used by --loss {options.loss}, which --loss-weight multiplies.")
+        raise UserError(f"--loss-factor is not used with --loss {options.loss}: use --loss-weight.")
 
 
 def logit_loss(options: argparse.Namespace) -> LogitLoss:
-    """What the options say about logits.
+    """Build the loss of the logits.
 
     Raises:
-        UserError: an option of the loss that it does not have, or a value that it cannot take.
+        UserError: the loss does not have a parameter of ``--kd-options``, or its value is invalid.
     """
     own: dict[str, float] = {}
     for text in options.kd_options:
@@ -93,9 +93,9 @@ def logit_loss(options: argparse.Namespace) -> LogitLoss:
         try:
             own[name] = float(value)
         except ValueError:
-            raise UserError(f"--kd-options takes NAME=NUMBER, such as beta=8, not {text!r}.") from None
+            raise UserError(f"--kd-options needs NAME=NUMBER, such as beta=8, not {text!r}.") from None
     if "temperature" in own:
-        raise UserError("the temperature of the logits is --kd-temperature, not one of the --kd-options.")
+        raise UserError("--kd-options does not take the temperature: use --kd-temperature.")
     return LogitLoss(
         options.kd_loss,
         weight=options.kd_weight,
@@ -106,10 +106,10 @@ def logit_loss(options: argparse.Namespace) -> LogitLoss:
 
 
 def rematch_schedule(options: argparse.Namespace) -> RematchSchedule:
-    """After which epochs to match again.
+    """Build the schedule of rematches, in epochs.
 
     Raises:
-        UserError: numbers that do not fit together.
+        UserError: the numbers of epochs are invalid.
     """
     if not options.mgd_update_at and not options.mgd_update_log:
         return RematchSchedule([options.mgd_update_freq])
@@ -118,10 +118,10 @@ def rematch_schedule(options: argparse.Namespace) -> RematchSchedule:
 
 
 def weight_schedule(options: argparse.Namespace) -> WeightSchedule:
-    """The factor of the distillation losses by epochs, those of the learning rate's warm-up included.
+    """Build the schedule of the distillation weight, in epochs; those of the learning rate's warm-up count too.
 
     Raises:
-        UserError: numbers that do not fit together.
+        UserError: the numbers of epochs contradict each other.
     """
     stop = options.epochs if options.distill_stop is None else options.distill_stop
     with located("--distill-...: "):
@@ -132,7 +132,7 @@ def weight_schedule(options: argparse.Namespace) -> WeightSchedule:
 
 def _checked(options: argparse.Namespace) -> argparse.Namespace:
     if options.use_pretrained and options.student_resume:
-        raise UserError("--use-pretrained and --student-resume both give the student's first weights: choose one.")
+        raise UserError("--use-pretrained and --student-resume both set the student's initial weights: choose one.")
     if options.nesterov and options.momentum == 0:
         raise UserError("--nesterov 1 needs a --momentum above 0.")
     if options.workers is None:
@@ -140,31 +140,30 @@ def _checked(options: argparse.Namespace) -> argparse.Namespace:
         options.workers = min(32, cores)
     if options.accumulate > options.batch_size:
         raise UserError(
-            f"--accumulate {options.accumulate} is more than --batch-size {options.batch_size}, whose images it parts."
+            f"--accumulate {options.accumulate} is larger than --batch-size {options.batch_size}: choose a smaller one."
         )
     if options.warmup:
         options.epochs += options.warmup_epochs
         options.lr_drop_epochs = [epoch + options.warmup_epochs for epoch in options.lr_drop_epochs]
-    options.data = options.data.resolve()  # whoever reads it later stands somewhere else
+    options.data = options.data.resolve()  # absolute, because readers of run.json may run in another folder
     _set_output_dir(options)
     if options.evaluate and options.resume:
         _name_evaluated_student(options)
     if options.evaluate and not (gives_student(options) or options.teacher_arch or options.teacher_resume):
         raise UserError(
-            "--evaluate has no weights to evaluate: name the student's by --student-resume, --resume or "
-            "--use-pretrained 1, or a teacher by --teacher-resume or --teacher-arch."
+            "--evaluate has no weights to evaluate: name the student's with --student-resume, --resume or "
+            "--use-pretrained 1, or a teacher with --teacher-resume or --teacher-arch."
         )
     return options
 
 
 def gives_student(options: argparse.Namespace) -> bool:
-    """Whether the student has weights other than fresh ones; with ``--evaluate``, whether it is evaluated."""
+    """Whether the options name weights of the student; with ``--evaluate``, whether it is evaluated."""
     return bool(options.use_pretrained or options.student_resume)
 
 
 def _name_evaluated_student(options: argparse.Namespace) -> None:
-    """With --evaluate, --resume names the checkpoint whose student is looked at; as in a training, it goes before
-    pretrained weights."""
+    """With ``--evaluate``, make the checkpoint of ``--resume`` the student's file; it overrides pretrained weights."""
     if options.student_resume:
         raise UserError("--resume and --student-resume both name the student to evaluate: choose one.")
     options.student_resume = options.output_dir / CHECKPOINT if options.resume == "auto" else Path(options.resume)
@@ -181,11 +180,11 @@ def _set_output_dir(options: argparse.Namespace) -> None:
     folder = Path(options.resume).resolve().parent
     if options.output_dir is not None and options.output_dir.resolve() != folder:
         raise UserError(
-            f"--resume {options.resume} goes on in its own folder: leave --output-dir out, or copy the run there."
+            f"--resume {options.resume} continues in that folder: leave --output-dir out, or copy the run there first."
         )
     options.output_dir = folder
 
 
 def as_values(options: argparse.Namespace) -> dict[str, Any]:
-    """Options as plain values, for a checkpoint."""
+    """The options as plain values, for checkpoints."""
     return {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}

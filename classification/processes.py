@@ -1,4 +1,4 @@
-"""The ranks of a run: how the published flags start them, and on which device each computes."""
+"""The ranks of a run: started by the published flags, each with its device."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Process:
     """One rank of a run.
 
     Args:
-        rank, world: its number, and how many ranks there are.
-        local_rank, local_world: the same for the ranks of this machine.
-        device: where it computes.
+        rank, world: rank and world size.
+        local_rank, local_world: the same among the ranks of this machine.
+        device: of this rank.
     """
 
     rank: int
@@ -33,7 +33,7 @@ class Process:
 
     @property
     def is_main(self) -> bool:
-        """Whether it writes files and logs."""
+        """Whether this is rank 0, which writes files and logs."""
         return self.rank == 0
 
 
@@ -41,7 +41,7 @@ Work = Callable[[Process, argparse.Namespace], None]
 
 
 def launch(work: Work, options: argparse.Namespace) -> int:
-    """Run ``work`` in as many processes as the options (or torchrun's environment) ask for.
+    """Run ``work`` on each rank that the options, or torchrun's environment, define on this machine.
 
     Returns:
         The exit status: 0, 2 after a :class:`UserError`, 130 after a Ctrl-C before there was anything to save, or that
@@ -59,7 +59,7 @@ def launch(work: Work, options: argparse.Namespace) -> int:
 def _start(work: Work, options: argparse.Namespace, machines: int) -> int:
     machine = max(0, options.rank)
     if machine >= machines:
-        raise UserError(f"--rank must be 0 to {machines - 1} with --world-size {machines}.")
+        raise UserError(f"--rank {machine} must be 0 to {machines - 1} with --world-size {machines}.")
     ranks = 1
     if options.multiprocessing_distributed:
         ranks = options.nproc or (torch.cuda.device_count() if _device(options, 0).type == "cuda" else 1)
@@ -84,20 +84,22 @@ def _work(work: Work, options: argparse.Namespace) -> None:
         share_cores(local_world)
     backend = options.dist_backend or ("nccl" if on_gpu else "gloo")
     if backend == "nccl" and not on_gpu:
-        raise CommonError("--dist-backend nccl needs GPUs; on CPUs it is gloo.")
+        raise CommonError("--dist-backend nccl needs GPUs; on CPUs use gloo.")
     with process_group(backend) if world > 1 else nullcontext():
         work(process, options)
 
 
 def _check_ranks(options: argparse.Namespace, ranks: int) -> None:
-    """What can be wrong with ``ranks`` processes on this machine."""
+    """Check the options for ``ranks`` processes on this machine."""
     if options.batch_size < ranks:
-        raise CommonError(f"--batch-size {options.batch_size} is smaller than the number of processes, {ranks}.")
+        raise CommonError(
+            f"--batch-size {options.batch_size} is smaller than this machine's number of processes, {ranks}."
+        )
     named = f"--device {options.device}" if options.gpu is None else f"--gpu {options.gpu}"
     if ranks > 1 and (options.gpu is not None or options.device.startswith("cuda:")):
         raise CommonError(
-            f"{named} is one GPU for all of the {ranks} processes of this machine, which take one each: leave it "
-            "out, and choose GPUs by CUDA_VISIBLE_DEVICES."
+            f"{named} names one GPU for {ranks} processes, and each needs its own: leave it out, and select GPUs with "
+            "CUDA_VISIBLE_DEVICES."
         )
 
 
@@ -110,12 +112,12 @@ def _device(options: argparse.Namespace, number: int) -> torch.device:
         try:
             wanted = torch.device(options.device)
         except RuntimeError as error:
-            raise UserError(f"--device {options.device} is no device: use auto, cpu, cuda or cuda:N.") from error
+            raise UserError(f"--device {options.device} is not a device: use auto, cpu, cuda or cuda:N.") from error
     if wanted.type not in ("cpu", "cuda"):
         raise UserError(f"--device {options.device} is not supported: use auto, cpu, cuda or cuda:N.")
     if wanted.type == "cuda":
         index = number if wanted.index is None else wanted.index
         if index >= torch.cuda.device_count():
-            raise UserError(f"GPU {index} was asked for, and PyTorch sees {torch.cuda.device_count()} GPU(s).")
+            raise UserError(f"GPU {index} does not exist: PyTorch finds {torch.cuda.device_count()} GPU(s).")
         return torch.device("cuda", index)
     return wanted

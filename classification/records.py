@@ -1,6 +1,6 @@
-"""What rank 0 writes for all: checkpoints, the student's files, metrics and matchings.
+"""Files that rank 0 writes: checkpoints, the student's files, metrics and matchings.
 
-Each raises a :class:`UserError` where the disk refuses.
+All functions raise a :class:`UserError` if a file cannot be written.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from d2_mgd.training import disk_errors
 
 
 def write_checkpoint(run: Run, state: dict[str, Any]) -> None:
-    """Write the state of a training, and move the pointer to it."""
+    """Write a checkpoint, and point ``checkpoint.pth`` to it."""
     if not run.process.is_main:
         return
     progress = run.progress
@@ -24,7 +24,7 @@ def write_checkpoint(run: Run, state: dict[str, Any]) -> None:
 
 
 def _position(run: Run) -> int:
-    """How far the run is; it grows also where the number of processes, and so of steps, changes."""
+    """Position of the run, counted in images; it also grows when a resumed run has another number of ranks."""
     images, progress = len(run.data["train"]), run.progress
     done = images if progress.step == run.order.steps else progress.step * run.together
     return progress.epoch * (images + 1) + done
@@ -34,7 +34,7 @@ def write_epoch(run: Run, line: Mapping[str, Any], is_best: bool) -> None:
     """Write the student's files and the metrics of a finished epoch.
 
     Args:
-        run: with the epoch in its history.
+        run: its history already includes the epoch.
         line: the epoch's metrics.
         is_best: whether the student is the best so far.
     """
@@ -55,7 +55,7 @@ def write_epoch(run: Run, line: Mapping[str, Any], is_best: bool) -> None:
 
 
 def write_matching(run: Run, epoch: int, reports: Mapping[str, RematchReport]) -> None:
-    """Write what a rematch after ``epoch`` epochs found."""
+    """Write the reports of a rematch after ``epoch`` epochs."""
     if run.journal is None:
         return
     run.journal.matchings(reports, run.finished_steps)

@@ -1,4 +1,4 @@
-"""A run, from options to the table at its end."""
+"""A run of either entry point, from the options to the table at the end."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ logger = logging.getLogger(__name__)
 
 _TABLE = ("network", "top-1 error", "top-5 error", "epoch")
 _LOG_FORMAT = "%(asctime)s %(message)s"
-# Options that may differ when a run goes on, and it is still the same run.
+# Options that may change when a run is resumed, without a warning.
 _FREE = {
     "workers", "resume", "print_freq", "overwrite", "device", "gpu", "dist_url", "rank", "data", "output_dir", "nproc",
     "trust_weights", "log", "log_student",
@@ -73,7 +73,7 @@ def main(parse: Callable[[Sequence[str] | None], argparse.Namespace], arguments:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """What can be known before processes start."""
+    """Check what can be checked before processes start."""
     architecture(options.arch)
     if options.teacher_arch is not None:
         architecture(options.teacher_arch)
@@ -86,9 +86,9 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _check_output(folder: Path) -> None:
-    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
-    if not there.is_dir():
-        raise UserError(f"--output-dir {folder} cannot be made, since {there} is a file: name a folder.")
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    if not existing.is_dir():
+        raise UserError(f"--output-dir {folder} cannot be created, because {existing} is a file: name a folder.")
 
 
 @lasting_output()
@@ -102,7 +102,7 @@ def _work(process: Process, options: argparse.Namespace) -> None:
     resume = None if options.evaluate else _agreed_resume(process, options)
     state = None if resume is None else read_training_state(resume, options.arch, classes)
     seed_all(options.seed)
-    network = make_student(options, len(classes))  # before the teacher: every method starts from the same
+    network = make_student(options, len(classes))  # before the teacher, so that all methods start from the same weights
     teacher = make_teacher(options, len(classes))
     trainer = make_trainer(process, options, network, teacher, folders)
     _describe(trainer, teacher)
@@ -150,13 +150,13 @@ def _check_process(process: Process, options: argparse.Namespace) -> None:
             check_services(options.log, options.log_student)
     if options.batch_size % process.local_world:
         logger.warning(
-            "--batch-size %d is no multiple of the %d processes: each takes %d images.",
+            "--batch-size %d is not a multiple of the %d processes: each gets %d images.",
             options.batch_size, process.local_world, options.batch_size // process.local_world,
         )  # fmt: skip
 
 
 def _agreed_resume(process: Process, options: argparse.Namespace) -> Path | None:
-    """The checkpoint to go on from, which the first process chooses for all (collective)."""
+    """The checkpoint to resume, chosen by rank 0; None for a new run (collective)."""
     chosen = None
     restart = largest([restarted()]) == [1]
     with failing_together():
@@ -164,14 +164,12 @@ def _agreed_resume(process: Process, options: argparse.Namespace) -> Path | None
             chosen = _find_resume(options, restart)
     chosen = from_main(chosen)
     if chosen is not None and not chosen.is_file():
-        raise UserError(
-            f"{chosen} is not there for this process: all machines have to share the folder {chosen.parent}."
-        )
+        raise UserError(f"{chosen} does not exist on this machine: all machines must share the folder {chosen.parent}.")
     return chosen
 
 
 def _find_resume(options: argparse.Namespace, restart: bool) -> Path | None:
-    """The checkpoint to go on from; after a restart by torchrun a run goes on by itself."""
+    """The checkpoint to resume, or None; after a restart by torchrun, a run resumes without ``--resume``."""
     own = options.output_dir / CHECKPOINT
     named = options.resume not in (None, "auto") and not (restart and own.is_symlink())
     path = Path(options.resume) if named else own
@@ -182,13 +180,13 @@ def _find_resume(options: argparse.Namespace, restart: bool) -> Path | None:
         raise UserError(f"the checkpoint {path} does not exist.")
     if there and options.resume is None and not restart and not options.overwrite:
         raise UserError(
-            f"{options.output_dir} holds a run already: go on with --resume, start anew there with --overwrite, or "
+            f"{options.output_dir} already contains a run: continue it with --resume, replace it with --overwrite, or "
             "choose another --output-dir."
         )
     if there and (options.resume is not None or restart):
         return Path(checkpoints.newest_whole(None if last else path.name))
     if options.resume is not None:
-        logger.info("%s does not exist yet: starting anew.", own)
+        logger.info("%s does not exist yet: starting a new run.", own)
     return None
 
 
@@ -200,13 +198,13 @@ def _open_folder(options: argparse.Namespace, anew: bool) -> None:
         remove_leftovers(folder)
         handler = logging.FileHandler(folder / "log.txt")
     except OSError as error:
-        raise UserError(f"--output-dir {folder} cannot be written to: {error.strerror}.") from error
+        raise UserError(f"--output-dir {folder} is not writable: {error.strerror}.") from error
     handler.setFormatter(logging.Formatter(_LOG_FORMAT))
     logging.getLogger().addHandler(handler)
 
 
 def _clear(folder: Path) -> None:
-    """What an earlier run left must not be taken for this one's."""
+    """Remove the files of an earlier run."""
     checkpoints_of(folder).clear()
     students = [
         Path(name).with_suffix(end).name for name in (STUDENT_LAST, STUDENT_BEST) for end in (".pth", ".safetensors")
@@ -241,26 +239,27 @@ def _evaluate(trainer: Trainer, teacher: TeacherNetwork | None, num_classes: int
         rows.append([f"{teacher.name} (teacher)", found.err1, found.err5])
     elif teacher is not None:
         logger.info(
-            "the teacher's %d classes are not the data's %d, so it has no error here.", teacher.num_classes, num_classes
+            "the teacher is not evaluated: it has %d classes, and the data has %d.", teacher.num_classes, num_classes
         )
     if gives_student(trainer.options):
         found = trainer.evaluate()
         rows.append([f"{trainer.options.arch} (student)", found.err1, found.err5])
     if not rows:
         raise CommonError(
-            "there is nothing to evaluate: give the student's weights, or a teacher of the data's classes."
+            "there is nothing to evaluate: name the student's weights, or a teacher that was trained on these classes."
         )
     if trainer.process.is_main:
         print(table(rows, _TABLE[:3]))
 
 
 def _look_at(trainer: Trainer, teacher: TeacherNetwork | None, num_classes: int) -> None:
-    """Show what both networks can do before any training; exit after a signal."""
+    """Evaluate both networks before the training; exit after a signal."""
     try:
         _show_errors(trainer, teacher, num_classes)
     except Interrupted as stopped:
         if trainer.process.is_main:
-            logger.warning("%s: left before a step; there is nothing to save.", signal.Signals(stopped.number).name)
+            name = signal.Signals(stopped.number).name
+            logger.warning("%s: stopped before the first step; there is nothing to save.", name)
         raise SystemExit(128 + stopped.number) from None
 
 
@@ -271,11 +270,11 @@ def _show_errors(trainer: Trainer, teacher: TeacherNetwork | None, num_classes: 
         logger.info("teacher before training: error top-1 %.3f, top-5 %.3f", found.err1, found.err5)
         if trainer.process.is_main and 100.0 - found.err1 < 120.0 / num_classes:
             logger.warning(
-                "the teacher hardly does better than guessing: is its file the right one, and of these classes?"
+                "the teacher is hardly better than chance: check that its file is of this data and these classes."
             )
     elif teacher is not None:
         logger.info(
-            "the teacher's %d classes are not the data's %d: only its features are used.",
+            "the teacher has %d classes, not the data's %d: only its features are used.",
             teacher.num_classes,
             num_classes,
         )
@@ -291,11 +290,11 @@ def _compare_options(state: dict[str, Any], options: argparse.Namespace) -> None
         if key not in _FREE and state["options"].get(key) != value
     ]
     if changed:
-        logger.warning("options that differ from the run so far: %s", "; ".join(changed))
+        logger.warning("options changed since the checkpoint: %s", "; ".join(changed))
 
 
 def _identity(teacher: dict[str, Any]) -> dict[str, str]:
-    """Torchvision's own weights have no file of the user's, and their name identifies them."""
+    """A teacher's file and digest; torchvision's published weights have no digest, their name identifies them."""
     return {"weights": teacher["file"], "digest": teacher.get("sha256", teacher["file"])}
 
 

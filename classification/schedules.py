@@ -1,4 +1,4 @@
-"""What a run does when: learning rates, the weight of the distillation, and rematches, by epochs and steps."""
+"""The schedules of a run: learning rate, distillation weight and rematches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _WARMUP_FACTOR = 0.1  # published
 
 
 def learning_rate_factor(epoch: int, drops: Sequence[int], ratio: float, warmup_epochs: int = 0) -> float:
-    """What the learning rate is multiplied by in an epoch (counted from 0): drops, and a linear warm-up."""
+    """Factor of the learning rate in an epoch, counted from 0: drops, and a linear warm-up."""
     factor = ratio ** bisect_right(sorted(drops), epoch)
     if epoch < warmup_epochs:
         share = epoch / warmup_epochs
@@ -28,9 +28,9 @@ class Schedules:
 
     Args:
         options: as parsed.
-        distiller: None where no features are compared.
+        distiller: None if no features are distilled.
         steps: of an epoch.
-        images: of a step of all ranks.
+        images: of a step, on all ranks.
     """
 
     def __init__(
@@ -51,19 +51,19 @@ class Schedules:
         return options.lr * factor
 
     def distill_factor(self, finished_steps: int) -> float:
-        """Factor of the distillation losses in the step after so many of the whole run."""
+        """Factor of the distillation losses in the next step."""
         return self.weight.factor(finished_steps / self.steps)
 
     def starts_matched(self, epoch: int) -> bool:
-        """Whether a training that goes on after so many epochs needs a matching before its first step."""
+        """Whether a training that starts with epoch ``epoch`` needs a matching before its first step."""
         return self.rematch.start and self.weight.active(epoch)
 
     def rematch_due(self, epoch: int) -> bool:
-        """Whether to rematch after so many finished epochs; not after the last, where no step uses the matching."""
+        """Whether to rematch after ``epoch`` epochs; never after the last, because no step would use the matching."""
         return epoch < self.options.epochs and rematch_due(self.rematch, self.weight, epoch)
 
     def observing(self, finished_steps: int) -> bool:
-        """Whether the next step's maps count in the next matching: the last steps before it that have enough images."""
+        """Whether the next rematch uses the maps of the next step: one of the last steps with enough images for it."""
         if not self.rematch.start or self.options.mgd_update_source == "pass":
             return False
         later = range(finished_steps // self.steps + 1, self.options.epochs)

@@ -1,6 +1,6 @@
-"""One rank of a run, and the state that all ranks continue from: gathered for a checkpoint, and restored.
+"""The state of a run on one rank, gathered over ranks for a checkpoint and restored from one.
 
-Saving changes no result of the run, so a run can be interrupted after any step and end with the same bits.
+Saving does not change the run: a run that is interrupted after any step and resumed ends with the same bits.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ logger = logging.getLogger(__name__)
 
 
 _ADVICE = (
-    " Try a smaller --learning-rate, --warmup 1 or another --mixed-precision, or skip such steps by --skip-nonfinite; "
-    "the last checkpoint is from before."
+    " Try a smaller --learning-rate, --warmup 1 or another --mixed-precision, or skip such steps with "
+    "--skip-nonfinite; --resume continues from the last checkpoint, written before this step."
 )
 
 
 @dataclass
 class Progress:
-    """Where a run is.
+    """Progress of a run.
 
     Args:
         epoch, step: finished epochs, and finished steps of the next one.
-        history: a line an epoch.
-        best: the line with the least top-1 error.
-        teacher: the teacher's errors, where it knows the data's classes.
+        history: metrics of each epoch.
+        best: metrics of the epoch with the lowest top-1 error.
+        teacher: the teacher's errors, if its classes are the data's.
     """
 
     epoch: int = 0
@@ -59,15 +59,15 @@ class Progress:
 
 
 class Run:
-    """One rank of a run: what is trained, on which data, and how far it is.
+    """One rank of a run: networks, optimiser, data and progress.
 
     Args:
         options: as parsed.
-        process: which rank this is.
+        process: this rank.
         student: the trainable part, on its device.
         step: the module that a batch goes through: the student (possibly wrapped) and the teacher.
         data: the data sets ``train``, ``valid`` and ``rematch``.
-        teacher: what a checkpoint records of the teacher.
+        teacher: architecture, file and digest of the teacher, for checkpoints.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Run:
         self.intake = Intake(process.device, options.skip_broken_images, image_statistics(student.network))
         self.progress = Progress(epoch=options.start_epoch)
         self.sums = Sums(process.device)
-        self.summed: list[str] = []  # names of what is summed over the epoch
+        self.summed: list[str] = []  # names of the values in sums
         self.checkpoints = checkpoints_of(options.output_dir, options.keep_checkpoints)
         optimizer = torch.optim.SGD(
             student.parameters(),
@@ -113,19 +113,19 @@ class Run:
 
     @property
     def together(self) -> int:
-        """Images of a step of all ranks."""
+        """Number of images of a step, on all ranks."""
         return self.batch_size * self.process.world
 
     @property
     def finished_steps(self) -> int:
-        """Steps of the whole run."""
+        """Number of finished steps of the whole run."""
         return self.progress.epoch * self.order.steps + self.progress.step
 
 
 def training_state(run: Run, random: dict[str, Any] | None = None) -> dict[str, Any]:
     """The state of all ranks, complete on rank 0 (collective).
 
-    The student's running statistics are the mean over ranks. Within an epoch, each rank's own are beside them.
+    The student's running statistics are means over ranks. Within an epoch, those of each rank are stored too.
     """
     student = run.student
     data = run.options.data
@@ -159,22 +159,22 @@ def training_state(run: Run, random: dict[str, Any] | None = None) -> dict[str, 
 
 
 def _differs(buffer: Tensor) -> bool:
-    """Whether ranks may have different values: running statistics may."""
+    """Whether ranks may have different values of a buffer, which is true for running statistics."""
     return buffer.dtype in (torch.float32, torch.float64)
 
 
 def _with_means(module: nn.Module, prefix: str, mean: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A module's state with other running statistics, which ``mean`` names by prefix and name."""
+    """The state dict of a module, with its running statistics replaced by those in ``mean`` (keys with ``prefix``)."""
     state = module.state_dict()
     state.update({name: mean[prefix + name] for name in state if prefix + name in mean})
-    return state  # with its metadata, by which some networks know the version of their weights
+    return state  # keeps its metadata, from which some networks read the version of their weights
 
 
 def restore_training(run: Run, state: Mapping[str, Any]) -> None:
-    """Continue from :func:`training_state`, on every rank.
+    """Restore the result of :func:`training_state`, on every rank.
 
     Raises:
-        UserError: the state is of another distiller.
+        UserError: the checkpoint has another distiller.
     """
     _load_modules(run, state)
     if state["costs"] and run.process.is_main:
@@ -183,7 +183,7 @@ def restore_training(run: Run, state: Mapping[str, Any]) -> None:
     broken = [path for own in processes for path in own.get("broken", ())]
     run.intake.broken.update(os.path.join(run.options.data, path) for path in broken)
     step = state["progress"]["step"]
-    if state["together"] != run.together:  # as many images are done, rounded to whole steps
+    if state["together"] != run.together:  # the same number of images, rounded down to whole steps
         step = min(run.order.steps, step * state["together"] // run.together)
     run.progress = Progress(**{**state["progress"], "step": step})
     run.nonfinite.load_state_dict(state["nonfinite"])
@@ -197,7 +197,7 @@ def restore_training(run: Run, state: Mapping[str, Any]) -> None:
         set_random_state(own["random"])
         return
     logger.warning(
-        "the checkpoint is of %d processes and these are %d: the run goes on, but not exactly the same.",
+        "the checkpoint is of %d processes and this run has %d: it continues, but not bit-exactly.",
         len(processes),
         run.process.world,
     )
@@ -208,7 +208,7 @@ def restore_training(run: Run, state: Mapping[str, Any]) -> None:
 def _load_modules(run: Run, state: Mapping[str, Any]) -> None:
     student = run.student
     if (state["distiller"] is None) != (student.distiller is None):
-        raise UserError("one of the two has a feature distiller, and the other has not.")
+        raise UserError(f"it was written with{'' if state['distiller'] else 'out'} a feature distiller.")
     try:
         student.network.load_state_dict(state["student"])
         if student.distiller is not None:
@@ -221,7 +221,7 @@ def _load_modules(run: Run, state: Mapping[str, Any]) -> None:
 
 
 def _load_momenta(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """What the optimiser has gathered; its settings (weight decay, momentum, ...) stay those of this run's options."""
+    """Load the optimiser's momenta; its settings (weight decay, momentum, ...) stay those of this run's options."""
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
     for group, own in zip(optimizer.param_groups, settings):

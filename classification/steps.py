@@ -1,4 +1,4 @@
-"""The gradients of a batch of images, which may go through the networks in micro-batches.
+"""Gradients of a batch of images, with gradient accumulation over micro-batches.
 
 Shape shorthand: N images.
 """
@@ -17,12 +17,12 @@ from d2_mgd.training.steps import Stepper
 
 
 class Found(NamedTuple):
-    """What a backward pass found, besides gradients.
+    """Results of a backward pass, besides gradients.
 
     Args:
         losses: name -> () loss, summed over the images.
         wrong: ``err1`` and ``err5`` -> number of images.
-        outputs: of the micro-batches, with their maps; empty where those were not asked for.
+        outputs: of the micro-batches, with their maps; empty without ``keep_maps``.
     """
 
     losses: dict[str, Tensor]
@@ -39,15 +39,15 @@ def backward(
     keep_maps: bool = False,
     factor: float = 1.0,
 ) -> Found:
-    """Gradients of a batch's mean loss; the weights do not change.
+    """Compute the gradients of a batch's mean loss, without changing the weights.
 
-    Under DDP they are those of all ranks, which have equally many micro-batches.
+    Under DDP, gradients are means over ranks, and all ranks have equally many micro-batches.
 
     Args:
         stepper: of the student.
-        step: what images and targets go through: the student (possibly wrapped) and the teacher.
+        step: the module that a batch goes through: the student (possibly wrapped) and the teacher.
         intake: moves a batch to the device.
-        batch: N images, as they come from a loader.
+        batch: N images of a loader.
         accumulate: number of micro-batches.
         keep_maps: keep the maps of both networks.
         factor: of the distillation losses.
@@ -69,11 +69,11 @@ def backward(
 
 
 def parts_of(batch: Batch, number: int) -> list[Batch]:
-    """A batch in micro-batches whose sizes differ by one at most, with two images or more, which batch-norm needs.
+    """Split a batch into micro-batches whose sizes differ by at most one, each with at least two images for batch-norm.
 
     Args:
         batch: N images.
-        number: how many parts; fewer if there are too few images.
+        number: of micro-batches; fewer if there are too few images.
     """
     number = min(number, max(1, len(batch.targets) // 2))
     if number == 1:

@@ -1,6 +1,6 @@
 """Errors that a user can correct: commands print the message on standard error and exit with status 2, no traceback.
 
-Below all packages, so that each can raise them; imports nothing of them.
+All packages import this module; it imports none of them.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ class UserError(ValueError):
 
 
 class CommonError(UserError):
-    """A user's mistake that every rank finds: only one rank per machine prints it."""
+    """An error that every rank raises; only one rank per machine prints it."""
 
 
 @contextmanager
 def located(where: str) -> Iterator[None]:
-    """Add ``where`` to the front of a :class:`UserError` of the block. Other errors pass unchanged."""
+    """Context that puts ``where`` before the message of a :class:`UserError`. Other errors pass unchanged."""
     try:
         yield
     except UserError as error:
@@ -30,15 +30,15 @@ def located(where: str) -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """An error of a library on one line, without its full stop; of an operating-system error only the system's text.
+    """The message of a library's error in one line, without a full stop; of an OSError, only the system's text.
 
-    torch's errors about files contain no such text. It is in the error that they were raised from.
+    torch wraps an OSError in an error without that text, so the causes of the error are searched for it.
     """
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.strerror:
             return cause.strerror
         cause = cause.__cause__ or cause.__context__
-    said = error.args[0] if isinstance(error, KeyError) and error.args else error  # str() of a KeyError adds quotes
-    text = " ".join(str(said).split()).split(" Exception raised from")[0]
+    message = error.args[0] if isinstance(error, KeyError) and error.args else error  # str() of a KeyError adds quotes
+    text = " ".join(str(message).split()).split(" Exception raised from")[0]
     return text[:_LONGEST].rstrip(".") or type(error).__name__

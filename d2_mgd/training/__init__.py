@@ -1,4 +1,4 @@
-"""What running a training needs, whatever its task: ranks, checkpoints, steps, signals, files that are written whole.
+"""Parts of a training that do not depend on its task: ranks, checkpoints, optimiser steps, signals, file writing.
 
 Imports neither detection nor classification.
 """

@@ -1,7 +1,6 @@
-"""The checkpoints of one folder: written whole or not at all, listed with their SHA-256, and found again if damaged.
+"""The checkpoints of one folder: written atomically, listed with their SHA-256, and checked before they are read.
 
-``checkpoints.json`` lists what a training wrote. A checkpoint that was cut short, or whose bits have changed since, has
-another digest than its entry.
+``checkpoints.json`` lists them. A checkpoint that was cut short or changed differs from the digest of its entry.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ class _Entry:
 
 @contextmanager
 def disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Raise what the disk reports while a file of a training is written as a :class:`UserError`."""
+    """Context that converts errors of writing a file of a training to a :class:`UserError`."""
     try:
         yield
     except (OSError, RuntimeError) as error:  # torch's writer wraps a full disk in a RuntimeError
@@ -75,14 +74,14 @@ class Checkpoints:
             iteration: position in the training; grows as it continues.
 
         Raises:
-            UserError: the disk refuses; earlier checkpoints and the pointer are untouched.
+            UserError: the file cannot be written; earlier checkpoints and the pointer are unchanged.
         """
         path = os.path.join(self.folder, name)
         logger.info("Saving checkpoint to %s", path)
         with disk_errors(path):
             for leftover in remove_leftovers(self.folder):
                 logger.info("Removed %s, the incomplete file of a training that was killed", leftover)
-            self._forget([name])  # a crash between two writes must not make a good file a bad one
+            self._forget([name])  # otherwise, after a crash, the old digest would mark the new file as damaged
             write_atomically(path, lambda file: torch.save(dict(content), file))
             self._list({**self.read(), name: _Entry(iteration, os.path.getsize(path), file_digest(path))})
             self.point_to(name)
@@ -104,7 +103,7 @@ class Checkpoints:
         if not self.keep:
             return []
         entries = self.read()
-        # Those of as many iterations or more were damaged, or the training would have continued from them.
+        # Entries of the same or later iterations are damaged: otherwise the training would have continued from them.
         useful = [name for name, entry in entries.items() if entry.iteration < entries[newest].iteration]
         kept = {newest, *useful[max(0, len(useful) + 1 - self.keep) :]}
         old = [name for name in entries if name not in kept]
@@ -165,15 +164,15 @@ class Checkpoints:
         return os.path.lexists(self._pointer) or bool(self.files())
 
     def newest_whole(self, name: str | None = None) -> str:
-        """Path of a checkpoint, or of the newest other one that is whole, with a warning.
+        """Path of a checkpoint, or if it is damaged, with a warning, of the newest intact one before it.
 
-        Others are those before it, or where their order is unknown, all of the folder.
+        If the order of the checkpoints is unknown, all others of the folder are tried.
 
         Args:
             name: of the checkpoint; by default the last one.
 
         Raises:
-            UserError: it is missing or damaged, and so are all others.
+            UserError: no checkpoint is intact.
         """
         name = self.pointed() if name is None else name
         damaged: dict[str, str] = {}
@@ -184,17 +183,17 @@ class Checkpoints:
             damaged[candidate] = problem
         else:
             if not name:
-                raise UserError(f"{self._pointer} names no checkpoint, and there is no whole one beside it.")
+                raise UserError(f"{self._pointer} names no checkpoint, and the folder contains no intact one.")
             path = os.path.join(self.folder, name)
-            raise UserError(f"the checkpoint {path} {damaged[name]}; there is no whole one before it.")
+            raise UserError(f"the checkpoint {path} {damaged[name]}; no earlier checkpoint is intact.")
         if not name:
-            logger.warning("%s names no checkpoint: %s, the newest whole one, is used.", self._pointer, candidate)
+            logger.warning("%s names no checkpoint: %s, the newest intact one, is used.", self._pointer, candidate)
         for bad, problem in damaged.items():
             logger.warning("The checkpoint %s %s: %s is used.", os.path.join(self.folder, bad), problem, candidate)
         return os.path.join(self.folder, candidate)
 
     def damage(self, name: str) -> str | None:
-        """What is wrong with a checkpoint's file, as the end of a sentence; None if nothing is."""
+        """Describe the damage of a checkpoint's file, as the end of a sentence; None if it is intact."""
         path = os.path.join(self.folder, name)
         if not os.path.isfile(path):
             return "is gone"
@@ -203,17 +202,17 @@ class Checkpoints:
             try:
                 read_tensors(path)
             except UntrustedFileError as error:
-                return f"cannot be read ({str(error).removeprefix(path).strip().rstrip('.')})"
+                return f"cannot be read ({error.problem})"
             return None
         size = os.path.getsize(path)
         if size != entry.bytes:
             return f"has {size} bytes of the {entry.bytes} that were written"
         if file_digest(path) != entry.sha256:
-            return "has changed since it was written: its SHA-256 is another"
+            return "has changed since it was written: its SHA-256 differs"
         return None
 
     def instead_of(self, name: str) -> list[str]:
-        """The checkpoints to try where ``name`` is damaged, or where the last one is unknown ("").
+        """Names of the checkpoints to try if ``name`` is damaged, or "" because the last one is unknown.
 
         Those of fewer iterations, the newest first; then those without an entry, the newest file first.
         """
@@ -226,7 +225,7 @@ class Checkpoints:
 
 
 def check_same_teacher(path: str | os.PathLike[str], recorded: Mapping[str, str], teacher: Mapping[str, str]) -> None:
-    """A training continues with the teacher that it began with.
+    """Check that a training resumes with the teacher of its checkpoint.
 
     Args:
         path: the checkpoint's, for the message.
@@ -239,7 +238,7 @@ def check_same_teacher(path: str | os.PathLike[str], recorded: Mapping[str, str]
     if recorded["digest"] != teacher["digest"]:
         raise UserError(
             f"{os.fspath(path)} was trained with the teacher {recorded['weights']} (SHA-256 "
-            f"{recorded['digest'][:12]}...), but {teacher['weights']} is another ({teacher['digest'][:12]}...). To "
+            f"{recorded['digest'][:12]}...), but {teacher['weights']} differs ({teacher['digest'][:12]}...). To "
             "use another teacher, start a new training from the student's weights in another folder, without --resume."
         )
     if recorded["weights"] != teacher["weights"]:

@@ -1,4 +1,4 @@
-"""A folder that one training at a time writes to."""
+"""Claims on an output folder, so that only one training at a time writes to it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from d2_mgd.training.processes import failing_together, rank
 
 try:
     import fcntl
-except ImportError:  # a system without POSIX locks, where nothing is claimed
+except ImportError:  # a system without POSIX locks: folders are not claimed
     fcntl = None  # type: ignore[assignment]
 
 _NAME = ".in_use"
@@ -22,11 +22,11 @@ _NAME = ".in_use"
 def claimed_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
     """Context in which no other process can claim the folder; on other machines too, if its file system shares locks.
 
-    The claim ends with the process, however that ends; the file ``.in_use`` stays, and claims nothing by itself.
-    Forked dataloader workers do not have the claim.
+    The system releases the claim when the process ends, even if it is killed. The file ``.in_use`` stays; it is not the
+    claim. Forked dataloader workers do not inherit the claim.
 
     Args:
-        folder: exists and can be written to.
+        folder: an existing, writable folder.
 
     Raises:
         UserError: another process has claimed it.
@@ -44,7 +44,7 @@ def claimed_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
 
 @contextmanager
 def claimed_for_all_ranks(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Context in which rank 0 has claimed the folder for all ranks; the folder is made (collective at its begin)."""
+    """Context in which rank 0 has claimed the folder for all ranks; creates the folder (collective on entry)."""
     with ExitStack() as claims:
         with failing_together():
             if rank() == 0:
@@ -52,7 +52,7 @@ def claimed_for_all_ranks(folder: str | os.PathLike[str]) -> Iterator[None]:
                     os.makedirs(folder, exist_ok=True)
                     claims.enter_context(claimed_folder(folder))
                 except OSError as error:
-                    raise UserError(f"{os.fspath(folder)} cannot be written to: {error.strerror}.") from error
+                    raise UserError(f"{os.fspath(folder)} is not writable: {error.strerror}.") from error
         yield
 
 

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic writing of files, and their digests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _LEFTOVER = re.compile(r"\..+\.\d+\.tmp")
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[IO[bytes]], Any]) -> None:
-    """Write a file: at every moment, and after a crash, ``path`` is the whole old file or the whole new one.
+    """Write a file atomically: even after a crash, ``path`` is the complete old file or the complete new one.
 
     Args:
         path: of the file; its folder exists.
@@ -34,7 +34,7 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[IO[bytes]], 
 
 
 def remove_leftovers(folder: str | os.PathLike[str]) -> list[str]:
-    """Remove the files that :func:`write_atomically` left when its process was killed; no process may be writing there.
+    """Remove temporary files of :func:`write_atomically` whose process was killed; no process may be writing there.
 
     Returns:
         The names of the removed files.
@@ -46,7 +46,7 @@ def remove_leftovers(folder: str | os.PathLike[str]) -> list[str]:
 
 
 def _sync_folder(folder: str) -> None:
-    """Make a rename in ``folder`` survive a power cut, where the system can."""
+    """Flush renames in ``folder`` to the disk, if the system supports it."""
     if not hasattr(os, "O_DIRECTORY"):
         return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

@@ -1,6 +1,6 @@
-"""Start the ranks of this machine with PyTorch's elastic launcher, the one behind torchrun, and report how they ended.
+"""Starting the ranks of this machine with torchrun's launcher, and the exit statuses of ranks.
 
-Ranks find their place in the same environment variables as under torchrun, so that there is one way to join.
+Ranks read their place from the same environment variables as under torchrun.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from d2_mgd.errors import CommonError, UserError, reason
 from d2_mgd.training.processes import local_rank
 
-BAD_INPUT = 2  # exit status, as argparse has it
-_PATIENCE = 10.0  # seconds
-_SAVING = "600"  # seconds that the ranks have, after a signal, to write a checkpoint
+BAD_INPUT = 2  # exit status after a UserError, as in argparse
+_PATIENCE = 10.0  # seconds for the first rank of a machine to print its error
+_SAVING = "600"  # seconds for the ranks to write a checkpoint after a signal
 
 
 def under_launcher() -> bool:
-    """Whether this process is a rank that torchrun, or :func:`start_ranks`, has started."""
+    """Whether torchrun or :func:`start_ranks` has started this process as a rank."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def start_ranks(
     work: Callable[..., int], args: tuple[Any, ...], *, ranks: int, machines: int = 1, machine: int = 0, url: str = ""
 ) -> int:
-    """Run ``work`` in several processes of this machine; SIGTERM and Ctrl-C are passed on to them.
+    """Run ``work`` in several processes of this machine, and forward SIGTERM and Ctrl-C to them.
 
     Args:
-        work: a function of a module, called with ``args``; returns the exit status of its process.
-        ranks: processes of this machine.
-        machines, machine: number of machines, and of this one.
-        url: ``tcp://ADDRESS:PORT`` of machine 0; "" for a free port, with one machine.
+        work: a function at the top level of a module, called with ``args``; returns the exit status of its process.
+        ranks: number of processes of this machine.
+        machines, machine: number of machines, and index of this one.
+        url: ``tcp://ADDRESS:PORT`` of machine 0; "" for a free port with one machine.
 
     Returns:
         0, the exit status of the rank that failed first, or 128 + the number of the signal that this process received.
@@ -55,7 +55,7 @@ def start_ranks(
     if url:
         where = {"rdzv_backend": "static", "rdzv_endpoint": _endpoint(url), "rdzv_configs": {"rank": machine}}
     elif machines > 1:
-        raise UserError("several machines need --dist-url tcp://ADDRESS_OF_MACHINE_0:PORT, the same on all.")
+        raise UserError("several machines need --dist-url tcp://ADDRESS_OF_MACHINE_0:PORT, the same on all of them.")
     config = LaunchConfig(machines, machines, ranks, run_id="d2_mgd", max_restarts=0, monitor_interval=0.1, **where)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     logging.disable(logging.ERROR)  # the launcher's reports; the ranks print their own errors
@@ -95,7 +95,7 @@ def rank_status(work: Callable[[], Any]) -> int:
 
     Returns:
         0; 2 after a :class:`UserError`, whose message is printed; 130 after a Ctrl-C before there was anything to save;
-        1 where another rank ended.
+        1 if a collective failed because another rank has ended.
     """
     status = 1  # of an exception that is a bug
     if under_launcher():
@@ -111,9 +111,9 @@ def rank_status(work: Callable[[], Any]) -> int:
         status = int(left.code or 0)
         raise
     except RuntimeError as error:
-        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        if not _lost_rank(error):
             raise
-        _print(f"rank {os.environ.get('RANK', 0)}: another rank ended, whose error says why ({reason(error)}).")
+        _print(f"rank {os.environ.get('RANK', 0)}: another rank has ended; its error is the cause ({reason(error)}).")
         time.sleep(3 * _PATIENCE)  # longer than report(): the launcher's status is that of the rank that ends first
     return status
 
@@ -136,11 +136,16 @@ def _exit_without_finalizing(status: Callable[[], int]) -> None:
     atexit.register(leave)
 
 
-def report(error: UserError) -> int:
-    """Print a user's mistake on standard error and return the exit status.
+def _lost_rank(error: RuntimeError) -> bool:
+    """Whether a collective failed. Gloo has no error type (PyTorch 2.14); its messages start with its source file."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
-    Mostly all ranks find the same mistake. The launcher ends the other ranks of a machine when the first has failed,
-    so all but one give that one time to print it.
+
+def report(error: UserError) -> int:
+    """Print a :class:`UserError` on standard error and return the exit status.
+
+    The launcher ends the other ranks of a machine when one has failed. They wait, so that the first can print an error
+    that all ranks raise.
     """
     local = local_rank()
     if local:

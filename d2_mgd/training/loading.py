@@ -1,4 +1,4 @@
-"""Dataloaders whose batches follow from their keys alone, so that a resumed training skips the ones it has seen."""
+"""Dataloaders whose batches depend only on their keys, so that a resumed training can skip those it has seen."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def keyed_loader(
 
     Args:
         dataset: key -> item. A key holds everything that determines its item, random augmentation included.
-        batches: the keys of each batch. What is skipped there is not read.
+        batches: the keys of each batch. Images of skipped keys are not read.
         workers: number of worker processes; 0 loads in this one. Batches are the same with any number.
         collate: items of a batch -> the batch.
         pin_memory: copy batches into pinned memory, for GPUs.
@@ -32,11 +32,11 @@ def keyed_loader(
     """
     return DataLoader(
         dataset,
-        batch_sampler=batches,  # type: ignore[arg-type]  # any iterable will do
+        batch_sampler=batches,  # type: ignore[arg-type]  # it accepts any iterable
         collate_fn=collate,
         num_workers=workers,
         pin_memory=pin_memory,
         persistent_workers=keep_workers and workers > 0,
         worker_init_fn=loader_process_signals,
-        generator=torch.Generator(),  # starting workers draws a number, otherwise from the global RNG
+        generator=torch.Generator(),  # without it, starting workers advances the global RNG
     )

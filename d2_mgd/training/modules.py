@@ -1,4 +1,4 @@
-"""What modules carry from step to step beside tensors: training or evaluation mode, and plain numbers."""
+"""State of modules that is not in their state dict: training or evaluation mode, and plain Python numbers."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def preserved_modes(module: nn.Module) -> Iterator[None]:
 
 
 def module_numbers(module: nn.Module) -> Numbers:
-    """The plain python numbers of all submodules: submodule's path -> attribute -> number.
+    """The plain Python numbers of all submodules: submodule's path -> attribute -> number.
 
-    Some modules train with such numbers, which no ``state_dict`` has: Detectron2's dense detectors keep the running
-    mean of foreground anchors, by which they divide their losses, in ``loss_normalizer``.
+    Some of them change during training and are not in the ``state_dict``: Detectron2's dense detectors divide their
+    losses by ``loss_normalizer``, the running mean of foreground anchors.
     """
     numbers = {}
     for path, submodule in module.named_modules():
@@ -36,7 +36,7 @@ def module_numbers(module: nn.Module) -> Numbers:
 
 
 def changed_numbers(now: Numbers, before: Numbers) -> Numbers:
-    """Those of ``now`` that ``before`` lacks or has otherwise."""
+    """The numbers in ``now`` that are missing in ``before`` or have another value there."""
     changed = {}
     for path, numbers in now.items():
         old = before.get(path, {})
@@ -47,7 +47,7 @@ def changed_numbers(now: Numbers, before: Numbers) -> Numbers:
 
 
 def set_module_numbers(module: nn.Module, numbers: Numbers) -> None:
-    """Put numbers back where :func:`module_numbers` found them; unknown paths are left out."""
+    """Restore numbers of :func:`module_numbers`; submodules that do not exist are skipped."""
     modules = dict(module.named_modules())
     for path, own in numbers.items():
         for name, value in own.items():

@@ -1,4 +1,4 @@
-"""Steps with non-finite losses or gradients: name them, write what repeats the step, then skip the step or stop."""
+"""Steps with non-finite losses or gradients: report them, write a file that repeats the step, then skip or stop."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class StepReport:
         losses: name -> value.
         gradients: names of the parameters whose gradients are not finite.
         images: file names of the batch.
-        failure: the model's message where it computed no losses.
+        failure: the model's error message if it computed no losses.
     """
 
     losses: dict[str, float]
@@ -100,7 +100,7 @@ class NonFinitePolicy:
             step: name of the file.
             where: the step in a message, such as ``iteration 3``.
             report: of this rank.
-            batch: makes a copy of this rank's batch out of tensors and plain containers.
+            batch: copies this rank's batch, as tensors and plain containers.
 
         Raises:
             NonFiniteError: more steps in a row than may be skipped.
@@ -144,11 +144,11 @@ class NonFinitePolicy:
 
 
 class _StepMemory:
-    """What a forward pass changes, copied before each step.
+    """A copy, made before each step, of the state that a forward pass changes.
 
     Args:
         module: the trained module.
-        costs: those that a forward pass may add to.
+        costs: matching costs that a forward pass may add to.
         copies: whether to copy tensors too. The random state and plain numbers of modules are always kept.
     """
 
@@ -167,7 +167,7 @@ class _StepMemory:
         self._packed = {name: cost.packed() for name, cost in self.costs.items()} if observing else {}
 
     def restore(self) -> None:
-        """Undo the forward pass. The global RNG stays where it is."""
+        """Undo the forward pass, except in the global RNG."""
         set_module_numbers(self.module, self._numbers)
         for copy, buffer in zip(self._copies, self._buffers):
             buffer.copy_(copy)
@@ -176,7 +176,7 @@ class _StepMemory:
 
 
 def _sentence(where: str, reports: Sequence[StepReport]) -> str:
-    """What was not finite, in which step and on which images."""
+    """The message without its end: which value is not finite, in which step, on which images."""
     for number, report in enumerate(reports):
         if report.problem():
             on_rank = f" on rank {number}" if len(reports) > 1 else ""

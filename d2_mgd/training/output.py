@@ -1,4 +1,7 @@
-"""Standard output and standard error whose reader may exit: Ctrl-C ends the `tee` of a pipeline too."""
+"""Standard output and standard error that stay writable after their reader has exited.
+
+Ctrl-C ends all programs of a pipeline, including the `tee` that reads a training's output.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-
-__all__ = ["lasting_output"]
 
 _GONE = (errno.EPIPE, errno.EIO)  # a pipe without a reader, a terminal that was closed
 
@@ -41,7 +42,7 @@ class _Lasting:
         self._stream = stream
 
     def __getattr__(self, name: str) -> Any:
-        if name == "_stream":  # while it is copied
+        if name == "_stream":  # copy.copy asks for attributes before __init__
             raise AttributeError(name)
         return getattr(self._stream, name)
 

@@ -1,4 +1,4 @@
-"""The state of the global random number generators of python, numpy and torch, as data, and contexts that keep it."""
+"""Seeding, saving and restoring the global random number generators of Python, NumPy and PyTorch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from d2_mgd.training.processes import from_main, rank
 
 
 def seed_all(seed: int) -> None:
-    """Seed the generators of python, numpy and torch."""
+    """Seed the generators of Python, NumPy and PyTorch."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -35,7 +35,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Continue from :func:`random_state`."""
+    """Restore the result of :func:`random_state`."""
     version, keys, gauss = state["python"]
     random.setstate((version, tuple(keys), gauss))
     kind, keys, *rest = state["numpy"]
@@ -57,7 +57,7 @@ def preserved_randomness() -> Iterator[None]:
 
 @contextmanager
 def shared_randomness() -> Iterator[None]:
-    """Context in which all ranks draw what rank 0 draws; the state of the others is restored (collective)."""
+    """Context in which all ranks have rank 0's random state; the others restore theirs at its end (collective)."""
     first = from_main(random_state())
     if rank() == 0:
         yield
@@ -69,11 +69,10 @@ def shared_randomness() -> Iterator[None]:
 
 @contextmanager
 def seeded_randomness(*seed: int) -> Iterator[None]:
-    """Context in which python, numpy and torch's CPU generator draw what follows from ``seed``; restored at its end.
+    """Context in which Python, NumPy and PyTorch's CPU generator are seeded; their state is restored at its end.
 
     Args:
-        seed: non-negative integers that determine together what is drawn, such as a run's seed and a position in its
-            stream of images.
+        seed: one or more non-negative integers, such as a run's seed and a position in its stream of images.
     """
     words = np.random.SeedSequence(seed).generate_state(6)
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()

@@ -1,4 +1,4 @@
-"""Joining a process group, also after torchrun has restarted the ranks because one of them was lost."""
+"""Joining a process group, including after torchrun has restarted the ranks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-_TIMEOUT = timedelta(seconds=2)  # for an answer from a rank that may be gone
+_TIMEOUT = timedelta(seconds=2)  # for an answer of rank 0, whose process may have ended
 _TRIES = 900
 
 
@@ -29,9 +29,9 @@ def join_processes(backend: str) -> None:
 
 
 def restarted() -> bool:
-    """Whether torchrun has started this process anew after a failure, as its agent on this machine counts them.
+    """Whether torchrun has restarted this rank after a failure, by the count of its agent on this machine.
 
-    An agent that joined later has counted none, so all ranks have to be asked.
+    An agent that joined later has counted no restarts, so combine the answers of all ranks.
     """
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
@@ -51,6 +51,6 @@ def _attempt(store: dist.Store, rank: int, world_size: int) -> str:
         try:
             store.wait([f"{attempt}/answers/{own}"], _TIMEOUT)
             return attempt
-        except dist.DistStoreError:  # not yet, or that rank 0 is gone and the next has not named its attempt
+        except dist.DistStoreError:  # rank 0 is slow, or the attempt is of a rank 0 that has ended
             continue
-    raise RuntimeError(f"rank {rank} waited half an hour for rank 0, which did not join.")
+    raise RuntimeError(f"rank {rank} waited half an hour, but rank 0 did not join.")

@@ -1,7 +1,7 @@
 """Logs of a training in Weights & Biases and MLflow.
 
-Calls of a service run in a thread, in their order, so that a slow service does not slow the training. The first one
-that fails ends the log with a warning; the training goes on.
+Calls of a service run in order in a thread, so that a slow service does not slow the training. The first call that
+fails ends the log with a warning; the training continues.
 """
 
 from __future__ import annotations
@@ -22,23 +22,21 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from d2_mgd.errors import UserError
+from d2_mgd.errors import UserError, reason
 from d2_mgd.training.files import write_atomically
-
-__all__ = ["SERVICES", "ServiceLog", "add_log_arguments", "check_services", "open_logs"]
 
 logger = logging.getLogger(__name__)
 
 _PROJECT = "d2-mgd"
-_LAST_CALLS = 600.0  # seconds for what is left at the end of a training: uploads of large files
-_LAST_CALLS_SHORT = 20.0  # for a service that has not answered yet, and before a cluster kills what it asked to stop
-_MLFLOW_BATCH = 100  # its limit of values in one request
-_MLFLOW_VALUE = 500  # characters
+_LAST_CALLS = 600.0  # seconds for the remaining calls at the end of a training, such as uploads of large files
+_LAST_CALLS_SHORT = 20.0  # seconds if the service has not answered yet, or after a signal, before a scheduler kills
+_MLFLOW_BATCH = 100  # MLflow's limit of values in one request
+_MLFLOW_VALUE = 500  # MLflow's limit of characters of a parameter
 _NOT_IN_MLFLOW = re.compile(r"[^\w\-. /]")
 
 
 class Service(Protocol):
-    """One run in one service. Every method may raise whatever the service's library raises."""
+    """One run in one service. Every method may raise any error of the service's library."""
 
     def start(self) -> str:
         """Open the run; returns its id, with which a resumed training continues it."""
@@ -68,7 +66,7 @@ class _WandB:
             "mode": os.environ.get("WANDB_MODE"),
         }
         self.run = wandb.init(id=self.run_id, resume="allow", settings=settings, **where, **self.options)
-        # W&B's own step may not go back, but a resumed training repeats steps.
+        # W&B's default step cannot decrease, but a resumed training repeats steps.
         self.run.define_metric("*", step_metric=self.step_name)
         return self.run_id
 
@@ -139,7 +137,7 @@ class ServiceLog:
     Args:
         name: of the service, for messages.
         service: opened in the thread of the log.
-        id_file: where the id of the run is written.
+        id_file: file to write the run's id to.
     """
 
     def __init__(self, name: str, service: Service, id_file: Path) -> None:
@@ -163,7 +161,7 @@ class ServiceLog:
         self._calls.put(lambda: self.service.file(path))
 
     def close(self, success: bool) -> None:
-        """Make the calls that are left and end the run.
+        """Make the remaining calls and end the run.
 
         Args:
             success: whether the training has finished.
@@ -173,7 +171,9 @@ class ServiceLog:
         seconds = _LAST_CALLS if success and self._opened.is_set() else _LAST_CALLS_SHORT
         self._thread.join(seconds)
         if self._thread.is_alive():
-            logger.warning("--log %s: the service did not take all of the log within %.0f s.", self.name, seconds)
+            logger.warning(
+                "--log %s: the log is incomplete, because the service did not finish within %.0f s.", self.name, seconds
+            )
 
     def _work(self, id_file: Path) -> None:
         try:
@@ -182,9 +182,8 @@ class ServiceLog:
             write_atomically(id_file, lambda file: file.write(run_id.encode()))
             while (call := self._calls.get()) is not None:
                 call()
-        except Exception as error:  # of another's library, on a network: it must not end the training
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
-            logger.warning("--log %s stops, and the training goes on: %s", self.name, reason)
+        except Exception as error:  # wandb and mlflow raise any type, and a lost log must not end the training
+            logger.warning("--log %s stops, and the training continues: %s", self.name, reason(error))
 
 
 def add_log_arguments(parser: argparse.ArgumentParser) -> None:
@@ -194,19 +193,19 @@ def add_log_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         choices=list(SERVICES),
-        help="log to Weights & Biases or MLflow, too: numbers, settings, matchings; may be given for each",
+        help="log metrics, settings and matchings to Weights & Biases or MLflow; may be repeated",
     )
-    parser.add_argument("--log-student", action="store_true", help="with --log: store the final student with the run")
+    parser.add_argument("--log-student", action="store_true", help="with --log: upload the final student")
 
 
 def check_services(names: Sequence[str], log_student: bool = False) -> None:
-    """Check --log before a training starts.
+    """Check ``--log`` and ``--log-student`` before a training starts.
 
     Raises:
-        UserError: a service's package is not installed, or W&B has no key.
+        UserError: a service's package is not installed, W&B has no API key, or there is no service for the student.
     """
     if log_student and not names:
-        raise UserError("--log-student stores the student in the services of --log: add --log wandb or --log mlflow.")
+        raise UserError("--log-student needs a service: add --log wandb or --log mlflow.")
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise UserError(f"--log {name} needs the package {name}, which is not installed: pip install {name}.")
@@ -215,7 +214,7 @@ def check_services(names: Sequence[str], log_student: bool = False) -> None:
 
         if not wandb.login(prompt=False, verify=False):
             raise UserError(
-                "--log wandb has no key of W&B: run `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline to "
+                "--log wandb has no API key: run `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline to "
                 "upload later with `wandb sync`."
             )
 
@@ -223,14 +222,14 @@ def check_services(names: Sequence[str], log_student: bool = False) -> None:
 def open_logs(
     names: Sequence[str], folder: Path, config: Mapping[str, Any], step_name: str, resume: bool
 ) -> list[ServiceLog]:
-    """Open a log in each service. In one process of a training.
+    """Open a log in each service; call it on one rank only.
 
     Args:
         names: of ``SERVICES``.
-        folder: the training's, which the run is named after.
+        folder: output folder of the training, whose name is the run's name.
         config: all settings, possibly nested.
-        step_name: what steps count: "iteration" or "step".
-        resume: continue the runs that an earlier start of this training opened.
+        step_name: name of the step's number: "iteration" or "step".
+        resume: continue the runs of an earlier start of this training.
     """
     logs = []
     for name in dict.fromkeys(names):

@@ -1,4 +1,4 @@
-"""SIGTERM, which schedulers send before they take a machine away, and Ctrl-C: stop at a step's end, or pass them on."""
+"""Handling of Ctrl-C, and of a scheduler's SIGTERM: stop after the current step, or forward them to processes."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# torchrun forwards a Ctrl-C that the terminal has already sent to its processes: two within this time count as one.
+# The terminal sends a Ctrl-C to all processes, and torchrun forwards it: two within this time count as one.
 _SAME_PRESS = 1.0  # seconds
 
 _active: list[StopRequest] = []
 
 
 class Interrupted(KeyboardInterrupt):
-    """SIGTERM or Ctrl-C ended what was running. In a training every rank raises it, also for the signal of another.
+    """SIGTERM or Ctrl-C was received. In a training every rank raises it, even if another rank has received the signal.
 
     Args:
         number: of the signal.
@@ -46,7 +46,7 @@ class StopRequest:
         self._handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():  # Python sets handlers in no other
+        if threading.current_thread() is threading.main_thread():  # Python sets handlers in this thread only
             self._handlers = {number: signal.signal(number, self._remember) for number in _SIGNALS}
         _active.append(self)
         return self
@@ -61,7 +61,7 @@ class StopRequest:
         now = time.monotonic()
         again = self.received and now - self._when > _SAME_PRESS
         if os.getpid() != self._pid:
-            # A dataloader worker, forked with this handler: the training still needs it for the step in progress.
+            # This is a dataloader worker, forked with this handler: the current step still needs its batches.
             if again and number == signal.SIGTERM:
                 os._exit(128 + number)
         elif again and number == signal.SIGINT:
@@ -79,13 +79,13 @@ def received_signal() -> int:
 
 
 def _say(sentence: str) -> None:
-    """Write to standard error from a signal handler; Ctrl-C may have ended its reader."""
+    """Write to standard error from a signal handler; its reader may have ended."""
     with suppress(OSError):
         os.write(2, f"{sentence}\n".encode())
 
 
 class forwarded_signals:
-    """Context that forwards SIGTERM and Ctrl-C to the processes that this one started and waits for.
+    """Context that forwards SIGTERM and Ctrl-C to the child processes of this one.
 
     They save and exit, and this process exits with their status. A second Ctrl-C exits at once.
 
@@ -159,7 +159,7 @@ def loader_process_signals(worker: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
-    if parent is not None and hasattr(signal, "sigwaitinfo"):  # elsewhere the sender is unknown
+    if parent is not None and hasattr(signal, "sigwaitinfo"):  # otherwise the sender of a signal is unknown
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_exit_on_sigterm_from, args=(parent.pid,), daemon=True).start()
 

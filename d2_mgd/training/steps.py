@@ -20,7 +20,7 @@ _SMALLEST_SCALE = 2.0**-10
 
 
 class Precision:
-    """The precision in which networks run, and its loss scaling. Losses and matching costs are float32 in any.
+    """The precision in which networks run, and its loss scaling. Losses and matching costs are always float32.
 
     Args:
         device: ``cuda`` or ``cpu``.
@@ -47,8 +47,8 @@ class Stepper:
     Args:
         module: the trained module.
         optimizer: of the module.
-        precision: in which it runs.
-        wrapped: what the losses are computed with; a DistributedDataParallel around the module with several ranks.
+        precision: of the forward pass.
+        wrapped: computes the losses: the module, or with several ranks DistributedDataParallel around it.
     """
 
     def __init__(
@@ -62,17 +62,17 @@ class Stepper:
     def backward(
         self, parts: Sequence[Part], losses_of: Callable[[Part], Mapping[str, Tensor]], divisor: float
     ) -> dict[str, Tensor]:
-        """Gradients of a batch that goes through the networks in ``parts`` (micro-batches); the weights do not change.
+        """Compute the gradients of a batch by gradient accumulation, without changing the weights.
 
-        DDP exchanges gradients once, with the last part.
+        DDP exchanges gradients once, with the last micro-batch.
 
         Args:
-            parts: of the batch.
-            losses_of: part -> name -> loss, with gradients.
-            divisor: the gradients are those of the sum of all losses of all parts, divided by it.
+            parts: micro-batches.
+            losses_of: micro-batch -> name -> loss, with gradients.
+            divisor: of the sum of all losses, before the gradients are computed.
 
         Returns:
-            Name -> sum of the loss over the parts, without gradients.
+            Name -> sum of the loss over micro-batches, without gradients.
         """
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
@@ -87,10 +87,9 @@ class Stepper:
         return sums
 
     def agree(self, losses: Mapping[str, Tensor], received: int, measured: Tensor | None = None) -> tuple[int, bool]:
-        """Exchange with all ranks what decides about this step: the only collective of a step beside DDP's.
+        """Agree with all ranks on signals and on whether to apply the step: its only collective besides DDP's.
 
-        Reading the result waits for the device, once a step and with a single rank too: the weights must not change
-        before.
+        This synchronises with the device, also with one rank, because the weights must not change before the check.
 
         Args:
             losses: of this rank.
@@ -101,24 +100,24 @@ class Stepper:
             The largest signal number of all ranks, and whether a loss or gradient of any rank is not finite.
         """
         bad = self._nonfinite(losses).to(torch.int64)
-        # filled on the device: a copy from the host would wait for it
+        # full_like fills on the device; a copy from the host would synchronise
         numbers = torch.stack([torch.full_like(bad, received), bad])
         number, stop = largest(numbers) if measured is None else largest_and_mean(numbers, measured)
         return number, bool(stop)
 
     def apply(self) -> None:
-        """Step with the gradients. Loss scaling skips the step where they overflow, and lowers its scale."""
+        """Apply the gradients. If they overflow, loss scaling skips the step and lowers its scale."""
         self.precision.scaler.step(self.optimizer)
         self.precision.scaler.update()
 
     def nonfinite_gradients(self) -> list[str]:
-        """Names of the parameters whose gradients are not finite; none while loss scaling may be the cause."""
+        """Names of the parameters with non-finite gradients; none while loss scaling may be the cause."""
         if self.precision.scaler.is_enabled() and self.precision.scaler.get_scale() > _SMALLEST_SCALE:
             return []
         return [name for name, gradient in self._gradients().items() if not torch.isfinite(gradient).all()]
 
     def _nonfinite(self, losses: Mapping[str, Tensor]) -> Tensor:
-        """() bool: whether a loss or gradient is not finite, computed without waiting for the device."""
+        """() bool: whether a loss or gradient is non-finite, computed without synchronising with the device."""
         bad = ~torch.isfinite(torch.stack([*losses.values()])).all()
         gradients = [*self._gradients().values()]
         if gradients:

@@ -12,7 +12,7 @@ from d2_mgd.training.processes import sum_over_ranks
 
 
 class Sums:
-    """Sums over images, exact over batches and ranks; kept on the device, so that adding does not synchronise."""
+    """Sums over the images of all batches and ranks, kept on the device so that adding does not synchronise."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -20,18 +20,18 @@ class Sums:
 
     def add(self, images: int, values: Mapping[str, Tensor]) -> None:
         """Add a batch: the number of images, and sums over them."""
-        count = torch.full((), images, dtype=torch.float64, device=self.device)  # filled there, not sent
+        count = torch.full((), images, dtype=torch.float64, device=self.device)  # filled on the device: no copy
         for name, value in {"images": count, **values}.items():
             value = value.detach().to(device=self.device, dtype=torch.float64).sum()
             self.values[name] = self.values[name] + value if name in self.values else value
 
     def totals(self, names: Sequence[str]) -> tuple[int, dict[str, float]]:
-        """Number of images, and the sums, of all ranks (collective; all give the same names)."""
+        """Number of images and sums of all ranks (collective; all pass the same names)."""
         images, *totals = sum_over_ranks(self._packed(names)).tolist()
         return round(images), dict(zip(names, totals))
 
     def means(self, names: Sequence[str]) -> dict[str, float]:
-        """Means over the images of all processes, NaN without any (collective; all give the same names)."""
+        """Means over the images of all ranks, NaN without images (collective; all pass the same names)."""
         images, totals = self.totals(names)
         return {name: total / images if images else math.nan for name, total in totals.items()}
 

@@ -55,7 +55,7 @@ def remove(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "offence"), [(cut, "bytes of the"), (flip_a_bit, "SHA-256 is another"), (remove, "is gone")]
+    ("damage", "problem"), [(cut, "bytes of the"), (flip_a_bit, "SHA-256 differs"), (remove, "is gone")]
 )
 def test_where_the_newest_is_damaged_the_one_before_it_is_used(
     base: Run,
@@ -63,7 +63,7 @@ def test_where_the_newest_is_damaged_the_one_before_it_is_used(
     finished: Path,
     tmp_path: Path,
     damage: Callable[[Path], None],
-    offence: str,
+    problem: str,
     capsys: pytest.CaptureFixture,
 ) -> None:
     run = tmp_path / "run"
@@ -72,7 +72,7 @@ def test_where_the_newest_is_damaged_the_one_before_it_is_used(
     assert base(data, *METHOD, "--epochs", 2, "--output-dir", run, "--resume") == 0
     said = capsys.readouterr().err
     assert f"{run}/checkpoint_epoch_0002.pth" in said
-    assert offence in said
+    assert problem in said
     assert "checkpoint_epoch_0001_step_000002.pth is used" in said
     assert "1 epochs and 2 steps are done" in said
     assert_same_run(finished, run)
@@ -86,7 +86,7 @@ def test_where_all_are_damaged_the_run_says_so(
     for file in run.glob("checkpoint_*"):
         flip_a_bit(file)
     assert base(data, *METHOD, "--epochs", 2, "--output-dir", run, "--resume") == 2
-    assert "there is no whole one before it" in capsys.readouterr().err
+    assert "no earlier checkpoint is intact" in capsys.readouterr().err
 
 
 def test_without_list_and_pointer_the_newest_that_can_be_read_is_used(
@@ -98,9 +98,9 @@ def test_without_list_and_pointer_the_newest_that_can_be_read_is_used(
     (run / "checkpoint.pth").unlink()
     cut(run / "checkpoint_epoch_0002.pth")
     assert base(data, *METHOD, "--epochs", 2, "--output-dir", run) == 2
-    assert "holds a run already" in capsys.readouterr().err
+    assert "already contains a run" in capsys.readouterr().err
     assert base(data, *METHOD, "--epochs", 2, "--output-dir", run, "--resume") == 0
-    used = "checkpoint_epoch_0001_step_000002.pth, the newest whole one, is used"
+    used = "checkpoint_epoch_0001_step_000002.pth, the newest intact one, is used"
     assert f"{run}/checkpoint.pth names no checkpoint: {used}" in capsys.readouterr().err
     assert_same_run(finished, run)
     (run / "checkpoints.json").unlink()
@@ -245,5 +245,5 @@ def test_a_teacher_of_safetensors(
 
 
 def test_a_name_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"checkpoint\.pth names no checkpoint, and there is no whole one"):
+    with pytest.raises(UserError, match=r"checkpoint\.pth names no checkpoint, and the folder contains no intact one"):
         checkpoints_of(tmp_path).newest_whole()

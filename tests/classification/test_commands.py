@@ -182,12 +182,12 @@ def test_only_given_weights_are_evaluated(
     for run in (base, mgd):
         assert run(*words) == 2
         error = capsys.readouterr().err
-        assert "--evaluate has no weights to evaluate: name the student's by --student-resume" in error
+        assert "--evaluate has no weights to evaluate: name the student's with --student-resume" in error
         assert error.count("\n") == 1
         assert run(*words, "--teacher-arch", "resnet18", "--teacher-resume", resnet18_file) == 0
         assert [row.split()[0] for row in capsys.readouterr().out.splitlines()[2:]] == ["resnet18"]
     assert mgd(*words, "--teacher-arch", "resnet50") == 2
-    assert "give the student's weights, or a teacher of the data's classes" in capsys.readouterr().err
+    assert "name the student's weights, or a teacher that was trained on these classes" in capsys.readouterr().err
 
 
 def test_evaluation_splits_and_missing_classes(base: Run, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -210,7 +210,7 @@ def test_broken_images_stop_a_run_unless_skipped(base: Run, tmp_path: Path, caps
     assert "bee/2.png cannot be read" in capsys.readouterr().err
     assert base(root, "--arch", "mobilenet_v1", "--skip-broken-images", "--overwrite") == 0
     assert lines(tmp_path / "run")[0]["broken_images"] == 2
-    assert "skipped, since it cannot be read" in (tmp_path / "run" / "log.txt").read_text()
+    assert "which cannot be read (1 so far)" in (tmp_path / "run" / "log.txt").read_text()
 
 
 def test_a_folder_with_a_run_is_not_written_over(
@@ -218,7 +218,7 @@ def test_a_folder_with_a_run_is_not_written_over(
 ) -> None:
     assert base(data, "--arch", "mobilenet_v1", "--epochs", 2) == 0
     assert base(data, "--arch", "mobilenet_v1") == 2
-    assert "holds a run already: go on with --resume" in capsys.readouterr().err
+    assert "already contains a run: continue it with --resume" in capsys.readouterr().err
     assert base(data, "--arch", "mobilenet_v1", "--overwrite") == 0
     assert len(lines(tmp_path / "run")) == 1
 
@@ -230,43 +230,49 @@ def test_an_output_folder_that_is_a_file(
     file = tmp_path / "file"
     file.write_text("mine")
     assert base(data, "--arch", "mobilenet_v1", "--output-dir", file / below) == 2
-    assert f"cannot be made, since {file} is a file: name a folder." in capsys.readouterr().err
+    assert f"cannot be created, because {file} is a file: name a folder." in capsys.readouterr().err
     assert file.read_text() == "mine"
 
 
 MISTAKES = [
-    (["--arch", "mobilenet_v9"], "unknown architecture 'mobilenet_v9'; there are: mobilenet_v1, mobilenet_v2"),
+    (["--arch", "mobilenet_v9"], "unknown architecture 'mobilenet_v9'. Available: mobilenet_v1, mobilenet_v2"),
     (["--teacher-arch", "vgg99"], "unknown architecture 'vgg99'"),
-    (["--arch", "resnet152"], "no teacher goes with resnet152 by default: name one by --teacher-arch"),
+    (["--arch", "resnet152"], "resnet152 has no default teacher: name one with --teacher-arch"),
     (["--batch-size", "0"], "argument -b/--batch-size: must be 1 or more, not 0; "),
     (["--epochs", "many"], "invalid whole number value: 'many'"),
     (["--lr", "nan"], "must be 0 or more, not nan"),
     (["--mgd-reducer", "best"], "argument --mgd-reducer: invalid choice: 'best' (choose from "),
-    (["--mgd-with-kd", "1", "--kd-options", "beta"], "--kd-options takes NAME=NUMBER, such as beta=8, not 'beta'"),
+    (["--mgd-with-kd", "1", "--kd-options", "beta"], "--kd-options needs NAME=NUMBER, such as beta=8, not 'beta'"),
     (["--distiller", "kd", "--kd-options", "beta=8"], "logit loss 'kd' has no option beta; it has: temperature"),
-    (["--kd-temperature", "1.5"], "--kd-temperature is about the logits, which are not distilled: add --mgd-with-kd 1"),
-    (["--mgd-with-kd", "0", "--kd-options", "a=1"], "--kd-options is about the logits, which are not distilled"),
-    (["--loss-weight", "1"], "--loss-weight is not used by --loss partial_l2, which --loss-factor divides."),
-    (["--loss", "mse", "--loss-weight", "2"], "--loss-weight is not used by --loss mse"),
-    (["--loss", "pearson", "--loss-factor", "10"], "--loss-factor is not used by --loss pearson, which --loss-weight"),
+    (["--kd-temperature", "1.5"], "--kd-temperature needs distillation of logits: add --mgd-with-kd 1"),
+    (["--mgd-with-kd", "0", "--kd-options", "a=1"], "--kd-options needs distillation of logits"),
+    (["--loss-weight", "1"], "--loss-weight is not used with --loss partial_l2: use --loss-factor."),
+    (["--loss", "mse", "--loss-weight", "2"], "--loss-weight is not used with --loss mse"),
+    (["--loss", "pearson", "--loss-factor", "10"], "--loss-factor is not used with --loss pearson: use --loss-weight"),
     (["--mgd-spatial", "boxes"], "argument --mgd-spatial: invalid choice: 'boxes'"),
     (["--unknown"], "unrecognized arguments: --unknown"),
     (["--momentum", "0"], "--nesterov 1 needs a --momentum above 0"),
     (["--use-pretrained", "1", "--student-resume", "a.pth"], "choose one"),
     (["--mixed-precision", "fp16"], "fp16 needs a GPU"),
-    (["--device", "abacus"], "--device abacus is no device"),
-    (["--device", "cuda:77"], "GPU 77 was asked for"),
+    (["--device", "abacus"], "--device abacus is not a device"),
+    (["--device", "cuda:77"], "GPU 77 does not exist"),
     (["--device", "mps"], "--device mps is not supported"),
     (["--teacher-resume", "none.pth"], "none.pth does not exist"),
     (["--student-resume", "none.pth"], "none.pth does not exist"),
     (["--features", "stage9"], "has no such feature"),
     (["--mgd-mode", "one_to_one", "--arch", "wide_resnet50_2"], "needs T >= S"),
-    (["--resume", "none/checkpoint.pth", "--output-dir", "elsewhere"], "goes on in its own folder"),
-    (["--world-size", "3", "--rank", "5", "--dist-url", "tcp://localhost:1"], "--rank must be 0 to 2"),
+    (["--resume", "none/checkpoint.pth", "--output-dir", "elsewhere"], "continues in that folder"),
+    (["--world-size", "3", "--rank", "5", "--dist-url", "tcp://localhost:1"], "--rank 5 must be 0 to 2"),
     (["--world-size", "2", "--rank", "1"], "several machines need --dist-url"),
-    (["--multiprocessing-distributed", "--nproc", "2", "--gpu", "0"], "--gpu 0 is one GPU for all of the 2 processes"),
-    (["--multiprocessing-distributed", "--nproc", "2", "--device", "cuda:1"], "--device cuda:1 is one GPU for all"),
-    (["--batch-size", "1", "--multiprocessing-distributed", "--nproc", "2"], "smaller than the number of processes, 2"),
+    (["--multiprocessing-distributed", "--nproc", "2", "--gpu", "0"], "--gpu 0 names one GPU for 2 processes"),
+    (
+        ["--multiprocessing-distributed", "--nproc", "2", "--device", "cuda:1"],
+        "--device cuda:1 names one GPU for 2 processes",
+    ),
+    (
+        ["--batch-size", "1", "--multiprocessing-distributed", "--nproc", "2"],
+        "smaller than this machine's number of processes, 2",
+    ),
 ]
 
 
@@ -300,7 +306,7 @@ def test_a_teacher_of_other_classes_cannot_give_logits(
     capsys: pytest.CaptureFixture,
 ) -> None:
     assert mgd(data, "--arch", "mobilenet_v1", "--mgd-with-kd", 1) == 2
-    assert "tells 1000 classes apart and the data has 3: train it on the data first" in capsys.readouterr().err
+    assert "the teacher has 1000 classes and the data has 3, so its logits cannot be used" in capsys.readouterr().err
     two = make_folder(tmp_path / "two", classes=("ant", "bee"))
     arguments = ["--arch", "mobilenet_v1", "--teacher-arch", "resnet18", "--teacher-resume", resnet18_file]
     assert mgd(two, *arguments, "--distiller", "kd") == 2

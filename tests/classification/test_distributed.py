@@ -168,7 +168,7 @@ def test_what_ends_one_process_ends_the_others_without_a_traceback(
     said = capfd.readouterr().err
     assert sorted(statuses) == [1, 2]
     assert "bee/2.png cannot be read" in said
-    assert "another rank ended, whose error says why" in said
+    assert "another rank has ended; its error is the cause" in said
     assert "Traceback" not in said
 
 
@@ -207,7 +207,7 @@ def test_a_port_in_use(mgd: Run, data: Path, resnet18_file: Path, capsys: pytest
 def test_one_gpu_for_the_processes_of_torchrun(data: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     words = [data, *SMALL[:-2], "--arch", "shufflenet_v2_x0_5", "--gpu", 0, "--output-dir", tmp_path / "run"]
     assert in_processes(main_base.main, words, 2) == [2, 2]
-    assert capfd.readouterr().err.count("--gpu 0 is one GPU for all of the 2 processes of this machine") == 1
+    assert capfd.readouterr().err.count("--gpu 0 names one GPU for 2 processes") == 1
 
 
 def test_synchronised_norms_keep_weights_and_names() -> None:

@@ -137,12 +137,12 @@ def test_features_can_be_chosen_by_name() -> None:
 @pytest.mark.parametrize(
     ("student", "teacher", "specs", "message"),
     [
-        ("mobilenet_v3_small", "resnet18", None, "where to tap mobilenet_v3_small is not known"),
-        ("mobilenet_v2", "resnet18", ["stage7"], "mobilenet_v2 has no such feature; its features are: stage1, stage2"),
-        ("mobilenet_v3_small", "resnet18", ["stage2"], "none of its features are known"),
-        ("mobilenet_v2", "resnet18", ["a=b:c:d:e"], "expected a new NAME"),
-        ("mobilenet_v2", "resnet18", ["a=b:"], "expected a new NAME"),
-        ("mobilenet_v2", "resnet18", ["stage1", "stage1"], "expected a new NAME"),
+        ("mobilenet_v3_small", "resnet18", None, "mobilenet_v3_small has no default features"),
+        ("mobilenet_v2", "resnet18", ["stage7"], "mobilenet_v2 has no such feature. Available: stage1, stage2"),
+        ("mobilenet_v3_small", "resnet18", ["stage2"], "It has no default features"),
+        ("mobilenet_v2", "resnet18", ["a=b:c:d:e"], "expected NAME"),
+        ("mobilenet_v2", "resnet18", ["a=b:"], "expected NAME"),
+        ("mobilenet_v2", "resnet18", ["stage1", "stage1"], "expected NAME"),
     ],
 )
 def test_features_that_do_not_exist(student: str, teacher: str, specs: list[str] | None, message: str) -> None:
@@ -167,7 +167,7 @@ def test_margins_need_a_batch_norm_at_the_map() -> None:
 
 
 def test_unknown_architecture_lists_those_there_are() -> None:
-    with pytest.raises(UserError, match="unknown architecture 'mobilenet_v9'; there are: mobilenet_v1, mobilenet_v2"):
+    with pytest.raises(UserError, match=r"unknown architecture 'mobilenet_v9'\. Available: mobilenet_v1, mobilenet_v2"):
         architecture("mobilenet_v9")
 
 

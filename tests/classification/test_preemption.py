@@ -82,7 +82,7 @@ def test_told_to_leave_it_saves_and_goes_on_to_the_bit(
     assert left.value.code == 128 + number
     progress = torch.load(tmp_path / "told" / "checkpoint.pth", weights_only=True)["progress"]
     assert (progress["epoch"], progress["step"]) == (epochs, steps)
-    assert f"{number.name}: left after {epochs} epochs and {steps} of 3 steps, all of it saved" in (
+    assert f"{number.name}: stopped after {epochs} epochs and {steps} of 3 steps, all of it saved" in (
         tmp_path / "told" / "log.txt"
     ).read_text(encoding="utf-8")
     assert [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGINT)] == handlers
@@ -194,7 +194,7 @@ def test_one_of_two_processes_is_told_and_both_leave_after_the_same_step(
     """Then the run goes on, to the same bits. A test of detection sends the signal to torchrun."""
     folder = ["--output-dir", tmp_path / "run"]
     assert in_processes(second_rank_gets_a_signal, [*two, *folder], 2) == [143, 143]
-    assert "SIGTERM: left after 1 epochs and 2 of 3 steps" in (tmp_path / "run" / "log.txt").read_text("utf-8")
+    assert "SIGTERM: stopped after 1 epochs and 2 of 3 steps" in (tmp_path / "run" / "log.txt").read_text("utf-8")
     stored = torch.load(tmp_path / "run" / "checkpoint.pth", weights_only=True)
     assert len(stored["processes"]) == 2
     assert in_processes(main_mgd.main, [*two, *folder, "--resume"], 2) == [0, 0]
@@ -215,5 +215,5 @@ def test_told_to_leave_when_nobody_reads_what_it_says_it_saves(words: list[objec
     finally:
         process.kill()
     log = (tmp_path / "run" / "log.txt").read_text(encoding="utf-8")
-    assert "SIGINT: left after" in log and "all of it saved" in log
+    assert "SIGINT: stopped after" in log and "all of it saved" in log
     assert (tmp_path / "run" / "checkpoint.pth").is_file()

@@ -89,7 +89,7 @@ def test_going_on_with_more_epochs(base: Run, data: Path, tmp_path: Path, caplog
     assert base(data, *arguments, "--epochs", 2) == 0
     assert base(data, *arguments, "--output-dir", tmp_path / "parts") == 0
     assert base(data, *arguments, "--epochs", 2, "--resume", tmp_path / "parts" / "checkpoint.pth") == 0
-    assert "options that differ from the run so far: epochs 1 -> 2" in (tmp_path / "parts" / "log.txt").read_text()
+    assert "options changed since the checkpoint: epochs 1 -> 2" in (tmp_path / "parts" / "log.txt").read_text()
     assert_same_run(tmp_path / "run", tmp_path / "parts")
     # and a finished run has nothing left to do
     assert base(data, *arguments, "--epochs", 2, "--resume", "auto", "--output-dir", tmp_path / "parts") == 0
@@ -150,10 +150,10 @@ def test_checkpoints_that_do_not_fit(
     assert base(data, "--arch", "mobilenet_v1") == 0
     checkpoint = tmp_path / "run" / "checkpoint.pth"
     assert base(data, "--arch", "resnet18", "--resume", checkpoint) == 2
-    assert "is of mobilenet_v1, and --arch is resnet18" in capsys.readouterr().err
+    assert "is of mobilenet_v1, but --arch is resnet18" in capsys.readouterr().err
     teacher = ["--teacher-arch", "resnet18", "--teacher-resume", resnet18_file]
     assert mgd(data, "--arch", "mobilenet_v1", *teacher, "--resume", checkpoint) == 2
-    assert "one of the two has a feature distiller, and the other has not" in capsys.readouterr().err
+    assert "fit these options: it was written without a feature distiller" in capsys.readouterr().err
     assert base(data, "--arch", "mobilenet_v1", "--resume", tmp_path / "run" / "student_last.pth") == 2
     assert "to start from its weights use --student-resume" in capsys.readouterr().err
     assert base(data, "--arch", "mobilenet_v1", "--resume", tmp_path / "none.pth") == 2
@@ -163,12 +163,12 @@ def test_checkpoints_that_do_not_fit(
     for split in ("train", "valid"):
         (other / split / "ant").rename(other / split / "aphid")
     assert base(other, "--arch", "mobilenet_v1", "--resume", checkpoint) == 2
-    assert "was trained on 3 other classes than these 3" in capsys.readouterr().err
+    assert "has 3 classes that are not the data's 3" in capsys.readouterr().err
     checkpoint.write_bytes(checkpoint.read_bytes()[:100_000])
     assert base(data, "--arch", "mobilenet_v1", "--resume", checkpoint) == 2
     said = capsys.readouterr().err
     assert "checkpoint_epoch_0001.pth has 100000 bytes of the " in said
-    assert "there is no whole one before it" in said
+    assert "no earlier checkpoint is intact" in said
 
 
 def test_going_on_with_another_distiller_is_refused(

@@ -32,7 +32,7 @@ def test_numbers_options_matchings_and_student(
     assert "images/s; 0:00:0" in shown and " left" in shown
     (logged,) = RecordedService.opened
     if fail_at:
-        assert warnings == ["--log mlflow stops, and the training goes on: no route to host"]
+        assert warnings == ["--log mlflow stops, and the training continues: no route to host"]
         return
     assert logged.success and logged.files == ["student_last.pth"] and logged.step_name == "step"
     assert logged.config["arch"] == "resnet18"

@@ -114,7 +114,7 @@ def test_files_without_weights(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         load_file(tmp_path / "none.pth", "resnet18", "the file")
     torch.save({"state_dict": {}, "arch": "resnet18"}, tmp_path / "student.pth")
-    with pytest.raises(UserError, match=r"holds no training state.*--student-resume"):
+    with pytest.raises(UserError, match=r"contains no training state.*--student-resume"):
         read_training_state(tmp_path / "student.pth", "resnet18", ["a", "b"])
 
 

@@ -306,10 +306,10 @@ def test_without_a_list_or_a_pointer_the_newest_that_can_be_read_is_used(
     harm(tmp_path / "last_checkpoint")
     with caplog.at_level("WARNING", "d2_mgd"):
         assert checkpointer.has_checkpoint() and checkpointer.resume()["iteration"] == 1
-    assert "last_checkpoint names no checkpoint: model_1.pth, the newest whole one, is used" in caplog.text
+    assert "last_checkpoint names no checkpoint: model_1.pth, the newest intact one, is used" in caplog.text
     cut(tmp_path / "model_1.pth")
     cut(tmp_path / "model_0.pth")
-    with pytest.raises(UserError, match="names no checkpoint, and there is no whole one beside it"):
+    with pytest.raises(UserError, match="names no checkpoint, and the folder contains no intact one"):
         checkpointer.resume()
 
 
@@ -360,7 +360,7 @@ def test_checkpoints_that_cannot_be_resumed_say_why(tmp_path: Path) -> None:
         checkpointer.resume()
     (tmp_path / "weights.pth").unlink()
     (tmp_path / "model_0.pth").unlink()
-    with pytest.raises(ValueError, match=r"weights\.pth is gone; there is no whole one"):
+    with pytest.raises(ValueError, match=r"weights\.pth is gone; no earlier checkpoint is intact"):
         checkpointer.resume()
 
 

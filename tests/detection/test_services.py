@@ -36,4 +36,4 @@ def test_a_log_that_cannot_be_opened_is_refused(workplace: Workplace, tmp_path: 
     with pytest.raises(SystemExit) as left:
         command_line.main(workplace.arguments(tmp_path / "run", flags=("--log-student",)))
     assert left.value.code == 2
-    assert "train_net.py: error: --log-student stores the student in the services of --log" in capsys.readouterr().err
+    assert "train_net.py: error: --log-student needs a service: add --log" in capsys.readouterr().err

@@ -106,7 +106,7 @@ def test_an_image_that_one_process_cannot_read_ends_both(
     statuses = in_processes(trained, ["--register-coco", "breaks", path, root, *known], 2)
     said = {line.partition(": error: ")[2] for line in capfd.readouterr().err.splitlines() if ": error: " in line}
     unread = [sentence for sentence in said if f"cannot read {broken}: " in sentence]
-    others = [sentence for sentence in said if "another rank ended, whose error says why" in sentence]
+    others = [sentence for sentence in said if "another rank has ended; its error is the cause" in sentence]
     assert len(unread) + len(others) == len(said)
     assert sorted(statuses) == [2 - len(others), 2] and unread  # on a busy machine both ranks may read it
     # Detectron2 logs what ended each process

@@ -47,13 +47,13 @@ def test_a_failing_service_is_one_warning(
     for step in range(3):
         log.scalars({"loss": 1.0}, step)
     log.close(success=True)
-    assert warnings == ["--log wandb stops, and the training goes on: no route to host"]
+    assert warnings == ["--log wandb stops, and the training continues: no route to host"]
     assert recorded.opened[0].success is None
 
 
 def test_what_is_missing_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     check_services([])
-    with pytest.raises(UserError, match="--log-student stores the student in the services of --log: add --log"):
+    with pytest.raises(UserError, match="--log-student needs a service: add --log"):
         check_services([], log_student=True)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"--log mlflow needs the package mlflow, .*: pip install mlflow\."):
@@ -65,7 +65,7 @@ def test_wandb_without_a_key_is_one_sentence(tmp_path: Path, monkeypatch: pytest
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    with pytest.raises(UserError, match=r"--log wandb has no key of W&B: .* WANDB_API_KEY, or set WANDB_MODE=offline"):
+    with pytest.raises(UserError, match=r"--log wandb has no API key: .* WANDB_API_KEY, or set WANDB_MODE=offline"):
         check_services(["wandb"])
     monkeypatch.setenv("WANDB_MODE", "offline")
     check_services(["wandb"])

@@ -73,7 +73,9 @@ def _write_tar(path: Path, data: Any) -> None:
 def test_a_malicious_pth_does_not_run_and_the_sentence_says_the_flag(tmp_path: Path, write: Any) -> None:
     trace, path = tmp_path / "trace", tmp_path / "weights.pth"
     write(path, {"model": Malice(trace)})
-    with pytest.raises(UntrustedFileError, match=rf"^{path} .*--trust-weights {path} loads it all the same") as caught:
+    with pytest.raises(
+        UntrustedFileError, match=rf"^{path} .*--trust-weights {path} loads it and runs its code"
+    ) as caught:
         read_tensors(str(path))
     assert not trace.exists() and "\n" not in str(caught.value)
 
@@ -99,7 +101,7 @@ def test_a_file_that_is_trusted_by_name_is_read_with_a_warning_and_no_other(
     trust(tmp_path / "alias")
     with caplog.at_level(logging.WARNING):
         assert read(str(path))["args"].lr == 0.1
-    assert f"{path} is trusted: it is read as a program" in caplog.text
+    assert f"{path} is trusted: reading it runs any code" in caplog.text
     with pytest.raises(UntrustedFileError, match=str(other)):
         read(str(other))
 
