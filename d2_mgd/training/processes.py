@@ -91,10 +91,10 @@ def largest(values: Tensor | Sequence[int]) -> list[int]:
 
 
 def largest_and_mean(integers: Tensor, values: Tensor) -> list[int]:
-    """As :func:`largest` of integers (n,); the same collective replaces ``values`` by their mean over the ranks."""
+    """As :func:`largest` for (n,) integers; the same collective replaces ``values`` by their mean over ranks."""
     if not together():
         return largest(integers)
-    # every rank fills its own row: then the maximum is that of the integers, and every rank's values
+    # each rank fills one row and leaves -inf in the others, so that the maximum gathers all rows
     rows = values.new_full((dist.get_world_size(), values.numel()), -math.inf, dtype=torch.float64)
     rows[rank()] = torch.where(torch.isfinite(values), values, math.inf).flatten()  # no NaN in a maximum
     packed = torch.cat([integers.double(), rows.flatten()])

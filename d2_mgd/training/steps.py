@@ -94,7 +94,7 @@ class Stepper:
         Args:
             losses: of this rank.
             received: number of the signal that this rank received; 0 for none.
-            measured: numbers that become their mean over the ranks, such as what a balance has measured.
+            measured: replaced by their mean over ranks, such as the measurements of a balance.
 
         Returns:
             The largest signal number of all ranks, and whether a loss or gradient of any rank is not finite.
