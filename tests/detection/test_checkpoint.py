@@ -369,7 +369,7 @@ def test_a_moved_teacher_is_the_same_and_another_is_refused(tmp_path: Path) -> N
         (tmp_path / name).write_bytes(content)
     recorded = {"weights": "a.pth", "digest": file_digest(str(tmp_path / "a.pth"))}
     check_same_teacher("model.pth", recorded, {"weights": "b.pth", "digest": file_digest(tmp_path / "b.pth")})
-    with pytest.raises(ValueError, match=r"trained with the teacher a\.pth .* but c\.pth is another"):
+    with pytest.raises(ValueError, match=r"trained with the teacher a\.pth .* but c\.pth differs"):
         check_same_teacher("model.pth", recorded, {"weights": "c.pth", "digest": file_digest(tmp_path / "c.pth")})
 
 

@@ -124,7 +124,7 @@ def test_changes_that_forbid_resuming_are_named(workplace: Any, finished: Path, 
     weights = torch.load(workplace.teacher_weights)
     weights["model"]["backbone.fpn_output4.bias"] += 1
     torch.save(weights, other)
-    with pytest.raises(ValueError, match=r"other_teacher\.pth is another"):
+    with pytest.raises(ValueError, match=r"other_teacher\.pth differs"):
         in_process_trainer(workplace, finished, "MGD.TEACHER.WEIGHTS", str(other), resume=True)
     with pytest.raises(ValueError, match="another student than the config describes"):
         in_process_trainer(workplace, finished, "MODEL.FPN.OUT_CHANNELS", "9", resume=True)
