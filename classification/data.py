@@ -201,32 +201,29 @@ class ShuffledBatches:
 
     def __init__(self, length: int, batch_size: int, seed: int, rank: int = 0, world: int = 1) -> None:
         self.length, self.batch_size, self.seed, self.rank, self.world = length, batch_size, seed, rank, world
-        self.epoch = 0
-        self.first_step = 0
+        self.set_epoch(0)
         whole, rest = divmod(length, batch_size * world)
         self.steps = whole + (math.ceil(rest / world) >= min(2, batch_size))
         if self.steps == 0:
             raise UserError(f"{length} training images are too few for {world} processes: use fewer processes.")
 
     def set_epoch(self, epoch: int, first_step: int = 0) -> None:
+        """Draw the order of an epoch, and start it with ``first_step``."""
         self.epoch, self.first_step = epoch, first_step
+        self._order = _permutation(self.length, self.seed, 0, epoch)
 
     def __len__(self) -> int:
         return self.steps - self.first_step
 
     def __iter__(self) -> Iterator[list[Key]]:
-        order = _permutation(self.length, self.seed, 0, self.epoch)
-        return (self._keys(order, step) for step in range(self.first_step, self.steps))
+        return map(self.keys, range(self.first_step, self.steps))
 
     def keys(self, step: int) -> list[Key]:
         """The keys of this rank in a step of the epoch."""
-        return self._keys(_permutation(self.length, self.seed, 0, self.epoch), step)
-
-    def _keys(self, order: np.ndarray, step: int) -> list[Key]:
         together = self.batch_size * self.world
         end = min((step + 1) * together, math.ceil(self.length / self.world) * self.world)
         positions = range(step * together + self.rank, end, self.world)
-        return [Key(int(order[p % self.length]), _seed(self.seed, 1, self.epoch, p)) for p in positions]
+        return [Key(int(self._order[p % self.length]), _seed(self.seed, 1, self.epoch, p)) for p in positions]
 
 
 def strided_batches(

@@ -69,20 +69,22 @@ class Trainer(Run):
             while self.progress.epoch < self.options.epochs:
                 self._epoch()
         except Interrupted as stopped:
-            self._leave(stopped.number)
+            self.leave(stopped.number)
         if self.journal is not None:
             student = self.options.output_dir / STUDENT_LAST if self.options.log_student else None
             self.journal.close(student, success=True)
         return self.progress
 
-    def _leave(self, number: int) -> NoReturn:
-        message = "stopped before the first step; there is nothing to save."  # in the pass for the first matching
+    def leave(self, number: int) -> NoReturn:
+        """Exit after a signal; within an epoch, save first (collective)."""
+        message = "stopped before the first step; there is nothing to save."
         if self.progress.step:
             self.save()
             done = f"{self.progress.epoch} epochs and {self.progress.step} of {self.order.steps} steps"
             message = f"stopped after {done}, all of it saved; the same command with --resume continues."
-        if self.journal is not None:
+        if self.process.is_main:
             logger.warning("%s: %s", signal.Signals(number).name, message)
+        if self.journal is not None:
             self.journal.close()
         raise SystemExit(128 + number)
 

@@ -49,7 +49,7 @@ def pair_features(student: str, teacher: str, specs: Sequence[str] | None = None
         UserError: the table has no features of a network, or a spec is malformed.
     """
     if specs is None:
-        return _table_pairs(student, teacher)
+        specs = _default_features(student, teacher)
     pairs: dict[str, FeaturePair] = {}
     for index, spec in enumerate(specs):
         name, _, modules = spec.partition("=")
@@ -60,21 +60,12 @@ def pair_features(student: str, teacher: str, specs: Sequence[str] | None = None
     return pairs
 
 
-def _table_pairs(student: str, teacher: str) -> dict[str, FeaturePair]:
-    student_row, teacher_row = architecture(student), architecture(teacher)
-    for name, row in ((student, student_row), (teacher, teacher_row)):
-        if not row.features:
+def _default_features(student: str, teacher: str) -> list[str]:
+    for name in (student, teacher):
+        if not architecture(name).features:
             raise UserError(f"{name} has no default features: name its modules with --features {_FORM}.")
-    return {
-        name: FeaturePair(
-            student_row.features[name].tap,
-            teacher_row.features[name].tap,
-            teacher_row.features[name].norm,
-            _deeper(name, student_row.features),
-        )
-        for name in student_row.features
-        if name not in student_row.ignored
-    }
+    row = architecture(student)
+    return [name for name in row.features if name not in row.ignored]
 
 
 def _named_pair(student: str, teacher: str, name: str, parts: list[str], deeper: int) -> FeaturePair:

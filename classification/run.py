@@ -9,7 +9,6 @@ import os
 import platform
 import shlex
 import shutil
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from classification.checkpoint import (
     replace_file,
 )
 from classification.engine import Trainer
+from classification.evaluation import Evaluation
 from classification.metrics import table
 from classification.models import architecture
 from classification.options import as_values, gives_student
@@ -113,7 +113,7 @@ def _work(process: Process, options: argparse.Namespace) -> None:
         if process.is_main:
             _open_folder(options, anew=state is None)
         if state is None:
-            _look_at(trainer, teacher, len(classes))
+            _evaluate_before(trainer, teacher, len(classes))
         seed_all(options.seed + 1 + process.rank)  # ranks differ, also after a restart with another number of ranks
         if resume is not None and state is not None:
             _restore(trainer, resume, state)
@@ -144,7 +144,7 @@ def _start_logging(process: Process) -> None:
 
 def _check_process(process: Process, options: argparse.Namespace) -> None:
     if options.mixed_precision == "fp16" and process.device.type != "cuda":
-        raise UserError("--mixed-precision fp16 needs a GPU; on a CPU use bf16.")
+        raise CommonError("--mixed-precision fp16 needs a GPU; on a CPU use bf16.")
     with failing_together():
         if process.is_main:
             check_services(options.log, options.log_student)
@@ -234,13 +234,9 @@ def _millions(network: nn.Module) -> float:
 
 def _evaluate(trainer: Trainer, teacher: TeacherNetwork | None, num_classes: int) -> None:
     rows: list[list[Any]] = []
-    if teacher is not None and teacher.num_classes == num_classes:
-        found = trainer.evaluate(teacher.network)
+    found = _evaluate_teacher(trainer, teacher, num_classes)
+    if teacher is not None and found is not None:
         rows.append([f"{teacher.name} (teacher)", found.err1, found.err5])
-    elif teacher is not None:
-        logger.info(
-            "the teacher is not evaluated: it has %d classes, and the data has %d.", teacher.num_classes, num_classes
-        )
     if gives_student(trainer.options):
         found = trainer.evaluate()
         rows.append([f"{trainer.options.arch} (student)", found.err1, found.err5])
@@ -252,33 +248,32 @@ def _evaluate(trainer: Trainer, teacher: TeacherNetwork | None, num_classes: int
         print(table(rows, _TABLE[:3]))
 
 
-def _look_at(trainer: Trainer, teacher: TeacherNetwork | None, num_classes: int) -> None:
+def _evaluate_teacher(trainer: Trainer, teacher: TeacherNetwork | None, num_classes: int) -> Evaluation | None:
+    """Evaluate the teacher; None without a teacher, or if its classes are not the data's."""
+    if teacher is None:
+        return None
+    if teacher.num_classes != num_classes:
+        logger.info(
+            "the teacher is not evaluated: it has %d classes, not the data's %d.", teacher.num_classes, num_classes
+        )
+        return None
+    return trainer.evaluate(teacher.network)
+
+
+def _evaluate_before(trainer: Trainer, teacher: TeacherNetwork | None, num_classes: int) -> None:
     """Evaluate both networks before the training; exit after a signal."""
     try:
-        _show_errors(trainer, teacher, num_classes)
+        found = _evaluate_teacher(trainer, teacher, num_classes)
+        if found is not None:
+            trainer.progress.teacher = {"err1": found.err1, "err5": found.err5}
+            logger.info("teacher before training: error top-1 %.3f, top-5 %.3f", found.err1, found.err5)
+            if 100.0 - found.err1 < 120.0 / num_classes and trainer.process.is_main:
+                logger.warning(
+                    "the teacher is hardly better than chance: check that its file is of this data and these classes."
+                )
+        found = trainer.evaluate()
     except Interrupted as stopped:
-        if trainer.process.is_main:
-            name = signal.Signals(stopped.number).name
-            logger.warning("%s: stopped before the first step; there is nothing to save.", name)
-        raise SystemExit(128 + stopped.number) from None
-
-
-def _show_errors(trainer: Trainer, teacher: TeacherNetwork | None, num_classes: int) -> None:
-    if teacher is not None and teacher.num_classes == num_classes:
-        found = trainer.evaluate(teacher.network)
-        trainer.progress.teacher = {"err1": found.err1, "err5": found.err5}
-        logger.info("teacher before training: error top-1 %.3f, top-5 %.3f", found.err1, found.err5)
-        if trainer.process.is_main and 100.0 - found.err1 < 120.0 / num_classes:
-            logger.warning(
-                "the teacher is hardly better than chance: check that its file is of this data and these classes."
-            )
-    elif teacher is not None:
-        logger.info(
-            "the teacher has %d classes, not the data's %d: only its features are used.",
-            teacher.num_classes,
-            num_classes,
-        )
-    found = trainer.evaluate()
+        trainer.leave(stopped.number)
     logger.info("student before training: error top-1 %.3f, top-5 %.3f", found.err1, found.err5)
 
 

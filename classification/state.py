@@ -135,7 +135,8 @@ def training_state(run: Run, random: dict[str, Any] | None = None) -> dict[str, 
         "broken": sorted(os.path.relpath(path, data) for path in run.intake.broken),
     }
     if run.process.world > 1 and run.progress.step:
-        own["buffers"] = {name: buffer.cpu() for name, buffer in student.named_buffers() if _differs(buffer)}
+        statistics = {name: buffer for name, buffer in student.named_buffers() if buffer.is_floating_point()}
+        own["buffers"] = {name: buffer.cpu() for name, buffer in statistics.items()}  # they differ between ranks
     if student.distiller is not None and run.options.mgd_update_source == "online":
         gather_costs(student.distiller)
     mean = averaged_buffers(student)
@@ -156,11 +157,6 @@ def training_state(run: Run, random: dict[str, Any] | None = None) -> dict[str, 
         "scaler": run.student.precision.scaler.state_dict(),
         "processes": gather(own),
     }
-
-
-def _differs(buffer: Tensor) -> bool:
-    """Whether ranks may have different values of a buffer, which is true for running statistics."""
-    return buffer.dtype in (torch.float32, torch.float64)
 
 
 def _with_means(module: nn.Module, prefix: str, mean: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -175,7 +175,7 @@ def test_more_in_a_row_than_allowed_stop_the_run(data: Path, tmp_path: Path) -> 
     trainer = trainer_of(data, tmp_path, Process(0, 1, 0, 1, CPU), {2, 3}, "--skip-nonfinite", 1)
     with pytest.raises(CommonError, match=r"loss_class is nan.* at epoch 1, step 3, .*; stopped after 1 ") as stopped:
         trainer.fit()
-    assert "the last checkpoint is from before" in str(stopped.value)
+    assert "continues from the last checkpoint, written before this step" in str(stopped.value)
 
 
 def _skipping(rank: int, url: str, data: Path, folder: Path, allowed: int) -> None:
