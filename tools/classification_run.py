@@ -129,7 +129,7 @@ def _teacher(run: Run, num_classes: int) -> nn.Module:
     file = Path(record["file"])
     network, _ = network_from_file(record["arch"], file, num_classes, "its file", other_classes=True)
     if file_digest(file) != record["sha256"]:
-        raise UserError(f"the teacher's file {file} is not the one that taught: its SHA-256 is another.")
+        raise UserError(f"the teacher's file {file} has changed since the training: its SHA-256 differs.")
     return network
 
 
@@ -139,16 +139,16 @@ def _tapped(network: nn.Module, taps: dict[str, Tap], pixels: np.ndarray) -> dic
 
 
 def seen_pixels(image: Path, size: int) -> np.ndarray:
-    """(size, size, 3) uint8 RGB: what of an image a network sees in an evaluation.
+    """The part of an image that a network sees in an evaluation, (size, size, 3) uint8 RGB.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the image cannot be read.
     """
     file = np.array([os.fsencode(image.name)], dtype=np.bytes_)
     folder = Folder(image.parent, ("",), file, np.zeros(1, dtype=np.int64))
     seen = ImageDataset(folder, size, augment=False)[Key(0, 0)].image
     if seen is None:
-        raise UserError(f"{image} is not there, or cannot be read as an image.")
+        raise UserError(f"{image} does not exist or is not a readable image.")
     return seen.numpy().transpose(1, 2, 0)
 
 

@@ -154,7 +154,7 @@ def feature_maps(run: Run, image: Path) -> Maps:
             raise UserError("the teacher was untrained, and such a one is not kept.")
         if taught["digest"] != model.teacher.digest:
             raise UserError(
-                f"the teacher's file {model.teacher.weights_path} is not the one that taught: its SHA-256 is another."
+                f"the teacher's file {model.teacher.weights_path} has changed since the training: its SHA-256 differs."
             )
         resize = transforms.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
         pixels = resize.get_transform(pixels).apply_image(pixels)

@@ -154,7 +154,7 @@ def open_run(folder: str | os.PathLike[str]) -> Run:
         if (path / RECORD).is_file():
             record = json.loads((path / RECORD).read_text(encoding="utf-8"))
             if not isinstance(record, dict) or not isinstance(record.get("options"), dict):
-                raise UserError(f"{path / RECORD} is not of classification/main_base.py or main_mgd.py.")
+                raise UserError(f"{path / RECORD} was not written by classification/main_base.py or main_mgd.py.")
             return Run(path, "classification", record)
         if (path / CONFIG).is_file():
             config = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8"))

@@ -93,7 +93,7 @@ def add_mgd_config(cfg: CfgNode) -> None:
     cfg.MGD.REMATCH.NUM_IMAGES = 2000
     # Batch size of the pass, for each process.
     cfg.MGD.REMATCH.BATCH_SIZE = 8
-    # Online: observe every so many steps.
+    # Online rematches observe one step of EVERY.
     cfg.MGD.REMATCH.EVERY = 10
 
     # Compare the predictions of both networks' dense heads, of RetinaNet or FCOS with the same classes and anchors.

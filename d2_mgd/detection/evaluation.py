@@ -39,12 +39,12 @@ class EvaluatingTrainer(DefaultTrainer):
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: list[DatasetEvaluator] | None = None) -> dict[str, Any]:
-        """Evaluate on every set of DATASETS.TEST, and write each's metrics to ``inference/<set>/results.json``.
+        """Evaluate on every set of DATASETS.TEST, and write the metrics of each to ``inference/<set>/results.json``.
 
-        Random state and modes of ``model`` are afterwards as before.
+        The random state and the modes of ``model`` are restored.
 
         Returns:
-            dict: task -> metric -> number, or data set -> that, where there are several; empty in other processes.
+            Task -> metric -> number; with several sets, set -> task -> metric -> number. Empty on ranks other than 0.
         """
         with preserved_randomness(), preserved_modes(model):
             results = super().test(cfg, model, evaluators)

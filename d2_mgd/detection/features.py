@@ -84,7 +84,7 @@ def find_feature(model: nn.Module, name: str, before_activation: bool = True, wh
         who: what the message calls the model.
 
     Raises:
-        ValueError: no such feature, with the list of those that exist; or it has no activation to be before of.
+        UserError: the model has no such feature (the message lists all), or the feature has no activation.
     """
     stages = _stages(model)
     if name in stages:

@@ -127,7 +127,7 @@ class TeacherStudentDetector(nn.Module):
         guide = teacher_cfg or validate_config(cfg).teacher
         assert guide is not None
         student, model = build_network(student_config(cfg)), build_network(guide)
-        # before the weights, which may take a download
+        # before the weights, so that a wrong feature name is an error before a download
         pairs = pair_features(student, model, cfg.MGD.FEATURES, cfg.MGD.BEFORE_ACTIVATION)
         dense, cross = head_options(cfg)
         heads = None if dense is None and cross is None else HeadDistiller(student, model, dense, cross)

@@ -162,7 +162,7 @@ class SafeCheckpointer(DetectionCheckpointer):
     used = 0  # weights of the file that the newest load took
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
-        """As in Detectron2; a path may end in ``?matching_heuristics=True``."""
+        """Load a checkpoint as Detectron2 does; ``path`` may end in ``?matching_heuristics=True``."""
         location, mark, query = path.partition("?")
         return super().load(local_weights_file(location) + mark + query if path else path, checkpointables)
 

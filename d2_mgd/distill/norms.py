@@ -1,4 +1,4 @@
-"""Normalisation of the student's maps before they are compared, blind to padding.
+"""Normalisation of the student's maps before they are compared; statistics ignore padding.
 
 Shape shorthand: N images, S student channels.
 """

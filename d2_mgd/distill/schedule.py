@@ -1,4 +1,4 @@
-"""When to rematch, and how much the distillation counts while a training goes on."""
+"""The schedules of rematches and of the distillation weight."""
 
 from __future__ import annotations
 

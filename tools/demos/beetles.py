@@ -58,7 +58,7 @@ SPECIES: dict[str, Marks] = {
 class _Beetle(NamedTuple):
     """One individual."""
 
-    centre: Array  # (2,) x, y in shares of the image
+    centre: Array  # (2,) x, y, relative to the side of the image
     length: float  # half length, in shares of the image
     angle: float  # radians, 0: head up
     width: float  # of the wing covers against their length
