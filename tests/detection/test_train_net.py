@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
@@ -21,6 +22,8 @@ from detectron2.config import get_cfg
 from training_runs import ROOT, run, same_tensors, train_net
 
 from d2_mgd.distill import load_reports
+from d2_mgd.training import launch
+from tests.ranks import in_processes
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +63,13 @@ def test_a_training_that_was_stopped_ends_as_if_it_was_not(
     workplace: Any, whole: Path, tmp_path: Path, workers: int
 ) -> None:
     output = stopped(whole, tmp_path / "resumed")
-    train_net(*workplace.arguments(output, "DATALOADER.NUM_WORKERS", workers, flags=("--resume",)))
+    command_line.main(workplace.arguments(output, "DATALOADER.NUM_WORKERS", workers, flags=("--resume",)))
     assert_same_end(whole, output)
+
+
+def resumed_training(arguments: list[str]) -> int:
+    command_line.main(arguments)
+    return 0
 
 
 def test_two_processes_match_as_one_and_resume_to_the_bit(workplace: Any, whole: Path, tmp_path: Path) -> None:
@@ -76,8 +84,8 @@ def test_two_processes_match_as_one_and_resume_to_the_bit(workplace: Any, whole:
     assert len(checkpoint(two)["training"]["processes"]) == 2
     assert (two / "inference" / "tiny_valid" / "results.json").exists()
     resumed = stopped(two, tmp_path / "resumed")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    run([*torchrun, str(ROOT / "tools" / "train_net.py"), *workplace.arguments(resumed, *learned, flags=("--resume",))])
+    arguments = workplace.arguments(resumed, *learned, flags=("--resume",))
+    assert in_processes(resumed_training, arguments, 2) == [0, 0]
     assert_same_end(two, resumed)
 
 
@@ -153,13 +161,18 @@ def test_the_teacher_alone_is_evaluated(workplace: Any, tmp_path: Path) -> None:
     assert "AP" in written["bbox"] and not (tmp_path / "model_final.pth").exists()
 
 
-def test_bad_input_leaves_with_one_sentence_from_several_processes_too(workplace: Any, tmp_path: Path) -> None:
+def test_bad_input_leaves_with_one_sentence_from_several_processes_too(
+    workplace: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(launch, "LaunchConfig", functools.partial(launch.LaunchConfig, start_method="fork"))
     odd = ("SOLVER.IMS_PER_BATCH", 3)
-    done = train_net(*workplace.arguments(tmp_path / "out", *odd, flags=("--num-gpus", "2")), check=False)
-    assert done.returncode == 2
-    sentence = "train_net.py: error: SOLVER.IMS_PER_BATCH is 3, which 2 processes cannot share evenly."
-    assert done.stderr.count("error:") == done.stderr.count(sentence) == 1
-    assert "Traceback" not in done.stderr
+    with pytest.raises(SystemExit) as left:
+        command_line.main(workplace.arguments(tmp_path / "out", *odd, flags=("--num-gpus", "2")))
+    assert left.value.code == 2
+    said = capfd.readouterr().err
+    sentence = "error: SOLVER.IMS_PER_BATCH is 3, which 2 processes cannot share evenly."
+    assert said.count("error:") == said.count(sentence) == 1
+    assert "Traceback" not in said
 
 
 def test_detectron2_is_as_it_was_installed() -> None:
