@@ -160,8 +160,8 @@ class FeatureDistiller(nn.Module):
     ) -> Tensor:
         if self.project is not None:
             student = self.project(_without_padding(student, valid))
+        guided, margin = self._guided(teacher)  # before the norm's map is there: it takes memory for a moment
         student = self.norm(student, valid)
-        guided, margin = self._guided(teacher)
         guided = guided.to(student.dtype)
         if rescale is not None:
             guided, margin = guided * rescale, None if margin is None else margin * rescale

@@ -51,15 +51,13 @@ def partial_l2(student: Tensor, guided: Tensor, margin: Tensor | None = None, va
     the teacher's is not positive and the student's is not above it (Heo et al., "A Comprehensive Overhaul of Feature
     Distillation", ICCV 2019; Yue et al., ECCV 2020).
     """
-    if margin is not None:
-        guided = torch.maximum(guided, margin.to(guided.dtype).view(1, -1, 1, 1))
-    return _Squares.apply(student, guided, valid, True)
+    return _Squares.apply(student, guided, margin, valid, True)
 
 
 @FEATURE_LOSSES.register()
 def mse(student: Tensor, guided: Tensor, margin: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
     """Squared distance, everywhere."""
-    return _Squares.apply(student, guided, valid, False)
+    return _Squares.apply(student, guided, None, valid, False)
 
 
 class _Squares(torch.autograd.Function):
@@ -70,23 +68,29 @@ class _Squares(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, guided: Tensor, valid: Tensor | None, partial: bool) -> Tensor:
-        residual = student - guided
+    def forward(
+        ctx: Any, student: Tensor, guided: Tensor, margin: Tensor | None, valid: Tensor | None, partial: bool
+    ) -> Tensor:
+        if margin is None:
+            other = guided.clone()
+        else:
+            other = torch.maximum(guided, margin.to(guided.dtype).view(1, -1, 1, 1))
+        residual = student - other
         if partial:
-            # (student > guided) | (guided > 0) keeps all residuals, or else the positive ones: a lower bound of -max or
-            # 0. In numbers, not booleans: on a CPU torch.where takes a branch an element.
-            bound = torch.gt(guided, 0, out=torch.empty_like(guided)).mul_(torch.finfo(guided.dtype).min)
+            # (student > other) | (other > 0) keeps all residuals, or else the positive ones: a lower bound of -max or 0.
+            # In numbers, not booleans: on a CPU torch.where takes a branch an element.
+            bound = torch.gt(other, 0, out=other).mul_(torch.finfo(other.dtype).min)
             torch.maximum(residual, bound, out=residual)
         if valid is not None:
             residual.masked_fill_(~valid, 0.0)
         ctx.save_for_backward(residual)
-        return residual.square()
+        return torch.mul(residual, residual, out=other)  # two maps of memory in all
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         (residual,) = ctx.saved_tensors
-        return (residual * gradient).mul_(2.0), None, None, None
+        return (residual * gradient).mul_(2.0), None, None, None, None
 
 
 @FEATURE_LOSSES.register()
