@@ -77,7 +77,7 @@ class _Squares(torch.autograd.Function):
             other = torch.maximum(guided, margin.to(guided.dtype).view(1, -1, 1, 1))
         residual = student - other
         if partial:
-            # (student > other) | (other > 0) keeps all residuals, or else the positive ones: a lower bound of -max or 0.
+            # (student > other) | (other > 0) keeps all residuals, or else the positive ones: a bound of -max or 0.
             # In numbers, not booleans: on a CPU torch.where takes a branch an element.
             bound = torch.gt(other, 0, out=other).mul_(torch.finfo(other.dtype).min)
             torch.maximum(residual, bound, out=residual)
