@@ -1,4 +1,4 @@
-"""Weights into networks: torchvision's, a file's, with the head that the data asks for."""
+"""Loading weights of torchvision, timm or a file into networks, with a head for the data's classes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 State = Mapping[str, Tensor]
 
-_LARGEST = 224  # px: weights for larger images alone do not fit networks that are built for this size
+_LARGEST = 224  # px; published weights that need larger images are not used
 
 
 def read_checkpoint(path: Path, what: str) -> dict[str, Any]:
@@ -31,10 +31,10 @@ def read_checkpoint(path: Path, what: str) -> dict[str, Any]:
 
     Args:
         path: the file.
-        what: how error messages call it.
+        what: name of the file in error messages.
 
     Raises:
-        UserError: it is missing, cut short, holds code, or is no dictionary.
+        UserError: the file is missing or damaged, contains code, or is not a dictionary.
     """
     if not path.is_file():
         raise UserError(f"{what} {path} does not exist.")
@@ -46,7 +46,7 @@ def read_checkpoint(path: Path, what: str) -> dict[str, Any]:
 
 
 def _plain(text: str) -> Any:
-    """A value of a safetensors file's metadata: JSON where it is JSON, else text."""
+    """A value of a safetensors file's metadata: parsed if it is JSON, else the text."""
     try:
         return json.loads(text)
     except ValueError:
@@ -54,10 +54,10 @@ def _plain(text: str) -> Any:
 
 
 def load_file(path: Path, name: str, what: str) -> dict[str, Tensor]:
-    """A network's weights out of a file of ours, of the published code, or of plain torchvision.
+    """Read a network's state dict from a file of this project, of the published code, or of torchvision.
 
     Raises:
-        UserError: as in :func:`read_checkpoint`; the file names another architecture; or it holds no weights.
+        UserError: as in :func:`read_checkpoint`; or the file is of another architecture, or without weights.
     """
     content = read_checkpoint(path, what)
     stored = content.get("arch")
@@ -75,22 +75,22 @@ def load_file(path: Path, name: str, what: str) -> dict[str, Tensor]:
 
 
 def architecture_name(name: str) -> str:
-    """One name for the two that ShuffleNet-V2 of width 1 has."""
+    """The name of an architecture; of the two names of ShuffleNet-V2 with width 1, torchvision's."""
     return "shufflenet_v2_x1_0" if name == "shufflenet_v2" else name
 
 
 def load_weights(model: nn.Module, state: State, name: str, what: str, new_head: bool = False) -> None:
-    """Load all weights; with ``new_head`` all but those of a head with another number of classes.
+    """Load a state dict; with ``new_head``, without a head that has another number of classes.
 
     Raises:
-        UserError: the weights are of another network, or not finite.
+        UserError: the weights are of another network, or are not finite.
     """
     own = model.state_dict()
     head = head_mismatch(own, state)
     if head and not new_head:
         raise UserError(
-            f"{what} has {state[head[0]].shape[0]} classes, and {own[head[0]].shape[0]} are needed (the data's train/ "
-            "folders say how many)."
+            f"{what} has {state[head[0]].shape[0]} classes, and {own[head[0]].shape[0]} are needed, one per folder of "
+            "the data's train/."
         )
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in state if key not in own]
@@ -104,17 +104,20 @@ def load_weights(model: nn.Module, state: State, name: str, what: str, new_head:
         raise UserError(f"{what} is not of {name}: weights {', '.join(parts)}.")
     if head:
         logger.info(
-            "%s: the head has %d classes; ours of %d starts anew.", what, state[head[0]].shape[0], own[head[0]].shape[0]
+            "%s: its head of %d classes is replaced by a new head of %d.",
+            what,
+            state[head[0]].shape[0],
+            own[head[0]].shape[0],
         )
     own.update({key: value for key, value in state.items() if key not in head})
-    model.load_state_dict(own)  # with its metadata, by which some networks know the version of their weights
+    model.load_state_dict(own)  # keeps its metadata, from which some networks read the version of their weights
     broken = next((key for key, value in model.state_dict().items() if not torch.isfinite(value).all()), None)
     if broken is not None:
         raise UserError(f"{what} holds weights that are not finite, first {broken}.")
 
 
 def head_mismatch(own: State, state: State) -> list[str]:
-    """Keys of the head where it alone differs, in its number of classes; otherwise none."""
+    """Keys of the head if the number of its classes is the only difference; otherwise an empty list."""
     differ = [key for key in own if key in state and own[key].shape != state[key].shape]
     modules = {key.rpartition(".")[0] for key in differ}
     same_inputs = all(own[key].shape[1:] == state[key].shape[1:] for key in differ)
@@ -122,17 +125,17 @@ def head_mismatch(own: State, state: State) -> list[str]:
 
 
 def pretrained_network(name: str, num_classes: int | None = None) -> tuple[nn.Module, int, str]:
-    """A network with the ImageNet weights that torchvision (or timm) publishes.
+    """Build a network with the ImageNet weights that torchvision (or timm) publishes.
 
     Args:
         name: architecture.
-        num_classes: of the head, which starts anew where that is not the published number; by default the published.
+        num_classes: of the head, which is new if this is not the published number; by default the published number.
 
     Returns:
-        The network, its number of classes, and whose weights they are.
+        The network, its number of classes, and the source of the weights.
 
     Raises:
-        UserError: there are none, or they are neither on this machine nor can be downloaded; it says where to put them.
+        UserError: no weights are published, or they are not on this machine and cannot be downloaded.
     """
     if name.startswith(TIMM):
         try:
@@ -148,26 +151,25 @@ def pretrained_network(name: str, num_classes: int | None = None) -> tuple[nn.Mo
 
 
 def published_weights(name: str) -> WeightsEnum:
-    """Which of torchvision's weights are a network's: the first that it published, else its default, else any; none of
-    those that take larger images alone.
+    """Choose among torchvision's weights of a network: its first, else its default, else any for images of 224 px.
 
     Raises:
-        UserError: there are none.
+        UserError: torchvision publishes none.
     """
     published = architecture(name).torchvision
     if published is None:
         raise UserError(
-            f"torchvision publishes no weights of {name}: name a file by --student-resume or --teacher-resume."
+            f"torchvision publishes no weights of {name}: name a file with --student-resume or --teacher-resume."
         )
-    there = torchvision.models.get_model_weights(published).__members__  # DEFAULT is another name of one of them
+    there = torchvision.models.get_model_weights(published).__members__  # DEFAULT is an alias of one of them
     order = [there[key] for key in ("IMAGENET1K_V1", "DEFAULT") if key in there] + list(there.values())
     return next(weights for weights in order if max(weights.meta["min_size"]) <= _LARGEST)
 
 
 def _published_state(name: str, weights: WeightsEnum) -> State:
-    """What torchvision's own network holds once it has loaded its file, whose keys may be those of an older version.
+    """State dict of torchvision's network after loading its file, whose keys may be of an older version.
 
-    torchvision would run what a file asks for, so the file has to show first that it asks for nothing.
+    torchvision would run code of a damaged or replaced file, so the file is first loaded with ``weights_only``.
     """
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     file = weights.url.rpartition("/")[2]
@@ -175,16 +177,16 @@ def _published_state(name: str, weights: WeightsEnum) -> State:
         weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{folder / file} asks for python objects or is damaged, and is not torchvision's: remove it."
+            f"{folder / file} asks for python objects or is damaged, so it is not torchvision's: remove it."
         ) from error
     except (URLError, OSError, RuntimeError) as error:
         raise UserError(
             f"the ImageNet weights of {name} are not on this machine and cannot be downloaded ({reason(error)}): "
-            f"put {file} from {weights.url} into {folder}, or name a file of your own by --teacher-resume (or "
+            f"put {file} from {weights.url} into {folder}, or name another file with --teacher-resume (or "
             "--student-resume for the student)."
         ) from error
     try:
-        with torch.random.fork_rng(devices=[]):  # its fresh weights, before it loads, cost nobody a random number
+        with torch.random.fork_rng(devices=[]):  # its initial weights do not advance the global RNG
             network = torchvision.models.get_model(architecture(name).torchvision, weights=weights, progress=False)
     except RuntimeError as error:
         raise UserError(f"{folder / file} is not torchvision's file of {name}: remove it.") from error
@@ -192,14 +194,14 @@ def _published_state(name: str, weights: WeightsEnum) -> State:
 
 
 def network_from_file(name: str, path: Path, num_classes: int, what: str, other_classes: bool) -> tuple[nn.Module, int]:
-    """A network from a file, and the number of its classes.
+    """Build a network with the weights of a file; returns it and its number of classes.
 
     Args:
         name: architecture.
         path: the file.
         num_classes: of the data.
-        what: how error messages call the file.
-        other_classes: whether a head with another number of classes will do.
+        what: name of the file in error messages.
+        other_classes: whether a head with another number of classes is allowed.
 
     Raises:
         UserError: as in :func:`load_file` and :func:`load_weights`.

@@ -146,7 +146,7 @@ def test_published_weights_are_taken_from_the_cache(pretrained: Path) -> None:
 def test_missing_weights_say_where_the_file_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torchvision.models.ResNet34_Weights.IMAGENET1K_V1.value, "url", "http://127.0.0.1:9/r34-0.pth")
-    with pytest.raises(UserError, match=r"put r34-0\.pth from http://127.* into .*checkpoints, or name a file"):
+    with pytest.raises(UserError, match=r"put r34-0\.pth from http://127.* into .*checkpoints, or name another file"):
         pretrained_network("resnet34", 1000)
     with pytest.raises(UserError, match="torchvision publishes no weights of mobilenet_v1"):
         pretrained_network("mobilenet_v1", 1000)
@@ -195,7 +195,9 @@ def test_published_files_with_code_do_not_run_it(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
     torch.save(Malicious(), tmp_path / "hub" / "checkpoints" / published_weights("resnet18").url.rpartition("/")[2])
-    with pytest.raises(UserError, match=r"asks for python objects or is damaged, and is not torchvision's: remove it"):
+    with pytest.raises(
+        UserError, match=r"asks for python objects or is damaged, so it is not torchvision's: remove it"
+    ):
         pretrained_network("resnet18", 3)
     assert not (tmp_path / "ran").exists()
 
