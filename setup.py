@@ -28,7 +28,7 @@ setup(
     packages=[*find_packages(include=["d2_mgd", "d2_mgd.*", "classification"]), "d2_mgd._configs", "d2_mgd_tools"],
     # A package "tools" would be Detectron2's.
     package_dir={"d2_mgd._configs": "configs", "d2_mgd_tools": "tools"},
-    package_data={"d2_mgd": ["py.typed"], "d2_mgd._configs": ["*.yaml", "*/*.yaml"]},
+    package_data={"d2_mgd": ["py.typed"], "d2_mgd._configs": ["*.yaml", "*/*.yaml", "lazy/*.py"]},
     entry_points={
         "console_scripts": [
             "d2-mgd-train = d2_mgd.commands:train",

@@ -17,20 +17,22 @@ _NEAREST = 3
 
 def names() -> list[str]:
     """All names, sorted."""
-    return sorted(path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*.yaml"))
+    return sorted(
+        path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*.*") if path.suffix in (".yaml", ".py")
+    )
 
 
 def get(name: str) -> str:
     """The path of a config, for ``cfg.merge_from_file`` or ``MGD.TEACHER.CONFIG_FILE``.
 
     Args:
-        name: its path below ``configs``, with or without ``.yaml``.
+        name: its path below ``configs``; ``.yaml`` may be left out.
 
     Raises:
         UserError: there is none of that name; the sentence has the nearest names.
     """
     known = names()
-    wanted = name if name.endswith(".yaml") else f"{name}.yaml"
+    wanted = name if name.endswith((".yaml", ".py")) else f"{name}.yaml"
     if wanted not in known:
         by_file_name = {one.rpartition("/")[2]: one for one in known}
         near = difflib.get_close_matches(wanted, known, _NEAREST)

@@ -102,6 +102,8 @@ def build_config(args: argparse.Namespace) -> tuple[CfgNode, CheckedConfig | Non
     add_mgd_config(cfg)
     if args.config_file:
         args.config_file = configs.find(args.config_file)
+        if args.config_file.endswith(".py"):
+            raise UserError(f"{args.config_file} is a python config: tools/lazyconfig_train_net.py trains those.")
         # Detectron2's own files hold python expressions and came with its code; others are not trusted.
         merge_file(cfg, args.config_file, allow_unsafe=_is_of_detectron2(args.config_file))
     merge_overrides(cfg, args.opts, what="KEY VALUE overrides")

@@ -12,6 +12,8 @@ from detectron2.config import CfgNode, get_cfg
 
 from d2_mgd import configs
 from d2_mgd.detection.config_files import merge_file, merge_overrides
+from d2_mgd.detection.image_network import image_network_config, is_image_network
+from d2_mgd.detection.lazy_network import lazy_network_config
 from d2_mgd.errors import UserError
 
 META_ARCHITECTURE = "TeacherStudentDetector"
@@ -27,13 +29,22 @@ def add_mgd_config(cfg: CfgNode) -> None:
     cfg.MGD.ENABLED = False
 
     cfg.MGD.TEACHER = CfgNode()
-    # The teacher's own config: a yaml file (relative to the working directory or to this project's configs), or a name
-    # of the model zoo, such as "COCO-Detection/retinanet_R_101_FPN_3x.yaml".
+    # The teacher's own config: a yaml or python file (relative to the working directory or to this project's configs);
+    # a name of the model zoo, such as "COCO-Detection/retinanet_R_101_FPN_3x.yaml"; or a classifier, "torchvision:NAME"
+    # or "timm:NAME", whose maps of stride 4 to 32 are p2 to p5.
     cfg.MGD.TEACHER.CONFIG_FILE = ""
     # Its weights: a file or URL; "" is MODEL.WEIGHTS of its config; "zoo" is the model zoo's checkpoint of CONFIG_FILE;
     # "untrained" is a random network, a control that teaches nothing.
     cfg.MGD.TEACHER.WEIGHTS = ""
-    # KEY VALUE pairs that override its config.
+    # The input format of a teacher that has none: three means and deviations of pixels from 0 to 255, in the order of
+    # FORMAT ("RGB", "BGR"). Empty is what its model and config contain.
+    cfg.MGD.TEACHER.PIXEL_MEAN = []
+    cfg.MGD.TEACHER.PIXEL_STD = []
+    cfg.MGD.TEACHER.FORMAT = ""
+    # Execute CONFIG_FILE if it is a python config (LazyConfig) that does not come with Detectron2. It is a program,
+    # which may do anything: for files whose author you know.
+    cfg.MGD.TEACHER.TRUST_PYTHON = False
+    # KEY VALUE pairs that override its config; "path.key=value" for a python config.
     cfg.MGD.TEACHER.OPTS = []
     # Evaluate the teacher on DATASETS.TEST before training.
     cfg.MGD.TEACHER.EVAL_FIRST = False
@@ -177,19 +188,26 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
         UserError: no such config, one that cannot be read, overrides it does not know, no weights named.
     """
     name = cfg.MGD.TEACHER.CONFIG_FILE
-    path, from_zoo = _config_file(name)
-    teacher = get_cfg()
-    add_mgd_config(teacher)  # a student of an earlier distillation may teach
-    # Detectron2's own files hold python expressions and came with its code; others are not trusted.
-    merge_file(
-        teacher,
-        path,
-        allow_unsafe=from_zoo,
-        what=f"MGD.TEACHER.CONFIG_FILE {name} is not a config of a Detectron2 model",
-    )
+    if is_image_network(name):
+        teacher = image_network_config(name)
+    elif name.endswith(".py"):
+        path, from_zoo = _config_file(name)
+        return _finished(cfg, lazy_network_config(path, cfg.MGD.TEACHER.OPTS, from_zoo or cfg.MGD.TEACHER.TRUST_PYTHON))
+    else:
+        teacher = get_cfg()
+        add_mgd_config(teacher)  # a student of an earlier distillation may teach
+        path, from_zoo = _config_file(name)
+        # Detectron2's own files hold python expressions and came with its code; others are not trusted.
+        what = f"MGD.TEACHER.CONFIG_FILE {name} is not a config of a Detectron2 model"
+        merge_file(teacher, path, allow_unsafe=from_zoo, what=what)
     merge_overrides(teacher, cfg.MGD.TEACHER.OPTS, what=f"MGD.TEACHER.OPTS do not fit {name}")
-    teacher = student_config(teacher)
+    return _finished(cfg, student_config(teacher))
+
+
+def _finished(cfg: CfgNode, teacher: CfgNode) -> CfgNode:
+    """The teacher's config with what the student's says of device, format and weights, frozen."""
     teacher.MODEL.DEVICE = cfg.MODEL.DEVICE
+    teacher.INPUT.FORMAT = cfg.MGD.TEACHER.FORMAT or teacher.INPUT.FORMAT
     teacher.MODEL.WEIGHTS = _teacher_weights(cfg, teacher)
     teacher.freeze()
     return teacher
@@ -202,10 +220,8 @@ def _config_file(name: str) -> tuple[str, bool]:
             "MGD.TEACHER.CONFIG_FILE is empty: give the teacher's config, a yaml file or a name of the model zoo such "
             "as COCO-Detection/retinanet_R_101_FPN_3x.yaml; or set MGD.ENABLED to False to train without a teacher."
         )
-    if not name.endswith((".yaml", ".yml")):
-        raise UserError(
-            f"MGD.TEACHER.CONFIG_FILE {name} is not a yaml file; Detectron2's python configs cannot be used."
-        )
+    if not name.endswith((".yaml", ".yml", ".py")):
+        raise UserError(f"MGD.TEACHER.CONFIG_FILE {name} is neither a yaml file nor a python config.")
     try:
         for path in (Path(name), _PROJECT_CONFIGS / name):
             if path.is_file():

@@ -1,38 +1,31 @@
 """Features of a Detectron2 model by name: FPN levels and backbone stages of any model with a `backbone`.
 
-Shape shorthand: N images, C channels, (H, W) a padded batch, (Hf, Wf) its map at a feature of stride H / Hf.
+Shape shorthand: N images, C channels.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from detectron2.layers import CNNBlockBase
 from detectron2.modeling.backbone import FPN
 from torch import Tensor, nn
 
-from d2_mgd.detection.norms import export_student_state
-from d2_mgd.distill import FeatureTaps, Tap, batch_norm_margin
+from d2_mgd.distill import Tap, batch_norm_margin
 from d2_mgd.errors import UserError
 
 __all__ = [
     "Feature",
     "FeaturePair",
-    "WatchedMaps",
     "backbone_of",
-    "crop_to",
-    "export_student_state",
     "feature_names",
     "find_feature",
     "find_last_norm",
     "pair_features",
     "teacher_margin",
-    "valid_masks",
 ]
 
 
@@ -103,16 +96,23 @@ def pair_features(
     """The same features in both networks.
 
     Raises:
-        ValueError: a feature that one of them does not have; strides that differ; a stage frozen in the student.
+        UserError: a feature that one of them does not have; strides of which neither is a multiple of the other; a
+            stage frozen in the student.
     """
+    here, there = feature_names(student), feature_names(teacher)
+    if not set(here) & set(there):
+        raise UserError(
+            f"student and teacher have no feature in common: the student has {', '.join(here)}, and the teacher "
+            f"{', '.join(there)}."
+        )
     pairs = {}
     for name in names:
         own = find_feature(student, name, before_activation, who="student")
         guide = find_feature(teacher, name, before_activation, who="teacher")
-        if own.stride != guide.stride:
+        if max(own.stride, guide.stride) % min(own.stride, guide.stride):
             raise UserError(
-                f"feature {name} has stride {own.stride} in the student and {guide.stride} in the teacher: distil "
-                "features of the same stride."
+                f"feature {name} has stride {own.stride} in the student and {guide.stride} in the teacher: one must be "
+                "a multiple of the other, so leave it out of MGD.FEATURES."
             )
         if own.last_block is not None:
             block = student.get_submodule(own.last_block)
@@ -233,128 +233,3 @@ def backbone_of(model: nn.Module) -> Any:
     if not isinstance(backbone, nn.Module) or not hasattr(backbone, "output_shape"):
         raise UserError(f"{type(model).__name__} has no Detectron2 backbone to take features from.")
     return backbone
-
-
-# ---- their maps
-
-
-class WatchedMaps:
-    """Maps of a model's own forward, and the batch that went into its backbone.
-
-    Hooks come with the first forward whose maps are wanted. A forward that was not asked for through this class, as in
-    evaluation, takes them off again, so the plain model runs as if nobody had ever looked.
-
-    Args:
-        model: has a ``backbone``.
-        features: of that model, by name.
-        plain: the module whose other forwards take the hooks off; ``model`` by default.
-        also: puts hooks of its own on the model and returns their handles; they come and go with the others.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        features: Mapping[str, Feature],
-        plain: nn.Module | None = None,
-        also: Callable[[], list[Any]] | None = None,
-    ) -> None:
-        self.model = model
-        self.plain = model if plain is None else plain
-        self.taps = {name: feature.tap for name, feature in features.items()}
-        self.also = also
-        self._attached: FeatureTaps | None = None
-        self._handles: list[Any] = []
-        self._wanted = False
-        self._batch: Any = None
-
-    def forward(self, *args: Any) -> tuple[Any, dict[str, Tensor], Tensor]:
-        """The model's output; its maps (N, C, Hf, Wf) by name; and the batch (N, 3, H, W)."""
-        taps = self._attach()
-        with self._asking():
-            output = self.model(*args)
-        return output, {} if taps is None else taps.collect(), self._take_batch()
-
-    def run(self, *args: Any) -> tuple[dict[str, Tensor], Tensor]:
-        """Maps and batch; the model runs as far as its deepest feature and no further.
-
-        Raises:
-            ValueError: there are no features.
-        """
-        taps = self._attach()
-        if taps is None:
-            raise UserError("there is no feature to take the maps of.")
-        with self._asking():
-            return taps.run(*args), self._take_batch()
-
-    def detach(self) -> None:
-        """Take all hooks off the model."""
-        if self._attached is not None:
-            self._attached.remove()
-        for handle in self._handles:
-            handle.remove()
-        self._attached, self._handles, self._batch = None, [], None
-
-    def _attach(self) -> FeatureTaps | None:
-        if not self._handles:
-            self._handles = [
-                self.plain.register_forward_pre_hook(self._begin),
-                backbone_of(self.model).register_forward_pre_hook(self._keep_batch),
-                *(self.also() if self.also is not None else []),
-            ]
-            self._attached = FeatureTaps(self.model, self.taps) if self.taps else None
-        return self._attached
-
-    @contextmanager
-    def _asking(self) -> Iterator[None]:
-        self._wanted = True
-        try:
-            yield
-        finally:
-            self._wanted = False
-
-    def _begin(self, module: nn.Module, args: Any) -> None:
-        if not self._wanted:
-            self.detach()
-
-    def _keep_batch(self, module: nn.Module, args: Any) -> None:
-        self._batch = args[0]
-
-    def _take_batch(self) -> Tensor:
-        batch, self._batch = self._batch, None
-        if not isinstance(batch, Tensor):
-            raise TypeError(f"the backbone of {type(self.model).__name__} got a {type(batch).__name__}, not a tensor.")
-        return batch
-
-
-def valid_masks(
-    image_sizes: Sequence[tuple[int, int]], maps: Mapping[str, Tensor], features: Mapping[str, Feature]
-) -> dict[str, Tensor | None]:
-    """Which cells of each map are of real pixels.
-
-    A cell is real if it begins inside its image: the first ceil(h / stride) rows and ceil(w / stride) columns.
-
-    Args:
-        image_sizes: (h, w) of each of the N images before padding.
-        maps: (N, C, Hf, Wf) by name.
-        features: of the network that the maps are from.
-
-    Returns:
-        dict: name -> (N, 1, Hf, Wf) boolean, or None where no image is padded.
-    """
-    masks: dict[str, Tensor | None] = {}
-    for name, found in maps.items():
-        stride, (height, width) = features[name].stride, found.shape[-2:]
-        rows = [min(math.ceil(h / stride), height) for h, _ in image_sizes]
-        columns = [min(math.ceil(w / stride), width) for _, w in image_sizes]
-        if min(rows) == height and min(columns) == width:
-            masks[name] = None
-            continue
-        real_rows = torch.arange(height) < torch.tensor(rows).view(-1, 1)
-        real_columns = torch.arange(width) < torch.tensor(columns).view(-1, 1)
-        masks[name] = (real_rows[:, None, :, None] & real_columns[:, None, None, :]).to(found.device)
-    return masks
-
-
-def crop_to(maps: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Maps without the rows and columns at the bottom and right that ``like`` does not have."""
-    return {name: found[..., : like[name].shape[-2], : like[name].shape[-1]] for name, found in maps.items()}

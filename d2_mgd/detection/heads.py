@@ -16,7 +16,8 @@ from detectron2.config import CfgNode
 from torch import Tensor, nn
 
 from d2_mgd.detection.dense_head import DenseHead, HeadOutput, by_anchor, cropped
-from d2_mgd.detection.features import find_feature, valid_masks
+from d2_mgd.detection.features import find_feature
+from d2_mgd.detection.maps import valid_masks
 from d2_mgd.distill.dense import best_scores, dense_box_kd, dense_class_kd, with_statistics_of
 from d2_mgd.errors import UserError
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,31 +16,17 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
-from d2_mgd.detection.config import UNTRAINED, student_config
-from d2_mgd.detection.config_checks import (
-    LAST_NORMS,
-    MARGIN_LOSSES,
-    feature_losses,
-    feature_weights,
-    rematch_schedule,
-    validate_config,
-    weight_schedule,
-)
-from d2_mgd.detection.features import (
-    FeaturePair,
-    WatchedMaps,
-    crop_to,
-    find_last_norm,
-    pair_features,
-    teacher_margin,
-    valid_masks,
-)
+from d2_mgd.detection.config import student_config
+from d2_mgd.detection.config_checks import LAST_NORMS, rematch_schedule, validate_config, weight_schedule
+from d2_mgd.detection.distillers import distiller_options, make_distiller, make_heads
+from d2_mgd.detection.features import FeaturePair, find_last_norm, pair_features
 from d2_mgd.detection.heads import HeadDistiller, head_options
+from d2_mgd.detection.maps import WatchedMaps, laid_over, valid_masks
 from d2_mgd.detection.networks import build_network
 from d2_mgd.detection.norms import FailedElsewhere, make_trainable, synchronises
 from d2_mgd.detection.rematcher import Rematcher
 from d2_mgd.detection.student_state import save_as_student
-from d2_mgd.detection.teacher import FrozenTeacher
+from d2_mgd.detection.teacher import FrozenTeacher, frozen_teacher
 from d2_mgd.distill import MatchingGuidedDistiller, WeightSchedule
 from d2_mgd.errors import UserError
 from d2_mgd.training.processes import first_failure
@@ -68,14 +54,14 @@ class TeacherStudentDetector(nn.Module):
     Args:
         student: any Detectron2 meta-architecture with a backbone.
         teacher: a detector of any other architecture, which stays outside ``parameters()``, ``state_dict()`` and modes.
-        distiller: compares the maps of ``features``, made for their widths; None where there are no features.
+        distiller: compares the maps of ``features``, or its options, from which one is made; None without features.
         features: where to distil: FPN levels and backbone stages that both have.
         before_activation: take backbone stages before their last activation.
         input_format: channel order of the images that the student gets, as INPUT.FORMAT says it.
         train_last_norm: what becomes of the last, frozen norm of each distilled backbone stage of the student:
             ``affine`` trains scale and shift, ``sync_bn`` the statistics too, ``none`` nothing.
         schedule: factor of the distillation losses by the iteration; None is always 1.
-        heads: compares the predictions of both networks' dense heads; None does not.
+        heads: compares the predictions of both networks' dense heads; or its options ``dense`` and ``cross``.
         rematcher: when to rematch, and on which maps; by default before the first step alone.
 
     Raises:
@@ -89,32 +75,32 @@ class TeacherStudentDetector(nn.Module):
         *,
         student: nn.Module,
         teacher: FrozenTeacher,
-        distiller: MatchingGuidedDistiller | None,
+        distiller: MatchingGuidedDistiller | Mapping[str, Any] | None,
         features: Sequence[str],
         before_activation: bool = True,
         input_format: str = "BGR",
         train_last_norm: str = "affine",
         schedule: WeightSchedule | None = None,
-        heads: HeadDistiller | None = None,
+        heads: HeadDistiller | Mapping[str, Any] | None = None,
         rematcher: Rematcher | None = None,
     ) -> None:
         super().__init__()
         teacher.check_format(input_format)
         self.pairs = pair_features(student, teacher.model, features, before_activation)
-        _check_widths(self.pairs, distiller)
+        _warn_of_strides(self.pairs)
         _train_last_norms(student, self.pairs, train_last_norm)
         self.student = student
         self.teacher = teacher
-        self.distiller = distiller
+        self.distiller = make_distiller(distiller, self.pairs, teacher)
         self.input_format = input_format
         self.schedule = schedule
-        self.heads = heads
+        self.heads = make_heads(heads, student, teacher.model)
         self.rematcher = rematcher or Rematcher()
         self.balanced = 0  # finished steps when the balance was updated
         self._student_features = {name: pair.student for name, pair in self.pairs.items()}
-        also = None if heads is None else heads.student.watch
+        also = None if self.heads is None else self.heads.student.watch
         self._watched = WatchedMaps(student, self._student_features, also=also)
-        self._synchronises = distiller is not None and synchronises(distiller)
+        self._synchronises = self.distiller is not None and synchronises(self.distiller)
         self._same_pixels = teacher.same_pixels(student, input_format)
         teacher.watch({name: pair.teacher for name, pair in self.pairs.items()})
         if self.distiller is not None:
@@ -128,14 +114,14 @@ class TeacherStudentDetector(nn.Module):
         assert guide is not None
         student, model = build_network(student_config(cfg)), build_network(guide)
         # before the weights, so that a wrong feature name is an error before a download
-        pairs = pair_features(student, model, cfg.MGD.FEATURES, cfg.MGD.BEFORE_ACTIVATION)
+        pair_features(student, model, cfg.MGD.FEATURES, cfg.MGD.BEFORE_ACTIVATION)
         dense, cross = head_options(cfg)
         heads = None if dense is None and cross is None else HeadDistiller(student, model, dense, cross)
-        teacher = FrozenTeacher(model, input_format=guide.INPUT.FORMAT, weights=guide.MODEL.WEIGHTS, cfg=guide)
+        teacher = frozen_teacher(model, guide, cfg)
         return {
             "student": student,
             "teacher": teacher,
-            "distiller": _build_distiller(cfg, pairs, teacher) if pairs else None,
+            "distiller": distiller_options(cfg),
             "features": list(cfg.MGD.FEATURES),
             "before_activation": cfg.MGD.BEFORE_ACTIVATION,
             "input_format": cfg.INPUT.FORMAT,
@@ -185,7 +171,7 @@ class TeacherStudentDetector(nn.Module):
             teacher_maps, outputs = self.teacher.with_outputs(**inputs)
         losses: dict[str, Tensor] = {}
         if self.distiller is not None:
-            student_maps, teacher_maps, valid = self._aligned(batched_inputs, batch, student_maps, teacher_maps)
+            student_maps, teacher_maps, valid = self._aligned(batched_inputs, student_maps, teacher_maps)
             if due or self.rematcher.observes(iteration):
                 self.distiller.observe(student_maps, teacher_maps, valid)
             if due:
@@ -243,7 +229,7 @@ class TeacherStudentDetector(nn.Module):
         """
         student_maps, batch = self._watched.run(batched_inputs)
         teacher_maps = self.teacher(**self._for_teacher(batched_inputs, batch))
-        return self._aligned(batched_inputs, batch, student_maps, teacher_maps)
+        return self._aligned(batched_inputs, student_maps, teacher_maps)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies, such as moving averages of the weights: without hooks, which the next training step registers."""
@@ -287,14 +273,10 @@ class TeacherStudentDetector(nn.Module):
             "normalised": batch.detach() if self._same_pixels else None,
         }
 
-    def _aligned(
-        self, batched_inputs: Batch, batch: Tensor, student_maps: Maps, teacher_maps: Maps
-    ) -> tuple[Maps, Maps, Masks]:
+    def _aligned(self, batched_inputs: Batch, student_maps: Maps, teacher_maps: Maps) -> tuple[Maps, Maps, Masks]:
         """Both maps over the same pixels, the teacher's without padding of its own, and masks of real ones."""
-        sizes, (height, width) = _sizes(batched_inputs), batch.shape[-2:]
-        if self.teacher.padded_size(sizes, (height, width)) != (height, width):
-            teacher_maps = crop_to(teacher_maps, student_maps)
-        return student_maps, teacher_maps, valid_masks(sizes, student_maps, self._student_features)
+        teacher_maps = laid_over(teacher_maps, student_maps, self.pairs)
+        return student_maps, teacher_maps, valid_masks(_sizes(batched_inputs), student_maps, self._student_features)
 
     def _no_losses(self) -> dict[str, Tensor]:
         """Of a step without the teacher."""
@@ -320,11 +302,14 @@ def _boxes(batched_inputs: Batch) -> list[Tensor] | None:
     return [sample["instances"].gt_boxes.tensor for sample in batched_inputs]
 
 
-def _check_widths(pairs: dict[str, FeaturePair], distiller: MatchingGuidedDistiller | None) -> None:
-    found = {name: pair.channels for name, pair in pairs.items()}
-    made_for = {} if distiller is None else distiller.channels
-    if found != made_for:
-        raise UserError(f"the networks have the widths (S, T) {found}, and the distiller was made for {made_for}.")
+def _warn_of_strides(pairs: dict[str, FeaturePair]) -> None:
+    for name, pair in pairs.items():
+        own, guide = pair.student.stride, pair.teacher.stride
+        if own != guide:
+            logger.warning(
+                "feature %s has stride %d in the student and %d in the teacher: the teacher's map is resized.",
+                name, own, guide,
+            )  # fmt: skip
 
 
 def _train_last_norms(student: nn.Module, pairs: dict[str, FeaturePair], kind: str) -> None:
@@ -336,29 +321,3 @@ def _train_last_norms(student: nn.Module, pairs: dict[str, FeaturePair], kind: s
         place = find_last_norm(student, pair.student)
         if place is not None and make_trainable(*place, kind):
             logger.info("The student's last norm of %s trains (%s).", name, kind)
-
-
-def _build_distiller(cfg: CfgNode, pairs: dict[str, FeaturePair], teacher: FrozenTeacher) -> MatchingGuidedDistiller:
-    losses = feature_losses(cfg)
-    known = teacher.weights_path != UNTRAINED
-    margins = {
-        name: teacher_margin(teacher.model, pairs[name].teacher, statistics_needed=known)
-        for name, loss in losses.items()
-        if loss in MARGIN_LOSSES
-    }
-    return MatchingGuidedDistiller(
-        {name: pair.channels for name, pair in pairs.items()},
-        reducer=cfg.MGD.REDUCER,
-        loss=losses,
-        metric=cfg.MGD.METRIC,
-        mode=cfg.MGD.MODE or None,
-        align=cfg.MGD.ALIGN,
-        norm=cfg.MGD.NORM,
-        weights=feature_weights(cfg) if cfg.MGD.BALANCE == "fixed" else None,
-        balance=cfg.MGD.BALANCE,
-        margins=margins,
-        reduction=cfg.MGD.REDUCTION,
-        spatial=cfg.MGD.SPATIAL,
-        strides={name: pair.student.stride for name, pair in pairs.items()},
-        tie=cfg.MGD.TIE,
-    )

@@ -13,10 +13,13 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.modeling import Backbone
 from torch import Tensor, nn
 
 from d2_mgd.detection.config import UNTRAINED, teacher_config
-from d2_mgd.detection.features import Feature, WatchedMaps, backbone_of
+from d2_mgd.detection.features import Feature, backbone_of
+from d2_mgd.detection.image_network import Classifier, ImageNetwork, is_image_network
+from d2_mgd.detection.maps import WatchedMaps
 from d2_mgd.detection.networks import build_network
 from d2_mgd.detection.weights import file_digest, load_weights, local_weights_file
 from d2_mgd.errors import UserError
@@ -38,11 +41,12 @@ class FrozenTeacher:
     It is no ``nn.Module``, so that a module that holds it neither counts, trains, moves, wraps nor saves its weights.
 
     Args:
-        model: a Detectron2 model with ``backbone``, ``pixel_mean`` and ``pixel_std``; frozen from now on.
+        model: a Detectron2 model with a ``backbone``, or a plain backbone; frozen from now on.
         input_format: the channel order it was trained with, as INPUT.FORMAT says it.
         weights: where to load its weights from: a file, a URL, ``detectron2://...``; "untrained" leaves them random,
             with a warning; None leaves them as the caller set them.
         cfg: its config, for those who want to evaluate it.
+        pixel_mean, pixel_std: of the pixels that it takes, 0 to 255; by default the model's own buffers.
 
     Attributes:
         model: the plain model, in eval mode.
@@ -61,11 +65,20 @@ class FrozenTeacher:
         input_format: str = "BGR",
         weights: str | None = None,
         cfg: CfgNode | None = None,
+        pixel_mean: Sequence[float] = (),
+        pixel_std: Sequence[float] = (),
     ) -> None:
+        if isinstance(model, Backbone):
+            model = _BackboneOnly(model)
         self._backbone = backbone_of(model)
-        for name in ("pixel_mean", "pixel_std"):
-            if not hasattr(model, name):
-                raise UserError(f"{type(model).__name__} has no {name}, so its pixels cannot be made.")
+        for name, given in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
+            if given:
+                model.register_buffer(name, _on_device(given, model), persistent=False)
+            elif not hasattr(model, name):
+                raise UserError(
+                    f"the teacher {type(model).__name__} has no {name}: give it as MGD.TEACHER.{name.upper()}, such as "
+                    "[123.675, 116.28, 103.53] and [58.395, 57.12, 57.375] with MGD.TEACHER.FORMAT RGB."
+                )
         self.model = model.eval().requires_grad_(False)
         self.cfg = cfg
         self.input_format = input_format
@@ -75,7 +88,7 @@ class FrozenTeacher:
             logger.warning("The teacher is untrained: what it teaches is noise. This is for controls and tests alone.")
         elif weights is not None:
             self.weights_path = load_teacher_weights(model, weights)
-            self.digest = file_digest(self.weights_path)
+            self.digest = "" if is_image_network(self.weights_path) else file_digest(self.weights_path)
         self.watch({})
 
     def __deepcopy__(self, memo: Any) -> FrozenTeacher:
@@ -216,6 +229,13 @@ class _BackboneOnly(nn.Module):
         return self.backbone(batch)
 
 
+def _on_device(values: Sequence[float], model: nn.Module) -> Tensor:
+    """(3, 1, 1)."""
+    if len(values) != 3:
+        raise UserError(f"a pixel mean and deviation are three numbers, got {list(values)}.")
+    return torch.tensor([float(value) for value in values], device=next(model.parameters()).device).view(-1, 1, 1)
+
+
 def _same(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and bool(torch.equal(one.cpu(), other.cpu()))
 
@@ -234,10 +254,16 @@ def load_teacher_weights(model: nn.Module, location: str) -> str:
         UserError: there is none; weights are missing, left over, or have another shape, beyond constants such as
             ``pixel_mean``.
     """
+    if isinstance(model, ImageNetwork) and is_image_network(location):
+        model.load_published(location)
+        return location
     try:
         path = local_weights_file(location)
     except UserError as error:
         raise UserError(f"the teacher's weights cannot be had: {error}") from error
+    if isinstance(model, ImageNetwork) and isinstance(model.backbone, Classifier):
+        model.load_published(path)
+        return path
     left = load_weights(model, location)
     missing = _beyond_constants(left.missing_keys)
     left_over = _beyond_constants(left.unexpected_keys)
@@ -272,4 +298,17 @@ def build_teacher(cfg: CfgNode) -> FrozenTeacher:
     own = teacher_config(cfg)
     with shared_randomness() if own.MODEL.WEIGHTS == UNTRAINED else nullcontext():
         model = build_network(own)
-    return FrozenTeacher(model, input_format=own.INPUT.FORMAT, weights=own.MODEL.WEIGHTS, cfg=own)
+    return frozen_teacher(model, own, cfg)
+
+
+def frozen_teacher(model: nn.Module, own: CfgNode, cfg: CfgNode) -> FrozenTeacher:
+    """A built teacher with the weights of its ``own`` config and the input format of MGD.TEACHER in ``cfg``."""
+    given = cfg.MGD.TEACHER
+    return FrozenTeacher(
+        model,
+        input_format=own.INPUT.FORMAT,
+        weights=own.MODEL.WEIGHTS,
+        cfg=own,
+        pixel_mean=given.PIXEL_MEAN,
+        pixel_std=given.PIXEL_STD,
+    )

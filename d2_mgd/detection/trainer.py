@@ -24,10 +24,10 @@ from d2_mgd.detection.config_checks import CheckedConfig, validate_config
 from d2_mgd.detection.config_loaders import build_pass_loader, build_train_loader
 from d2_mgd.detection.datasets import check_classes, check_datasets_once
 from d2_mgd.detection.evaluation import EvaluatingTrainer
-from d2_mgd.detection.features import export_student_state
 from d2_mgd.detection.hooks import BalanceHook, CheckpointHook, distillation_hooks
 from d2_mgd.detection.loader import SampleError, TrainLoader
 from d2_mgd.detection.networks import build_network
+from d2_mgd.detection.norms import export_student_state
 from d2_mgd.detection.preemption import PreemptionHook
 from d2_mgd.detection.steps import StepTrainer, precision_of, predict_in_float32
 from d2_mgd.detection.weights import load_weights

@@ -17,6 +17,7 @@ from d2_mgd.distill.balance import BALANCES, Balance, mean_square
 from d2_mgd.distill.checks import check_names, check_weights, checked_mode, checked_ties
 from d2_mgd.distill.feature import ALIGNMENTS, MATCHED_ALIGNMENTS, FeatureDistiller
 from d2_mgd.distill.losses import FEATURE_LOSSES, REDUCTIONS
+from d2_mgd.distill.map_shapes import map_of_tokens
 from d2_mgd.distill.reducers import REDUCERS
 from d2_mgd.distill.registry import lookup
 from d2_mgd.distill.reports import RematchReport
@@ -40,7 +41,8 @@ class MatchingGuidedDistiller(nn.Module):
         losses = distiller(student_maps, teacher_maps)  # {"loss_distill/stage4": scalar}
 
     Maps are compared in float32 whatever their dtype, or in float64 after ``distiller.double()``. A teacher map of
-    another height and width is resized to the student's, with one warning a feature.
+    another height and width is resized to the student's, with one warning a feature. Tokens (N, 1 + H W, C) of a vision
+    transformer are taken as maps (N, C, H, W).
 
     Args:
         channels: feature name -> (S, T).
@@ -355,6 +357,10 @@ class MatchingGuidedDistiller(nn.Module):
             if name not in maps:
                 raise ValueError(f"the {who} gave no map of feature {name}; it gave: {', '.join(maps) or 'none'}.")
         student, teacher = student_maps[name], teacher_maps[name].detach()
+        if student.ndim == 3:
+            student = map_of_tokens(student, 1.0 if teacher.ndim == 3 else teacher.shape[2] / teacher.shape[3])
+        if teacher.ndim == 3:
+            teacher = map_of_tokens(teacher, student.shape[2] / student.shape[3])
         wanted = self.channels[name]
         same_images = student.shape[:1] == teacher.shape[:1]
         if student.ndim != 4 or teacher.ndim != 4 or (student.shape[1], teacher.shape[1]) != wanted or not same_images:

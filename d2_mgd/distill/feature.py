@@ -11,11 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from d2_mgd.distill.losses import MASKED_LOSSES, FeatureLoss, reduce_loss
+from d2_mgd.distill.map_shapes import resized
 from d2_mgd.distill.norms import build_norm
 from d2_mgd.distill.reducers import Reducer
 from d2_mgd.distill.spatial import Boxes, SpatialWeight
@@ -127,7 +127,7 @@ class FeatureDistiller(nn.Module):
                 tuple(teacher.shape[2:]),
                 tuple(student.shape[2:]),
             )
-        return F.interpolate(teacher.float(), size=student.shape[2:], mode="bilinear", align_corners=False)
+        return resized(teacher, student.shape[2], student.shape[3])
 
     def forward(
         self,

@@ -102,7 +102,10 @@ class TestTeacherConfig:
         [
             (["CONFIG_FILE", ""], r"MGD\.TEACHER\.CONFIG_FILE is empty"),
             (["CONFIG_FILE", "no/such.yaml"], r"no/such\.yaml is found neither from the working directory, nor in"),
-            (["CONFIG_FILE", "COCO-Detection/fcos_R_50_FPN_1x.py"], r"is not a yaml file"),
+            (
+                ["CONFIG_FILE", "COCO-Detection/fcos_R_50_FPN_1x.py"],
+                r"takes overrides path\.key=value, not 'MODEL",
+            ),
             (["OPTS", ["MODEL.NO_SUCH", 1]], r"MGD\.TEACHER\.OPTS do not fit .*NO_SUCH"),
             (["OPTS", ["MODEL.WEIGHTS"]], r"MGD\.TEACHER\.OPTS do not fit"),
             (["OPTS", ["MODEL.WEIGHTS", ""], "WEIGHTS", ""], r"the teacher has no weights"),

@@ -26,8 +26,8 @@ from d2_mgd.detection import TeacherStudentDetector
 from d2_mgd.detection.config import student_config
 from d2_mgd.detection.config_checks import validate_config
 from d2_mgd.detection.dense_head import DenseHead
-from d2_mgd.detection.features import export_student_state
 from d2_mgd.detection.heads import CrossHeadKD, HeadDistiller, HeadKD
+from d2_mgd.detection.norms import export_student_state
 from d2_mgd.detection.teacher import FrozenTeacher
 
 TWO_CONVS = ("MODEL.RETINANET.NUM_CONVS", 2)
@@ -248,8 +248,9 @@ class TestPadding:
             assert own * positives == pytest.approx(other * model.student.loss_normalizer)
 
     def test_masks_are_in_the_order_of_the_anchors(self) -> None:
-        from d2_mgd.detection.features import find_feature, valid_masks
+        from d2_mgd.detection.features import find_feature
         from d2_mgd.detection.heads import _of_anchors
+        from d2_mgd.detection.maps import valid_masks
 
         model = tiny()
         head = DenseHead(model, None, "student")

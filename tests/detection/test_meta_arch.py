@@ -10,15 +10,14 @@ import torch
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
-from detectron2.layers import FrozenBatchNorm2d
+from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from tiny_detectors import SIZES, batch, built, distilled_config, matched, paired, step, tiny, tiny_fcos
 
 from d2_mgd.detection import TeacherStudentDetector
 from d2_mgd.detection.config import student_config, teacher_config
-from d2_mgd.detection.features import export_student_state
-from d2_mgd.detection.norms import TrainableAffineNorm, TrainableSyncNorm
+from d2_mgd.detection.norms import TrainableAffineNorm, TrainableSyncNorm, export_student_state
 from d2_mgd.detection.teacher import FrozenTeacher
 from d2_mgd.distill import FEATURE_LOSSES, REDUCERS, SPATIAL_WEIGHTS, MatchingGuidedDistiller, batch_norm_margin
 from d2_mgd.errors import UserError
@@ -61,6 +60,29 @@ def test_fcos(roles: str) -> None:
     model.eval()
     with torch.no_grad():
         assert len(model(batch((160, 200)))) == 1
+
+
+def dilated_c5() -> torch.nn.Module:
+    dilated = ["MODEL.RESNETS.RES5_DILATION", 2, "MODEL.ROI_HEADS.NAME", "StandardROIHeads"]
+    dilated += ["MODEL.ROI_BOX_HEAD.NAME", "FastRCNNConvFCHead", "MODEL.ROI_BOX_HEAD.NUM_FC", 1]
+    for node in ("RESNETS.OUT", "ROI_HEADS.IN", "RPN.IN"):
+        dilated += [f"MODEL.{node}_FEATURES", ["res5"]]
+    return tiny("faster_rcnn_c4", 16, *dilated)
+
+
+@pytest.mark.parametrize("dilated", ["student", "teacher"])
+def test_strides_that_differ_by_a_factor(dilated: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A dilated res5 has stride 16 in place of 32."""
+    strides = {who: 16 if who == dilated else 32 for who in ("student", "teacher")}
+    networks = {who: dilated_c5() if who == dilated else tiny() for who in strides}
+    with caplog.at_level("WARNING", "d2_mgd"):
+        model = paired(networks["student"], networks["teacher"], ["res5"])
+        student_maps, teacher_maps, _ = model.extract_maps(batch((96, 64), (90, 60)))
+    said = f"res5 has stride {strides['student']} in the student and {strides['teacher']} in the teacher"
+    assert sum(said in record.getMessage() for record in caplog.records) == 1
+    expected = (96 // strides["student"], 64 // strides["student"])
+    assert student_maps["res5"].shape[2:] == teacher_maps["res5"].shape[2:] == expected
+    assert float(step(model)["loss_distill/res5"].detach()) > 0
 
 
 @pytest.mark.parametrize("loss", [name for name, _ in FEATURE_LOSSES])
@@ -240,13 +262,20 @@ class TestErrors:
         with pytest.raises(UserError, match="the teacher's weights cannot be had"):
             built("retinanet", "retinanet", "MGD.TEACHER.WEIGHTS", "no/such.pth")
 
-    def test_strides(self) -> None:
-        dilated = ["MODEL.RESNETS.RES5_DILATION", 2, "MODEL.ROI_HEADS.NAME", "StandardROIHeads"]
-        dilated += ["MODEL.ROI_BOX_HEAD.NAME", "FastRCNNConvFCHead", "MODEL.ROI_BOX_HEAD.NUM_FC", 1]
-        for node in ("RESNETS.OUT", "ROI_HEADS.IN", "RPN.IN"):
-            dilated += [f"MODEL.{node}_FEATURES", ["res5"]]
-        with pytest.raises(ValueError, match="feature res5 has stride 16 in the student and 32 in the teacher"):
-            built("faster_rcnn_c4", "retinanet", "MGD.FEATURES", ["res5"], *dilated)
+    def test_strides_without_a_common_factor(self) -> None:
+        student, teacher = tiny(), tiny("retinanet", 32)
+        shapes = teacher.backbone.output_shape()
+        shapes["p3"] = ShapeSpec(channels=8, stride=12)
+        teacher.backbone.output_shape = lambda: shapes
+        with pytest.raises(UserError, match="p3 has stride 8 in the student and 12 in the teacher: one must be"):
+            paired(student, teacher, ["p3"])
+
+    def test_no_feature_in_common(self) -> None:
+        student, teacher = tiny(), tiny("retinanet", 32)
+        del student.backbone.bottom_up
+        student.backbone.output_shape = lambda: {"s8": ShapeSpec(channels=8, stride=8)}
+        with pytest.raises(UserError, match=r"no feature in common: the student has s8, and the teacher res2, .* p7"):
+            paired(student, teacher, ["s8"])
 
     def test_widths_of_a_foreign_distiller(self) -> None:
         distiller = MatchingGuidedDistiller({"p3": (4, 4)}, loss="mse")

@@ -1,0 +1,190 @@
+"""Networks that are no detectors as teachers: plain Detectron2 backbones, and classifiers of torchvision and timm.
+
+Shape shorthand: N images, C channels, (H, W) a batch, L = h w tokens of a map.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
+from torch import Tensor, nn
+
+from d2_mgd.distill import FeatureTaps
+from d2_mgd.distill.map_shapes import map_of_tokens
+from d2_mgd.errors import UserError, reason
+from d2_mgd.training.weights_files import read_safetensors, read_tensors
+
+TIMM, TORCHVISION = "timm:", "torchvision:"
+_MEASURED = 224  # pixels of the image that strides are measured with, which every classifier takes
+_IMAGENET = ([123.675, 116.28, 103.53], [58.395, 57.12, 57.375])
+
+
+def is_image_network(name: str) -> bool:
+    """Whether MGD.TEACHER.CONFIG_FILE names a classifier of torchvision or timm."""
+    return name.startswith((TIMM, TORCHVISION))
+
+
+def image_network_config(name: str) -> CfgNode:
+    """The config of ``timm:NAME`` or ``torchvision:NAME`` with its published weights, RGB and ImageNet's statistics."""
+    cfg = get_cfg()
+    cfg.MODEL.META_ARCHITECTURE = "ImageNetwork"
+    cfg.MODEL.IMAGE_NETWORK = name
+    cfg.MODEL.WEIGHTS = name
+    cfg.INPUT.FORMAT = "RGB"
+    cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = _IMAGENET
+    return cfg
+
+
+@META_ARCH_REGISTRY.register()
+class ImageNetwork(nn.Module):
+    """A backbone with an input format and without a head: it teaches, and infers nothing.
+
+    Args:
+        cfg: MODEL.IMAGE_NETWORK names a classifier; without it MODEL.BACKBONE.NAME is a backbone of Detectron2.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        super().__init__()
+        name = cfg.MODEL.get("IMAGE_NETWORK", "")
+        self.backbone = Classifier(name, _fresh(name)) if name else build_backbone(cfg)
+        for key in ("mean", "std"):
+            value = torch.tensor(cfg.MODEL[f"PIXEL_{key.upper()}"]).view(-1, 1, 1)
+            self.register_buffer(f"pixel_{key}", value, persistent=False)
+
+    def load_published(self, location: str) -> None:
+        """Load a classifier's weights: ``timm:NAME`` and ``torchvision:NAME`` are those that the library publishes.
+
+        Raises:
+            UserError: they are not all of this network, or cannot be had.
+        """
+        assert isinstance(self.backbone, Classifier)
+        state: Any
+        if is_image_network(location):
+            state = _published(location)
+        else:
+            state = read_safetensors(location)[0] if location.endswith(".safetensors") else read_tensors(location)
+            state = state.get("model", state)
+        try:
+            self.backbone.network.load_state_dict(state)
+        except RuntimeError as error:
+            raise UserError(
+                f"the teacher's weights {location} are not of {self.backbone.name}: {reason(error)}."
+            ) from error
+
+
+class Classifier(Backbone):
+    """The deepest map of each stride of a classifier, as FPN levels: ``p2`` of stride 4 to ``p5`` of 32.
+
+    Where they are is measured with one image. Tokens of a vision transformer are maps of its patches.
+
+    Args:
+        name: for messages.
+        network: takes (N, 3, H, W).
+    """
+
+    def __init__(self, name: str, network: nn.Module) -> None:
+        super().__init__()
+        self.name = name
+        self.network = network
+        found = _measured(network)
+        if not found:
+            raise UserError(f"{name} gives no map of stride 4, 8, 16, 32 or 64 at any of its stages.")
+        self._out_features = list(found)
+        self._out_feature_strides = {level: 2 ** int(level[1:]) for level in found}
+        self._out_feature_channels = {level: channels for level, (_, channels) in found.items()}
+        self._taps = FeatureTaps(network, {level: path for level, (path, _) in found.items()})
+
+    @property
+    def size_divisibility(self) -> int:
+        """Multiple to which images are padded: the largest stride."""
+        return max(self._out_feature_strides.values())
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        ratio = images.shape[-2] / images.shape[-1]
+        return {name: _as_map(found, ratio) for name, found in self._taps.run(images).items()}
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        return {
+            name: ShapeSpec(channels=self._out_feature_channels[name], stride=self._out_feature_strides[name])
+            for name in self._out_features
+        }
+
+
+def _as_map(found: Tensor, ratio: float) -> Tensor:
+    return map_of_tokens(found, ratio) if found.ndim == 3 else found
+
+
+@torch.no_grad()
+def _measured(network: nn.Module) -> dict[str, tuple[str, int]]:
+    """Level -> (path, C) of the last stage, or block of a stage, with a map of that stride."""
+    found: dict[str, tuple[str, int]] = {}
+
+    def look(path: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if not isinstance(output, Tensor) or output.ndim not in (3, 4):
+                return
+            try:
+                shape = _as_map(output, 1.0).shape
+            except UserError:
+                return
+            level = math.log2(_MEASURED / shape[2]) if shape[2] == shape[3] > 1 else 0.0
+            if level in (2, 3, 4, 5, 6):
+                found[f"p{int(level)}"] = (path, shape[1])
+
+        return hook
+
+    paths = [name for name, _ in network.named_modules() if name and name.count(".") < 2]
+    handles = [network.get_submodule(path).register_forward_hook(look(path)) for path in paths]
+    try:
+        network.eval()(torch.zeros(1, 3, _MEASURED, _MEASURED))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return dict(sorted(found.items()))
+
+
+def _fresh(name: str) -> nn.Module:
+    """The classifier with fresh weights."""
+    if name.startswith(TORCHVISION):
+        from torchvision import models
+
+        bare = name.removeprefix(TORCHVISION)
+        known = models.list_models(module=models)
+        if bare not in known:
+            raise UserError(f"torchvision has no classifier {bare!r}; there are: {', '.join(known)}.")
+        return models.get_model(bare)
+    timm = _timm(name)
+    bare = name.removeprefix(TIMM)
+    if not timm.is_model(bare):
+        raise UserError(f"timm has no model {bare!r}; near it: {', '.join(timm.list_models(f'*{bare[:6]}*')[:20])}.")
+    try:
+        return timm.create_model(bare, dynamic_img_size=True)  # of vision transformers, for images of any size
+    except TypeError:
+        return timm.create_model(bare)
+
+
+def _published(name: str) -> dict[str, Any]:
+    try:
+        if name.startswith(TORCHVISION):
+            from torchvision import models
+
+            weights: Any = models.get_model_weights(name.removeprefix(TORCHVISION)).DEFAULT
+            return weights.get_state_dict(progress=False, check_hash=True)
+        return _timm(name).create_model(name.removeprefix(TIMM), pretrained=True).state_dict()
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"the published weights of {name} cannot be had ({reason(error)}); give their file as MGD.TEACHER.WEIGHTS."
+        ) from error
+
+
+def _timm(name: str) -> Any:
+    try:
+        import timm
+    except ImportError as error:
+        raise UserError(f"{name} needs timm, which is not installed: pip install timm.") from error
+    return timm
