@@ -113,7 +113,7 @@ def build_report(options: argparse.Namespace) -> tuple[Report, str]:
     rematches = f"{len(history):,} {'rematch' if len(history) == 1 else 'rematches'}"
     report = Report(
         f"Matchings of {run.folder.resolve().name}",
-        lead=f"Who guides whom at {', '.join(f'`{name}`' for name in newest)}, after {rematches}; the last one after "
+        lead=f"The teacher channels that guide each student channel at {', '.join(f'`{name}`' for name in newest)}, after {rematches}; the last one after "
         f"{max(history):,} {steps}.",
     )
     header = "feature|student channels|teacher channels|images|mean cost, matched|mean cost, all|changed|solved in"

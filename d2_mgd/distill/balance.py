@@ -28,7 +28,7 @@ AUTO = "norm"
 _MEMORY = 0.01  # weight of the newest step in a running mean, once 100 steps are known
 _FIRST = 50  # steps whose mean loss is the loss at the start
 _HEAVY, _HEAVY_STEPS = 10.0, 100  # a ratio of gradients, over so many steps, that deserves a warning
-_EVERY = 4  # one image in so many is measured, which keeps the cost of all features below 1 % of a step
+_EVERY = 4  # gradients are measured on one image in four, to reduce the cost
 _UNMEASURED = 1e-3  # what a feature's loss is scaled to in its first two steps, which only measure
 
 

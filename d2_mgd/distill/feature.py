@@ -213,15 +213,15 @@ class FeatureDistiller(nn.Module):
 
 
 def _without_padding(maps: Tensor, valid: Tensor | None) -> Tensor:
-    """Zero where pixels are not real: multiplied by zero, what the padding holds could still be NaN."""
+    """Set padded pixels to zero. Multiplying by zero would keep NaN."""
     return maps if valid is None else maps.masked_fill(~valid, 0.0)
 
 
 class _DifferentiatedLoss(torch.autograd.Function):
     """A loss whose gradients are computed in the forward pass and kept in place of what its backward pass needs.
 
-    So one map is kept, whatever norm and loss are, and not the student's map before its activation, which the student
-    itself forgets: a step of ResNet-50 and MobileNet-V1 holds 1.08 of the floor's tensors in place of 1.15.
+    One map is kept for any norm and loss. The student's map before its activation is not kept for the backward pass: an
+    in-place activation of the student overwrites it anyway.
     """
 
     @staticmethod

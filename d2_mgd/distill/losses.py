@@ -63,8 +63,7 @@ def mse(student: Tensor, guided: Tensor, margin: Tensor | None = None, valid: Te
 class _Squares(torch.autograd.Function):
     """Squared residuals that keep one map for the backward pass, the residual.
 
-    PyTorch's own formula keeps two and a mask, and takes 1.4 times as long on a CPU. ``torch.compile`` takes twice as
-    long there as this (figures in benchmarks/README.md).
+    The same formula in plain operators keeps two maps and a mask. benchmarks/README.md has the times.
     """
 
     @staticmethod

@@ -1,6 +1,6 @@
-"""Who guides whom: the matching cost between channels, and the exact assignment of teacher to student channels.
+"""The matching cost between channels, and the exact assignment of teacher to student channels.
 
-Knows tensors and arrays, no network. See Yue, Deng, Zhou, "Matching Guided Distillation", ECCV 2020.
+Works on tensors and arrays, without any network. See Yue, Deng, Zhou, "Matching Guided Distillation", ECCV 2020.
 """
 
 from d2_mgd.matching.channel_matching import ChannelMatching
