@@ -113,7 +113,7 @@ def build_report(options: argparse.Namespace) -> tuple[Report, str]:
     rematches = f"{len(history):,} {'rematch' if len(history) == 1 else 'rematches'}"
     report = Report(
         f"Matchings of {run.folder.resolve().name}",
-        lead=f"Teacher channels of each student channel at {', '.join(f'`{name}`' for name in newest)}, after {rematches}; "
+        lead=f"Groups of teacher channels at {', '.join(f'`{name}`' for name in newest)}, after {rematches}; "
         f"the last one after {max(history):,} {steps}.",
     )
     header = "feature|student channels|teacher channels|images|mean cost, matched|mean cost, all|changed|solved in"
