@@ -11,12 +11,24 @@ from collections.abc import Callable
 from typing import Any
 
 from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
+from detectron2.evaluation import (
+    CityscapesInstanceEvaluator,
+    CityscapesSemSegEvaluator,
+    COCOEvaluator,
+    COCOPanopticEvaluator,
+    DatasetEvaluator,
+    DatasetEvaluators,
+    LVISEvaluator,
+    PascalVOCDetectionEvaluator,
+    SemSegEvaluator,
+)
 from torch import nn
 
 from d2_mgd.detection.config_loaders import build_evaluation_loader
 from d2_mgd.detection.datasets import check_classes
+from d2_mgd.errors import UserError
 from d2_mgd.training.modules import preserved_modes
 from d2_mgd.training.processes import rank
 from d2_mgd.training.randomness import preserved_randomness
@@ -34,8 +46,12 @@ class EvaluatingTrainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
-        """COCO's metrics, for any set with boxes: Detectron2 converts those in other formats."""
-        return COCOEvaluator(dataset_name, output_dir=output_folder or _inference_dir(cfg, dataset_name))
+        """Detectron2's evaluators for the ``evaluator_type`` of a data set; COCO's for a set without one.
+
+        Raises:
+            UserError: the data set has no ground truth for its evaluator, or an unknown type.
+        """
+        return evaluator_of(cfg, dataset_name, output_folder or _inference_dir(cfg, dataset_name))
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: list[DatasetEvaluator] | None = None) -> dict[str, Any]:
@@ -73,6 +89,44 @@ class EvaluatingTrainer(DefaultTrainer):
         )
         logger.info("Evaluating the teacher %s", teacher.weights_path)
         return cls.test(own, teacher.model)
+
+
+# evaluator_type -> what makes the evaluators, and metadata of the ground truth that they read
+_EVALUATORS: dict[str, tuple[list[Callable[[CfgNode, str, str], DatasetEvaluator]], tuple[str, ...]]] = {
+    "coco": ([lambda cfg, name, folder: COCOEvaluator(name, output_dir=folder)], ()),
+    "sem_seg": ([lambda cfg, name, folder: SemSegEvaluator(name, output_dir=folder)], ("stuff_classes",)),
+    "coco_panoptic_seg": (
+        [
+            lambda cfg, name, folder: SemSegEvaluator(name, output_dir=folder),
+            lambda cfg, name, folder: COCOEvaluator(name, output_dir=folder),
+            lambda cfg, name, folder: COCOPanopticEvaluator(name, folder),
+        ],
+        ("panoptic_json", "panoptic_root", "stuff_classes", "json_file"),
+    ),
+    "lvis": ([lambda cfg, name, folder: LVISEvaluator(name, output_dir=folder)], ("json_file",)),
+    "cityscapes_instance": ([lambda cfg, name, folder: CityscapesInstanceEvaluator(name)], ("gt_dir",)),
+    "cityscapes_sem_seg": ([lambda cfg, name, folder: CityscapesSemSegEvaluator(name)], ("gt_dir",)),
+    "pascal_voc": ([lambda cfg, name, folder: PascalVOCDetectionEvaluator(name)], ("dirname", "split")),
+}
+
+
+def evaluator_of(cfg: CfgNode, dataset_name: str, folder: str) -> DatasetEvaluator:
+    """See :meth:`EvaluatingTrainer.build_evaluator`; results go to ``folder``."""
+    known = MetadataCatalog.get(dataset_name)
+    kind = known.get("evaluator_type", "coco")
+    if kind not in _EVALUATORS:
+        raise UserError(f"data set {dataset_name!r} has evaluator_type {kind!r}; there are: {', '.join(_EVALUATORS)}.")
+    makers, needed = _EVALUATORS[kind]
+    if kind.startswith("coco") and cfg.MODEL.KEYPOINT_ON:
+        needed = (*needed, "keypoint_names")
+    missing = [key for key in needed if known.get(key) is None]
+    if missing:
+        raise UserError(
+            f"data set {dataset_name!r} has no ground truth for its evaluators ({kind}"
+            f"{', keypoints' if cfg.MODEL.KEYPOINT_ON else ''}): its metadata lack {', '.join(missing)}."
+        )
+    built = [make(cfg, dataset_name, folder) for make in makers]
+    return built[0] if len(built) == 1 else DatasetEvaluators(built)
 
 
 def _inference_dir(cfg: CfgNode, dataset_name: str) -> str:

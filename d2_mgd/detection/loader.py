@@ -82,7 +82,8 @@ def _decodes(record: Sample) -> bool:
 def _is_wide(records: DatasetFromList, indices: Iterable[int]) -> np.ndarray:
     """(number of indices,) boolean: which images are wider than high. Two groups, as Detectron2 has them."""
     sizes = (records[int(index)] for index in indices)
-    return np.array([record["width"] > record["height"] for record in sizes], dtype=bool)
+    # records of semantic segmentation have no sizes: they are one group
+    return np.array([record.get("width", 1) > record.get("height", 1) for record in sizes], dtype=bool)
 
 
 class _GroupedBatches(Sampler):

@@ -16,7 +16,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
-from d2_mgd.detection.config import student_config
+from d2_mgd.detection.config import META_ARCHITECTURE, student_config
 from d2_mgd.detection.config_checks import LAST_NORMS, rematch_schedule, validate_config, weight_schedule
 from d2_mgd.detection.distillers import distiller_options, make_distiller, make_heads
 from d2_mgd.detection.features import FeaturePair, find_last_norm, pair_features
@@ -111,7 +111,8 @@ class TeacherStudentDetector(nn.Module):
     def from_config(cls, cfg: CfgNode, teacher_cfg: CfgNode | None = None) -> dict[str, Any]:
         """Arguments of the constructor. ``teacher_cfg`` is given where ``cfg`` has been checked already."""
         guide = teacher_cfg or validate_config(cfg).teacher
-        assert guide is not None
+        if guide is None:
+            raise UserError(f"MODEL.META_ARCHITECTURE is {META_ARCHITECTURE}, and MGD.ENABLED is False: set it to True.")
         student, model = build_network(student_config(cfg)), build_network(guide)
         # before the weights, so that a wrong feature name is an error before a download
         pair_features(student, model, cfg.MGD.FEATURES, cfg.MGD.BEFORE_ACTIVATION)

@@ -83,6 +83,7 @@ def test_weights_are_numbers_to_yaml(path: str) -> None:
         ("RetinaNet/mgd_levels_R_50_R_18_FPN_1x.yaml", "RetinaNet/retinanet_torchvision_R_18_FPN_1x.yaml"),
         ("RetinaNet/mgd_levels_R_101_R_50_FPN_1x.yaml", "RetinaNet/retinanet_R_50_FPN_1x.yaml"),
         ("FasterRCNN/mgd_levels_R_50_R_18_FPN_1x.yaml", "FasterRCNN/faster_rcnn_torchvision_R_18_FPN_1x.yaml"),
+        ("MaskRCNN/mgd_levels_R_50_R_18_FPN_1x.yaml", "MaskRCNN/mask_rcnn_torchvision_R_18_FPN_1x.yaml"),
         ("small/mgd_levels_R_18_narrow_FPN.yaml", "small/retinanet_narrow_FPN.yaml"),
     ],
 )
