@@ -35,7 +35,9 @@ def get(name: str) -> str:
     wanted = name if name.endswith((".yaml", ".py")) else f"{name}.yaml"
     if wanted not in known:
         by_file_name = {one.rpartition("/")[2]: one for one in known}
+        folder = wanted.rpartition("/")[0]
         near = difflib.get_close_matches(wanted, known, _NEAREST)
+        near = near or [one for one in known if folder and one.rpartition("/")[0] == folder]
         near = near or [by_file_name[one] for one in difflib.get_close_matches(wanted, by_file_name, _NEAREST)]
         raise UserError(f"there is no config {name}. {'Nearest' if near else 'Available'}: {', '.join(near or known)}.")
     return str(FOLDER / wanted)

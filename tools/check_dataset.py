@@ -34,6 +34,7 @@ from d2_mgd.data.coco import ERROR, NOTE, WARNING, Finding, Inspection
 from d2_mgd.data.formats import LabelFiles, add_dataset_arguments, coco_files, label_files
 from d2_mgd.data.inspection import OUTSIDE, inspect_content, inspect_pixels
 from d2_mgd.errors import UserError
+from d2_mgd.training import lasting_output
 
 BAD_INPUT = 2  # exit status, as argparse has it
 _DETECTRON2_SIZES = ((800, 1333),)  # its defaults
@@ -142,8 +143,8 @@ def report(one: CheckedSet, findings: Sequence[Finding], num_images: int) -> str
             if finding.severity == severity:
                 lines += lines_of(finding)
     numbers = Counter(finding.severity for finding in findings)
-    kinds = ", ".join(f"{numbers[severity]} of {severity}s" for severity in (ERROR, WARNING, NOTE))
-    lines.append(f"{name}: kinds found: {kinds}")
+    kinds = ", ".join(f"{numbers[severity]} kinds of {severity}s" for severity in (ERROR, WARNING, NOTE))
+    lines.append(f"{name}: {kinds}")
     return "\n".join(lines)
 
 
@@ -160,6 +161,7 @@ def lines_of(finding: Finding) -> list[str]:
     return lines
 
 
+@lasting_output()
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     args = parser().parse_args(arguments)

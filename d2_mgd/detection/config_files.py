@@ -6,6 +6,7 @@ differ. So types are checked here before it merges.
 
 from __future__ import annotations
 
+import difflib
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -85,6 +86,10 @@ def merge_overrides(cfg: CfgNode, words: Sequence[Any], what: str) -> None:
             try:
                 if _is_key(cfg, key):
                     _check_value(key, _value(cfg, key), value)
+                elif not cfg.key_is_deprecated(key) and not cfg.key_is_renamed(key):
+                    near = difflib.get_close_matches(key, _keys(cfg), 3)
+                    nearest = f" Nearest: {', '.join(near)}." if near else ""
+                    raise UserError(f"Non-existent key: {key}.{nearest}")
                 cfg.merge_from_list([key, value])
             except UserError:
                 raise
@@ -103,6 +108,14 @@ def _key_without_value(cfg: CfgNode, words: Sequence[Any]) -> Any:
 def _is_key(cfg: CfgNode, word: str) -> bool:
     group, _, name = word.rpartition(".")
     return (not group or _is_key(cfg, group)) and isinstance(_value(cfg, group), CfgNode) and name in _value(cfg, group)
+
+
+def _keys(cfg: CfgNode, group: str = "") -> list[str]:
+    """The full names of all keys."""
+    found: list[str] = []
+    for name, value in cfg.items():
+        found += _keys(value, f"{group}{name}.") if isinstance(value, CfgNode) else [f"{group}{name}"]
+    return found
 
 
 def _value(cfg: CfgNode, key: str) -> Any:

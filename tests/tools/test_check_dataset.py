@@ -18,7 +18,7 @@ from PIL import Image
 from training_runs import Workplace, write_coco
 
 ROOT = Path(__file__).resolve().parents[2]
-LAST = "kinds found: {} of errors, {} of warnings, {} of notes"
+LAST = "{} kinds of errors, {} kinds of warnings, {} kinds of notes"
 
 
 def checked(capsys: pytest.CaptureFixture[str], *words: Any) -> tuple[int, str]:

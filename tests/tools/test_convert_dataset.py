@@ -23,7 +23,7 @@ def test_both_formats_become_a_json_that_is_checked_without_fault(tmp_path: Path
     words = ["--register-yolo", "set", str(sources["yolo"]), "--register-voc", "birds", str(sources["voc"]), "train"]
     assert check(words) == 0
     out = capsys.readouterr().out
-    assert "set_train: kinds found: 0 of errors" in out and "birds: kinds found: 0 of errors" in out
+    assert "set_train: 0 kinds of errors" in out and "birds: 0 kinds of errors" in out
 
 
 def test_faults_are_listed_and_nothing_is_written(tmp_path: Path, capsys: Any) -> None:
