@@ -35,12 +35,6 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], output: Pa
     return lines[0]
 
 
-DILATED = (  # a teacher without FPN
-    "['MODEL.META_ARCHITECTURE', 'ProposalNetwork', 'MODEL.BACKBONE.NAME', 'build_resnet_backbone', "
-    "'MODEL.RESNETS.RES5_DILATION', 2, 'MODEL.RESNETS.OUT_FEATURES', ['res5'], 'MODEL.RPN.IN_FEATURES', ['res5'], "
-    "'MODEL.ANCHOR_GENERATOR.SIZES', [[32]]]"
-)
-
 OVERRIDES = {
     "no such feature": (("MGD.FEATURES", "['res9']", "MGD.LOSS", "mse"), r"no feature 'res9'; it has: .*p4"),
     "margins on an FPN level": (("MGD.FEATURES", "['p4']", "MGD.LOSS", "partial_l2"), "feature p4 cannot have"),
@@ -53,19 +47,6 @@ OVERRIDES = {
     "another number of classes": (
         ("MODEL.RETINANET.NUM_CLASSES", "80"),
         r"80 classes but the data set 'tiny_train' has 3 \(disc, box, cross\): set MODEL.RETINANET.NUM_CLASSES 3",
-    ),
-    "strides that do not fit": (
-        (
-            "MGD.TEACHER.OPTS",
-            DILATED,
-            "MGD.TEACHER.WEIGHTS",
-            "untrained",
-            "MGD.FEATURES",
-            "['res5']",
-            "MGD.LOSS",
-            "mse",
-        ),
-        "feature res5 has stride 32 in the student and 16 in the teacher",
     ),
     "a negative weight": (("MGD.WEIGHTS", "[1.0, -1.0]"), "weight of feature p4 must be finite and not negative"),
     "a weight that is no number": (("MGD.WEIGHTS", "['nan', 1.0]"), "weight of feature res4 must be finite"),
