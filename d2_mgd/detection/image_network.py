@@ -14,6 +14,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone
 from torch import Tensor, nn
 
+from d2_mgd.detection.weights import cached_download
 from d2_mgd.distill import FeatureTaps
 from d2_mgd.distill.map_shapes import map_of_tokens
 from d2_mgd.errors import UserError, reason
@@ -174,7 +175,7 @@ def _published(name: str) -> dict[str, Any]:
             from torchvision import models
 
             weights: Any = models.get_model_weights(name.removeprefix(TORCHVISION)).DEFAULT
-            return weights.get_state_dict(progress=False, check_hash=True)
+            return read_tensors(cached_download(weights.url, name))
         return _timm(name).create_model(name.removeprefix(TIMM), pretrained=True).state_dict()
     except (OSError, RuntimeError) as error:
         raise UserError(

@@ -112,7 +112,7 @@ class TeacherStudentDetector(nn.Module):
         """Arguments of the constructor. ``teacher_cfg`` is given where ``cfg`` has been checked already."""
         guide = teacher_cfg or validate_config(cfg).teacher
         if guide is None:
-            raise UserError(f"MODEL.META_ARCHITECTURE is {META_ARCHITECTURE}, and MGD.ENABLED is False: set it to True.")
+            raise UserError(f"MGD.ENABLED is False, and MODEL.META_ARCHITECTURE {META_ARCHITECTURE}: set it to True.")
         student, model = build_network(student_config(cfg)), build_network(guide)
         # before the weights, so that a wrong feature name is an error before a download
         pair_features(student, model, cfg.MGD.FEATURES, cfg.MGD.BEFORE_ACTIVATION)

@@ -66,7 +66,15 @@ def _torchvision_file(location: str, name: str) -> str:
     version = version or next(iter(versions))
     if version not in versions:
         raise UserError(f"{location}: {name} has no weights {version!r}; there are: {', '.join(versions)}.")
-    url = versions[version].url
+    return cached_download(versions[version].url, location)
+
+
+def cached_download(url: str, location: str) -> str:
+    """The file of one of torchvision's URLs in the torch hub cache, downloaded if it is not there.
+
+    Raises:
+        UserError: it cannot be downloaded; the message begins with ``location``.
+    """
     path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
     if not os.path.isfile(path):
         os.makedirs(os.path.dirname(path), exist_ok=True)
