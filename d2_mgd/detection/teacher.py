@@ -46,7 +46,8 @@ class FrozenTeacher:
         weights: where to load its weights from: a file, a URL, ``detectron2://...``; "untrained" leaves them random,
             with a warning; None leaves them as the caller set them.
         cfg: its config, for those who want to evaluate it.
-        pixel_mean, pixel_std: of the pixels that it takes, 0 to 255; by default the model's own buffers.
+        pixel_mean: per channel, of pixels from 0 to 255; by default the model's own buffer.
+        pixel_std: the same of the standard deviation.
 
     Attributes:
         model: the plain model, in eval mode.
