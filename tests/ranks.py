@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable
 from typing import Any
+
+import pytest
 
 from d2_mgd.training import launch
 
@@ -31,6 +35,19 @@ def in_processes(script: Callable[[list[str]], Any], words: list[Any], world: in
     for process in processes:
         process.join(200)
     return [-1 if process.exitcode is None else process.exitcode for process in processes]
+
+
+def fork_launched_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make ``start_ranks`` fork its ranks, without the signal handlers that the launcher has set in this process."""
+    own = launch._rank
+
+    def rank(*arguments: Any) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+        own(*arguments)
+
+    monkeypatch.setattr(launch, "_rank", rank)
+    monkeypatch.setattr(launch, "LaunchConfig", functools.partial(launch.LaunchConfig, start_method="fork"))
 
 
 def _rank(script: Callable[[list[str]], Any], words: list[str], place: dict[str, object]) -> None:

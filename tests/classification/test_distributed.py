@@ -1,6 +1,5 @@
 """The published spawn flags and torchrun, with two processes on the CPU; and what must not depend on their number."""
 
-import functools
 import json
 import socket
 from pathlib import Path
@@ -19,7 +18,6 @@ from classification.processes import Process
 from d2_mgd.data.class_folders import find_folders
 from d2_mgd.distill import MatchingGuidedDistiller, Tap, load_reports
 from d2_mgd.distill.norms import MaskedBatchNorm, synchronised_norms
-from d2_mgd.training import launch
 from d2_mgd.training.processes import average_buffers, gather, sum_over_ranks
 from d2_mgd.training.sums import Sums
 from tests.classification.conftest import (
@@ -31,7 +29,7 @@ from tests.classification.conftest import (
     run_command,
     settled,
 )
-from tests.ranks import free_port, in_processes
+from tests.ranks import fork_launched_ranks, free_port, in_processes
 
 METHOD = [
     "--arch",
@@ -149,7 +147,7 @@ def test_two_processes_count_every_image_once(
 def test_an_error_in_the_processes_is_said_and_ends_all(
     base: Run, data: Path, resnet18_file: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(launch, "LaunchConfig", functools.partial(launch.LaunchConfig, start_method="fork"))
+    fork_launched_ranks(monkeypatch)
     student = ["--arch", "mobilenet_v1", "--student-resume", resnet18_file]
     assert base(data, *student, "--multiprocessing-distributed", "--nproc", 2) == 2
     said = capfd.readouterr().err

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 import shutil
@@ -22,8 +21,7 @@ from detectron2.config import get_cfg
 from training_runs import ROOT, run, same_tensors, train_net
 
 from d2_mgd.distill import load_reports
-from d2_mgd.training import launch
-from tests.ranks import in_processes
+from tests.ranks import fork_launched_ranks, in_processes
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +162,7 @@ def test_the_teacher_alone_is_evaluated(workplace: Any, tmp_path: Path) -> None:
 def test_bad_input_leaves_with_one_sentence_from_several_processes_too(
     workplace: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(launch, "LaunchConfig", functools.partial(launch.LaunchConfig, start_method="fork"))
+    fork_launched_ranks(monkeypatch)
     odd = ("SOLVER.IMS_PER_BATCH", 3)
     with pytest.raises(SystemExit) as left:
         command_line.main(workplace.arguments(tmp_path / "out", *odd, flags=("--num-gpus", "2")))
