@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import os
 import random
 from collections.abc import Iterator
@@ -38,6 +39,22 @@ def _default_dtype_kept() -> Iterator[None]:
     torch.set_default_dtype(dtype)
     torch.set_num_threads(threads)
     torch.set_grad_enabled(grad)
+
+
+@pytest.fixture(autouse=True)
+def _log_handlers_kept() -> Iterator[None]:
+    """A command that runs in this process adds handlers whose stream is closed at the end of its test."""
+
+    def handlers() -> dict[logging.Logger, list[logging.Handler]]:
+        named = [one for one in logging.Logger.manager.loggerDict.values() if isinstance(one, logging.Logger)]
+        return {logger: list(logger.handlers) for logger in (logging.root, *named)}
+
+    before = handlers()
+    yield
+    for logger, present in handlers().items():
+        for handler in present:
+            if handler not in before.get(logger, []):
+                logger.removeHandler(handler)
 
 
 def _detectron2() -> str:

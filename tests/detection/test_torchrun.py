@@ -98,12 +98,12 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
 def test_an_image_that_one_process_cannot_read_ends_both(
     workplace: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    path, root = write_coco(tmp_path, "breaks", 4, seed=0)
+    path, root = write_coco(tmp_path, "unreadable", 4, seed=0)
     broken = root / "001.png"
     broken.write_bytes(broken.read_bytes()[:200])
     online = ("MGD.REMATCH.START", False)  # so that a training step meets it
-    known = workplace.arguments(tmp_path / "out", "DATASETS.TRAIN", "('breaks',)", *online)
-    statuses = in_processes(trained, ["--register-coco", "breaks", path, root, *known], 2)
+    known = workplace.arguments(tmp_path / "out", "DATASETS.TRAIN", "('unreadable',)", *online)
+    statuses = in_processes(trained, ["--register-coco", "unreadable", path, root, *known], 2)
     said = {line.partition(": error: ")[2] for line in capfd.readouterr().err.splitlines() if ": error: " in line}
     unread = [sentence for sentence in said if f"cannot read {broken}: " in sentence]
     others = [sentence for sentence in said if "another rank has ended; its error is the cause" in sentence]
