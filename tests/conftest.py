@@ -42,19 +42,20 @@ def _default_dtype_kept() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _log_handlers_kept() -> Iterator[None]:
-    """A command that runs in this process adds handlers whose stream is closed at the end of its test."""
+def _logging_kept() -> Iterator[None]:
+    """A command that runs in this process adds handlers whose stream ends with its test, and Detectron2 cuts a logger off."""
 
-    def handlers() -> dict[logging.Logger, list[logging.Handler]]:
+    def settings() -> dict[logging.Logger, tuple[list[logging.Handler], bool, int]]:
         named = [one for one in logging.Logger.manager.loggerDict.values() if isinstance(one, logging.Logger)]
-        return {logger: list(logger.handlers) for logger in (logging.root, *named)}
+        return {logger: (list(logger.handlers), logger.propagate, logger.level) for logger in (logging.root, *named)}
 
-    before = handlers()
+    before = settings()
     yield
-    for logger, present in handlers().items():
-        for handler in present:
-            if handler not in before.get(logger, []):
-                logger.removeHandler(handler)
+    for logger in settings():
+        handlers, logger.propagate, level = before.get(logger, ([], True, logging.NOTSET))
+        logger.setLevel(level)
+        for handler in [one for one in logger.handlers if one not in handlers]:
+            logger.removeHandler(handler)
 
 
 def _detectron2() -> str:
