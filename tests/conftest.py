@@ -31,6 +31,13 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _rounding_of_a_fresh_process() -> Iterator[None]:
+    """TorchScript changes a function's rounding after its first calls, and a test before may have made them."""
+    with torch.jit.optimized_execution(False):
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _default_dtype_kept() -> Iterator[None]:
     """A test that changes torch's process-wide defaults must not change the next one."""
