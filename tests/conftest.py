@@ -50,7 +50,7 @@ def _default_dtype_kept() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _logging_kept() -> Iterator[None]:
-    """A command that runs in this process adds handlers whose stream ends with its test, and Detectron2 cuts a logger off."""
+    """Commands in this process add handlers to closed streams, and Detectron2 stops a logger from propagating."""
 
     def settings() -> dict[logging.Logger, tuple[list[logging.Handler], bool, int]]:
         named = [one for one in logging.Logger.manager.loggerDict.values() if isinstance(one, logging.Logger)]
