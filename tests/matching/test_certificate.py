@@ -127,6 +127,15 @@ def test_the_optimum_over_few_arcs_is_that_over_all(size: tuple[int, int], mode:
     check_optimum(COSTS[kind](*size, np.random.default_rng(5)), mode)
 
 
+def test_costs_with_many_ties_are_solved_over_few_arcs(monkeypatch: pytest.MonkeyPatch) -> None:
+    solved: list[int] = []
+    flow = solver._flow
+    monkeypatch.setattr(solver, "_flow", lambda arcs, *problem: solved.append(arcs.sum()) or flow(arcs, *problem))
+    cost = COSTS["tied"](256, 512, np.random.default_rng(5))
+    assert solve_matching(cost).total_cost == 0.0
+    assert max(solved) < cost.size / 4
+
+
 @pytest.mark.parametrize(("rounds", "share"), [(1, 1.0), (3, 1.0), (50, 1.0), (50, 0.125)])
 @pytest.mark.parametrize("kind", ["hubs", "product", "tied"])
 def test_bad_guesses_cost_time_and_nothing_else(
