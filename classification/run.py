@@ -49,6 +49,7 @@ from d2_mgd.training.launch import report
 from d2_mgd.training.processes import failing_together, from_main, largest
 from d2_mgd.training.randomness import seed_all
 from d2_mgd.training.services import SERVICES, check_services
+from d2_mgd.training.verdict import verdict
 from d2_mgd.training.weights_files import trust
 
 logger = logging.getLogger(__name__)
@@ -122,6 +123,8 @@ def _work(process: Process, options: argparse.Namespace) -> None:
         progress = trainer.fit()
     if process.is_main:
         print(_summary(progress, options, teacher))
+    if progress.best is not None:
+        _judge_teacher(trainer, progress.best["err1"])
 
 
 def _restore(trainer: Trainer, path: Path, state: dict[str, Any]) -> None:
@@ -267,14 +270,21 @@ def _evaluate_before(trainer: Trainer, teacher: TeacherNetwork | None, num_class
         if found is not None:
             trainer.progress.teacher = {"err1": found.err1, "err5": found.err5}
             logger.info("teacher before training: error top-1 %.3f, top-5 %.3f", found.err1, found.err5)
-            if 100.0 - found.err1 < 120.0 / num_classes and trainer.process.is_main:
-                logger.warning(
-                    "the teacher is hardly better than chance: check that its file is of this data and these classes."
-                )
         found = trainer.evaluate()
     except Interrupted as stopped:
         trainer.leave(stopped.number)
     logger.info("student before training: error top-1 %.3f, top-5 %.3f", found.err1, found.err5)
+    _judge_teacher(trainer, found.err1)
+
+
+def _judge_teacher(trainer: Trainer, student: float) -> None:
+    """Warn of a teacher with little to teach; ``student`` is the student's lowest top-1 error."""
+    teacher = trainer.progress.teacher
+    if teacher is not None and trainer.process.is_main:
+        chance = 100.0 / len(trainer.data["train"].folder.classes)
+        warning = verdict("top-1 accuracy", 100.0 - teacher["err1"], 100.0 - student, chance)
+        if warning:
+            logger.warning(warning)
 
 
 def _compare_options(state: dict[str, Any], options: argparse.Namespace) -> None:

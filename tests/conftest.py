@@ -6,6 +6,7 @@ import importlib.metadata
 import logging
 import os
 import random
+import tempfile
 from collections.abc import Iterator
 
 # Before torch starts its threads. Tests run in one process a core, and sums are the same on every machine.
@@ -18,6 +19,9 @@ import pytest
 import torch
 
 from d2_mgd._install import DETECTRON2_INSTALL
+
+# The caches of a user are not written to, and say nothing of what a test has yet to evaluate.
+os.environ["FVCORE_CACHE"] = tempfile.mkdtemp(prefix="d2_mgd_tests_")
 
 # Cores are shared with other tests, so no deadlines; where CI is set, every run draws the same examples.
 hypothesis.settings.register_profile("project", deadline=None, derandomize="CI" in os.environ, print_blob=True)

@@ -50,7 +50,7 @@ from d2_mgd.detection.config_files import merge_file, merge_overrides
 from d2_mgd.detection.datasets import check_classes, check_datasets_once, register_coco, register_label_files
 from d2_mgd.detection.networks import build_network
 from d2_mgd.detection.teacher import build_teacher
-from d2_mgd.detection.weights import load_weights, local_weights_file
+from d2_mgd.detection.weights import fresh_parameters, load_weights, local_weights_file
 from d2_mgd.detection.writers import service_writers
 from d2_mgd.errors import UserError
 from d2_mgd.training import claimed_for_all_ranks, lasting_output, restarted
@@ -206,8 +206,7 @@ def evaluate_student(cfg: CfgNode, resume: bool) -> Any:
 
 def _check_whole(model: nn.Module, left: Any, file: str) -> None:
     """Whether loading left no parameter of a model as it was initialised."""
-    not_taken = {*left.missing_keys, *(name for name, *_ in left.incorrect_shapes)}
-    fresh = [name for name, _ in model.named_parameters() if name in not_taken]
+    fresh = fresh_parameters(model, left)
     if fresh:
         raise UserError(
             f"MODEL.WEIGHTS {file} is not of the student that is to be evaluated: {len(fresh)} of its weights are "

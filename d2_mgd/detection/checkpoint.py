@@ -8,6 +8,7 @@ matchings, student-side norms, running costs, and which teacher it was. The teac
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import nn
 
 from d2_mgd.detection.weights import SafeCheckpointer
 from d2_mgd.errors import UserError
-from d2_mgd.training.checkpoints import Checkpoints
+from d2_mgd.training import Checkpoints, disk_errors, write_atomically
 from d2_mgd.training.processes import failing_together, from_main, rank
 from d2_mgd.training.weights_files import read_tensors
 
@@ -57,6 +58,15 @@ class TrainingCheckpointer(SafeCheckpointer):
         with failing_together():
             if self.save_dir and self.save_to_disk:
                 self.checkpoints.write(f"{name}.pth", {"model": dict(self.export()), **state}, state["iteration"])
+
+    def save_student(self, name: str, **state: Any) -> None:
+        """Write the plain student and ``state`` to ``name``.pth, from which nothing resumes. Errors as above."""
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        with failing_together():
+            if self.save_to_disk:
+                with disk_errors(path):
+                    content = {"model": dict(self.export()), **state}
+                    write_atomically(path, lambda file: torch.save(content, file))
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Point ``last_checkpoint`` to a file, whole or not at all."""

@@ -46,8 +46,9 @@ def add_mgd_config(cfg: CfgNode) -> None:
     cfg.MGD.TEACHER.TRUST_PYTHON = False
     # KEY VALUE pairs that override its config; "path.key=value" for a python config.
     cfg.MGD.TEACHER.OPTS = []
-    # Evaluate the teacher on DATASETS.TEST before training.
-    cfg.MGD.TEACHER.EVAL_FIRST = False
+    # Evaluate the teacher on DATASETS.TEST before training, once for each data set and file of weights. A teacher that
+    # is hardly better than chance, or not better than its student, is a warning.
+    cfg.MGD.TEACHER.EVALUATE = True
 
     cfg.MGD.STUDENT = CfgNode()
     # The student's meta-architecture, only where MODEL.META_ARCHITECTURE is "TeacherStudentDetector" itself.
@@ -157,6 +158,13 @@ def add_mgd_config(cfg: CfgNode) -> None:
     cfg.MGD.CHECKPOINT = CfgNode()
     # How many checkpoints stay in OUTPUT_DIR; 0 keeps all.
     cfg.MGD.CHECKPOINT.KEEP = 0
+
+    cfg.MGD.EARLY_STOP = CfgNode()
+    # End the training after so many evaluations, of TEST.EVAL_PERIOD, without a better one; 0 never does.
+    cfg.MGD.EARLY_STOP.PATIENCE = 0
+    # The metric of the best student, model_best.pth, such as "bbox/AP50"; the higher the better. "" is the first
+    # of panoptic PQ, the AP of keypoints, masks and boxes, and semantic mIoU that the evaluation has.
+    cfg.MGD.EARLY_STOP.METRIC = ""
 
 
 def student_config(cfg: CfgNode) -> CfgNode:

@@ -176,6 +176,12 @@ def validate_config(cfg: CfgNode) -> CheckedConfig:
         raise UserError(f"MGD.NONFINITE.SKIP must be at least 0, which leaves out none, got {mgd.NONFINITE.SKIP}.")
     if mgd.ACCUMULATE < 1:
         raise UserError(f"MGD.ACCUMULATE must be at least 1, which cuts no batch, got {mgd.ACCUMULATE}.")
+    if mgd.EARLY_STOP.PATIENCE < 0:
+        raise UserError(
+            f"MGD.EARLY_STOP.PATIENCE must be at least 0, which never stops, got {mgd.EARLY_STOP.PATIENCE}."
+        )
+    if mgd.EARLY_STOP.PATIENCE and not (cfg.TEST.EVAL_PERIOD > 0 and cfg.DATASETS.TEST):
+        raise UserError("MGD.EARLY_STOP.PATIENCE counts evaluations: set TEST.EVAL_PERIOD and DATASETS.TEST.")
     _check_choice("MGD.PRECISION", mgd.PRECISION, PRECISIONS)
     if not mgd.ENABLED:
         return CheckedConfig(teacher=None)
@@ -259,3 +265,27 @@ def _check_rematch(cfg: CfgNode, needed: bool) -> None:
 def _check_choice(key: str, value: Any, choices: Sequence[str]) -> None:
     if value not in choices:
         raise UserError(f"{key} is {value!r}; there are: {', '.join(choice or repr('') for choice in choices)}.")
+
+
+def check_scaling(cfg: CfgNode, processes: int) -> None:
+    """Detectron2 would scale its own schedule to the number of processes, and not that of the rematches."""
+    reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
+    if cfg.MGD.ENABLED and reference not in (0, processes):
+        raise UserError(
+            f"SOLVER.REFERENCE_WORLD_SIZE is {reference} and there are {processes} processes: set it to 0, "
+            "and the schedule, MGD.REMATCH and MGD.SCHEDULE included, for this number."
+        )
+
+
+def check_supported(cfg: CfgNode, processes: int) -> None:
+    """What Detectron2's trainer offers and this one does not."""
+    if cfg.TEST.PRECISE_BN.ENABLED:
+        raise UserError("TEST.PRECISE_BN.ENABLED is not supported: it could not be resumed.")
+    if cfg.TEST.AUG.ENABLED:
+        raise UserError("TEST.AUG.ENABLED is not supported: evaluate the student with Detectron2's own train_net.py.")
+    images, parts = cfg.SOLVER.IMS_PER_BATCH, cfg.MGD.ACCUMULATE
+    if images % processes == 0 and images // processes % parts:
+        raise UserError(
+            f"SOLVER.IMS_PER_BATCH is {images}, which {processes} processes share; the {images // processes} images of "
+            f"each cannot be cut into MGD.ACCUMULATE {parts} equal parts."
+        )

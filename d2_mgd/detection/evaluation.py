@@ -27,7 +27,7 @@ from detectron2.evaluation import (
 from torch import nn
 
 from d2_mgd.detection.config_loaders import build_evaluation_loader
-from d2_mgd.detection.datasets import check_classes
+from d2_mgd.detection.teacher_evaluation import teacher_test_config
 from d2_mgd.errors import UserError
 from d2_mgd.training.modules import preserved_modes
 from d2_mgd.training.processes import rank
@@ -77,28 +77,27 @@ class EvaluatingTrainer(DefaultTrainer):
         Args:
             cfg: the training's config.
             teacher: a :class:`~d2_mgd.detection.teacher.FrozenTeacher`.
+
+        Raises:
+            UserError: it cannot be evaluated there.
         """
-        own = teacher.cfg.clone()
-        own.defrost()
-        own.DATASETS.TEST = cfg.DATASETS.TEST
-        own.DATALOADER.NUM_WORKERS = cfg.DATALOADER.NUM_WORKERS
-        own.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "teacher")
-        own.freeze()
-        check_classes(
-            cfg.DATASETS.TEST, teacher.model, "a teacher of other classes can teach, but not be evaluated here"
-        )
+        own = teacher_test_config(cfg, teacher)
         logger.info("Evaluating the teacher %s", teacher.weights_path)
         return cls.test(own, teacher.model)
 
 
+def _coco(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
+    return COCOEvaluator(name, cfg.TEST.get("TASKS"), output_dir=folder)  # without tasks, those of the predictions
+
+
 # evaluator_type -> what makes the evaluators, and metadata of the ground truth that they read
 _EVALUATORS: dict[str, tuple[list[Callable[[CfgNode, str, str], DatasetEvaluator]], tuple[str, ...]]] = {
-    "coco": ([lambda cfg, name, folder: COCOEvaluator(name, output_dir=folder)], ()),
+    "coco": ([_coco], ()),
     "sem_seg": ([lambda cfg, name, folder: SemSegEvaluator(name, output_dir=folder)], ("stuff_classes",)),
     "coco_panoptic_seg": (
         [
             lambda cfg, name, folder: SemSegEvaluator(name, output_dir=folder),
-            lambda cfg, name, folder: COCOEvaluator(name, output_dir=folder),
+            _coco,
             lambda cfg, name, folder: COCOPanopticEvaluator(name, folder),
         ],
         ("panoptic_json", "panoptic_root", "stuff_classes", "json_file"),

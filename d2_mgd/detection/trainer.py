@@ -13,6 +13,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase, hooks
 from detectron2.engine.train_loop import TrainerBase
+from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventWriter
@@ -20,7 +21,7 @@ from torch import nn
 
 from d2_mgd.detection.checkpoint import TrainingCheckpointer
 from d2_mgd.detection.config import META_ARCHITECTURE, student_config
-from d2_mgd.detection.config_checks import CheckedConfig, validate_config
+from d2_mgd.detection.config_checks import CheckedConfig, check_scaling, check_supported, validate_config
 from d2_mgd.detection.config_loaders import build_pass_loader, build_train_loader
 from d2_mgd.detection.datasets import check_classes, check_datasets_once
 from d2_mgd.detection.evaluation import EvaluatingTrainer
@@ -30,14 +31,16 @@ from d2_mgd.detection.networks import build_network
 from d2_mgd.detection.norms import export_student_state
 from d2_mgd.detection.preemption import PreemptionHook
 from d2_mgd.detection.steps import StepTrainer, precision_of, predict_in_float32
-from d2_mgd.detection.weights import load_weights
+from d2_mgd.detection.teacher_evaluation import cache_path, evaluate_once, remember
+from d2_mgd.detection.verdict import BestStudentHook, EvaluationHook, StoppedEarly, TeacherVerdict
+from d2_mgd.detection.weights import fresh_parameters, load_weights
 from d2_mgd.distill.rematching import gather_costs
 from d2_mgd.errors import UserError
-from d2_mgd.training import Interrupted
+from d2_mgd.training import Interrupted, file_digest
 from d2_mgd.training.checkpoints import check_same_teacher
 from d2_mgd.training.modules import changed_numbers, module_numbers, set_module_numbers
 from d2_mgd.training.nonfinite import NonFinitePolicy
-from d2_mgd.training.processes import largest
+from d2_mgd.training.processes import from_main, largest
 from d2_mgd.training.randomness import random_state, set_random_state
 
 __all__ = ["Trainer"]
@@ -67,9 +70,9 @@ class Trainer(EvaluatingTrainer):
     ) -> None:
         TrainerBase.__init__(self)
         self.writers = writers
-        _check_scaling(cfg)
+        check_scaling(cfg, comm.get_world_size())
         cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
-        _check_supported(cfg)
+        check_supported(cfg, comm.get_world_size())
         if checked is None:
             checked = validate_config(cfg)
             check_datasets_once(cfg)
@@ -118,6 +121,9 @@ class Trainer(EvaluatingTrainer):
         self.checkpointer = TrainingCheckpointer(
             self.student, cfg.OUTPUT_DIR, export=self._plain_state, keep=cfg.MGD.CHECKPOINT.KEEP
         )
+        self.verdict = TeacherVerdict(None, "")
+        self.best: BestStudentHook | None = None
+        self._student_is_trained = False
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.register_hooks(self.build_hooks())
@@ -151,14 +157,20 @@ class Trainer(EvaluatingTrainer):
         return build_train_loader(cfg, _run_seed(cfg), mapper)
 
     def build_hooks(self) -> list[HookBase]:
-        """Timer, schedule, preemption, rematch, checkpoint, evaluation, balance, writers: in this order."""
+        """Timer, schedule, preemption, rematch, checkpoint, evaluation, best student, balance, writers, in order."""
         cfg = self.cfg
         self.preemption = PreemptionHook(self.save_checkpoint, lambda: self._trainer.received)
         built: list[HookBase] = [hooks.IterationTimer(), hooks.LRScheduler(), self.preemption]
         if self.distilled:
             built += self._distillation_hooks()
         built.append(CheckpointHook(self.save_checkpoint, cfg.SOLVER.CHECKPOINT_PERIOD))
-        built.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate))
+        evaluation = EvaluationHook(cfg.TEST.EVAL_PERIOD, self._evaluate)
+        built.append(evaluation)
+        if cfg.TEST.EVAL_PERIOD > 0 and cfg.DATASETS.TEST:
+            stop = cfg.MGD.EARLY_STOP
+            best = self.checkpointer.save_student
+            self.best = BestStudentHook(evaluation, best, self.save_checkpoint, stop.PATIENCE, stop.METRIC)
+            built.append(self.best)
         if comm.is_main_process():
             if self.distilled and self.detector.distiller is not None:
                 built.append(BalanceHook(self.detector.distiller))
@@ -188,16 +200,17 @@ class Trainer(EvaluatingTrainer):
         """Train to SOLVER.MAX_ITER.
 
         Returns:
-            The metrics of the last evaluation, in the main process.
+            The metrics of the last evaluation.
 
         Raises:
             UserError: what ended it.
             SystemExit: after a signal, see :class:`PreemptionHook`.
         """
-        if self.distilled and self.cfg.MGD.TEACHER.EVAL_FIRST and self.start_iter == 0:
-            self.test_teacher(self.cfg, self.detector.teacher)
+        self._judge_teacher()
         try:
             super().train()
+        except StoppedEarly:
+            pass
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):  # torch tells of it wherever the training is
                 raise
@@ -208,14 +221,40 @@ class Trainer(EvaluatingTrainer):
             ) from error
         finally:
             self._trainer.close()
+        self._conclude()
         return self._last_eval_results
+
+    def _judge_teacher(self) -> None:
+        """Evaluate the teacher, and a student whose weights are those of a whole detector (collective)."""
+        if not (self.distilled and self.cfg.MGD.TEACHER.EVALUATE):
+            return
+        teacher = self.detector.teacher
+        metrics = evaluate_once(self.cfg, teacher, lambda: self.test_teacher(self.cfg, teacher))
+        self.verdict = TeacherVerdict(metrics, self.cfg.MGD.EARLY_STOP.METRIC)
+        if metrics and self._student_is_trained and self.start_iter == 0:
+            logger.info("Evaluating the student before the first step")
+            self.verdict.measured(flatten_results_dict(from_main(self.test(self.cfg, self.detector))))
 
     def _evaluate(self) -> dict[str, Any]:
         try:
-            self._last_eval_results = self.test(self.cfg, self.detector)
+            self._last_eval_results = from_main(self.test(self.cfg, self.detector))
         except Interrupted as stopped:
             self.preemption.leave(stopped.number)
+        self.verdict.measured(flatten_results_dict(self._last_eval_results))
         return self._last_eval_results
+
+    def _conclude(self) -> None:
+        """Log the best and the last student and the verdict on the teacher, and keep what was measured."""
+        if not comm.is_main_process():
+            return
+        final = os.path.join(self.cfg.OUTPUT_DIR, "model_final.pth")
+        if self._last_eval_results and os.path.isfile(final):  # this student may teach the next one
+            path = cache_path(student_config(self.cfg), file_digest(final))
+            remember(path, flatten_results_dict(self._last_eval_results))
+        if self.best is not None:
+            self.best.summarise()
+        if self.verdict.warning:
+            logger.warning(self.verdict.warning)
 
     # --- checkpoints ---
 
@@ -275,7 +314,8 @@ class Trainer(EvaluatingTrainer):
                 self.cfg.OUTPUT_DIR,
             )
         if self.cfg.MODEL.WEIGHTS:
-            load_weights(self.student, self.cfg.MODEL.WEIGHTS)
+            left = load_weights(self.student, self.cfg.MODEL.WEIGHTS)
+            self._student_is_trained = not fresh_parameters(self.student, left)
 
     def _resume(self) -> None:
         path = self.checkpointer.newest_whole()
@@ -339,27 +379,3 @@ def _with_seed(cfg: CfgNode, seed: int) -> CfgNode:
     cfg.SEED = seed
     cfg.freeze()
     return cfg
-
-
-def _check_scaling(cfg: CfgNode) -> None:
-    """Detectron2 would scale its own schedule to the number of processes, and not that of the rematches."""
-    reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
-    if cfg.MGD.ENABLED and reference not in (0, comm.get_world_size()):
-        raise UserError(
-            f"SOLVER.REFERENCE_WORLD_SIZE is {reference} and there are {comm.get_world_size()} processes: set it to 0, "
-            "and the schedule, MGD.REMATCH and MGD.SCHEDULE included, for this number."
-        )
-
-
-def _check_supported(cfg: CfgNode) -> None:
-    """What Detectron2's trainer offers and this one does not."""
-    if cfg.TEST.PRECISE_BN.ENABLED:
-        raise UserError("TEST.PRECISE_BN.ENABLED is not supported: it could not be resumed.")
-    if cfg.TEST.AUG.ENABLED:
-        raise UserError("TEST.AUG.ENABLED is not supported: evaluate the student with Detectron2's own train_net.py.")
-    images, processes, parts = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size(), cfg.MGD.ACCUMULATE
-    if images % processes == 0 and images // processes % parts:
-        raise UserError(
-            f"SOLVER.IMS_PER_BATCH is {images}, which {processes} processes share; the {images // processes} images of "
-            f"each cannot be cut into MGD.ACCUMULATE {parts} equal parts."
-        )

@@ -26,6 +26,7 @@ from d2_mgd.training.weights_files import read_pickled_arrays, read_safetensors,
 __all__ = [
     "SafeCheckpointer",
     "file_digest",
+    "fresh_parameters",
     "load_weights",
     "local_weights_file",
     "read_model",
@@ -220,6 +221,12 @@ def load_weights(model: nn.Module, location: str) -> Any:
         "The model takes %d weights from %s and has %d others", checkpointer.used, location, len(left.missing_keys)
     )
     return left
+
+
+def fresh_parameters(model: nn.Module, left: Any) -> list[str]:
+    """Names of the parameters that a load, of which ``left`` is the result, has not set."""
+    not_taken = {*left.missing_keys, *(name for name, *_ in left.incorrect_shapes)}
+    return [name for name, _ in model.named_parameters() if name in not_taken]
 
 
 def _check_finite(model: nn.Module, not_taken: set[str], location: str) -> None:

@@ -13,6 +13,7 @@ import yaml
 from detectron2.config import CfgNode
 from detectron2.utils.events import EventWriter, get_event_storage
 
+from d2_mgd.detection.verdict import STOPPED
 from d2_mgd.training.services import ServiceLog, open_logs
 
 __all__ = ["ServiceWriter", "service_writers"]
@@ -52,7 +53,8 @@ class ServiceWriter(EventWriter):
                 log.image(name, _pixels(image), iteration)
 
     def close(self) -> None:
-        finished = get_event_storage().iter >= self.last_iteration - 1
+        storage = get_event_storage()
+        finished = storage.iter >= self.last_iteration - 1 or STOPPED in storage.latest()
         for log in self._logs or ():
             for path in self.student if finished else ():
                 log.file(path)

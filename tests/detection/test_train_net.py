@@ -69,16 +69,18 @@ def test_a_training_that_was_stopped_ends_as_if_it_was_not(
 def test_two_processes_match_as_one_and_resume_to_the_bit(workplace: Any, whole: Path, tmp_path: Path) -> None:
     two = tmp_path / "two"
     learned = ("MGD.ALIGN", "matched_projection", "MGD.BALANCE", "norm")
-    train_net(*workplace.arguments(two, *learned, flags=("--num-gpus", "2")))
+    judged = ("MGD.TEACHER.EVALUATE", "True", "MGD.EARLY_STOP.PATIENCE", "1")
+    train_net(*workplace.arguments(two, *learned, *judged, flags=("--num-gpus", "2")))
     first, second = (load_reports(output / "matching" / "iter_0000000.npz") for output in (whole, two))
     for name in ("res4", "p4"):
         assert np.array_equal(first[name].matching.groups, second[name].matching.groups)
         assert first[name].num_images == second[name].num_images == 5
         np.testing.assert_allclose(first[name].cost, second[name].cost, rtol=0, atol=1e-9)
-    assert len(checkpoint(two)["training"]["processes"]) == 2
-    assert (two / "inference" / "tiny_valid" / "results.json").exists()
+    assert len(checkpoint(two)["training"]["processes"]) == 2 and checkpoint(two)["iteration"] == 3
+    for file in ("inference/tiny_valid/results.json", "teacher/inference/tiny_valid/results.json", "model_best.pth"):
+        assert (two / file).exists()
     resumed = stopped(two, tmp_path / "resumed")
-    train_net(*workplace.arguments(resumed, *learned, flags=("--resume", "--num-gpus", "2")))
+    train_net(*workplace.arguments(resumed, *learned, *judged, flags=("--resume", "--num-gpus", "2")))
     assert_same_end(two, resumed)
 
 

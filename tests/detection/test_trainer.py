@@ -164,14 +164,6 @@ def test_several_test_sets_are_evaluated_each(workplace: Any, tmp_path: Path) ->
     assert not isinstance(Trainer.build_evaluator(trainer.cfg, "tiny_valid"), DatasetEvaluators)
 
 
-def test_the_teacher_is_evaluated_with_its_own_settings(workplace: Any, tmp_path: Path) -> None:
-    trainer = in_process_trainer(workplace, tmp_path, "MGD.TEACHER.EVAL_FIRST", "True", "SOLVER.MAX_ITER", "5")
-    trainer.train()
-    written = json.loads((tmp_path / "teacher" / "inference" / "tiny_valid" / "results.json").read_text())
-    assert "AP" in written["bbox"]
-    assert not trainer.detector.teacher.model.training
-
-
 @pytest.mark.parametrize(
     ("override", "message"),
     [

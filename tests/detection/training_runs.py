@@ -55,6 +55,7 @@ TINY_RUN = {
 
 TINY_MGD = {
     "ENABLED": True,
+    "TEACHER": {"EVALUATE": False},
     "FEATURES": ["res4", "p4"],
     "LOSS": "partial_l2,mse",
     "REDUCER": "rd",  # draws random numbers in every step

@@ -39,7 +39,7 @@ QUICK = Size(
     overrides=(
         *("SOLVER.MAX_ITER", "4", "SOLVER.IMS_PER_BATCH", "4", "SOLVER.WARMUP_ITERS", "1", "SOLVER.STEPS", "(3,)"),
         *("TEST.EVAL_PERIOD", "2", "MGD.REMATCH.NUM_IMAGES", "8", "MGD.REMATCH.PERIODS", "[2]"),
-        *("MODEL.RETINANET.SCORE_THRESH_TEST", "0.0"),
+        *("MODEL.RETINANET.SCORE_THRESH_TEST", "0.0", "MGD.TEACHER.EVALUATE", "False"),
     ),
 )
 

@@ -1,0 +1,202 @@
+"""Verdicts of a training: on its teacher, on its best student, and when to stop because nothing improves any more."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from types import SimpleNamespace
+from typing import Any
+
+from detectron2.engine import hooks
+from detectron2.evaluation.testing import flatten_results_dict
+
+from d2_mgd.detection.teacher_evaluation import Metrics
+from d2_mgd.errors import CommonError
+from d2_mgd.training.verdict import verdict
+
+logger = logging.getLogger(__name__)
+
+BEST = "model_best"  # its file, without .pth
+_MAIN = ("panoptic_seg/PQ", "keypoints/AP", "segm/AP", "bbox/AP", "sem_seg/mIoU", "sem_seg/IoU")
+STOPPED = "stopped_early"  # the scalar of a training that ended before SOLVER.MAX_ITER
+_STATE = ("_val_metric", "best_metric", "best_iter", "worse", "_counted")
+_CHANCE = 1.0  # percent; random boxes have less, in any of these metrics
+
+
+def main_metric(names: Iterable[str], wanted: str = "") -> str | None:
+    """The metric that a training is judged by: of the task that includes the others, on the first data set.
+
+    Args:
+        names: of what was measured.
+        wanted: MGD.EARLY_STOP.METRIC.
+
+    Raises:
+        CommonError: ``wanted`` was not measured.
+    """
+    names = list(names)
+    if wanted and wanted not in names:
+        raise CommonError(
+            f"MGD.EARLY_STOP.METRIC {wanted} is none of the metrics of the evaluation. Available: {', '.join(names)}."
+        )
+    return wanted or next((name for end in _MAIN for name in names if f"/{name}".endswith(f"/{end}")), None)
+
+
+class TeacherVerdict:
+    """Compares a teacher with chance and with its student, and logs each warning once.
+
+    Args:
+        teacher: its metrics; None if it was not evaluated.
+        wanted: MGD.EARLY_STOP.METRIC.
+    """
+
+    def __init__(self, teacher: Metrics | None, wanted: str) -> None:
+        self.metrics = teacher or {}
+        self.metric = main_metric(self.metrics, wanted) if self.metrics else None
+        self.warning = ""
+        self._best: float | None = None
+        if self.metric is not None:
+            logger.info("teacher: %s %.2f", self.metric, self.metrics[self.metric])
+            self._judge()
+
+    def measured(self, student: Metrics) -> None:
+        """Take an evaluation of the student into account."""
+        value = student.get(self.metric or "")
+        if value is not None and value == value:  # not NaN
+            self._best = value if self._best is None else max(self._best, value)
+            self._judge()
+
+    def _judge(self) -> None:
+        assert self.metric is not None
+        before = self.warning
+        self.warning = verdict(self.metric, self.metrics[self.metric], self._best, _CHANCE)
+        if self.warning and not before:
+            logger.warning(self.warning)
+
+
+class StoppedEarly(BaseException):
+    """Ends the loop of a trainer. Detectron2's logs each ``Exception`` as an error."""
+
+
+class EvaluationHook(hooks.EvalHook):
+    """Detectron2's hook. A training that was stopped between a checkpoint and its evaluation continues with the latter.
+
+    Otherwise a resumed training would count other evaluations than one that was not stopped.
+
+    Args:
+        period: TEST.EVAL_PERIOD.
+        evaluate: returns the same nested dict of metrics on every rank.
+    """
+
+    def __init__(self, period: int, evaluate: Callable[[], dict[str, Any]]) -> None:
+        super().__init__(period, self._measure)
+        self.evaluate = evaluate
+        self.evaluated = 0  # finished iterations
+        self.metrics: Metrics = {}  # of the newest evaluation since the start
+
+    def before_train(self) -> None:
+        start = self.trainer.start_iter
+        due = self._period > 0 and start % self._period == 0
+        if due and self.evaluated < start < self.trainer.max_iter:
+            self.trainer.iter = self.trainer.storage.iter = start - 1
+            self._do_eval()
+            self.trainer.iter = self.trainer.storage.iter = start
+
+    def _do_eval(self) -> None:
+        finished = min(self.trainer.iter + 1, self.trainer.max_iter)
+        if finished != self.evaluated:
+            super()._do_eval()
+            self.evaluated = finished
+
+    def _measure(self) -> dict[str, Any]:
+        results = self.evaluate()
+        self.metrics = flatten_results_dict(results)
+        return results
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"evaluated": self.evaluated}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.evaluated = state["evaluated"]
+
+
+class BestStudentHook(hooks.BestCheckpointer):
+    """Detectron2's hook, which writes ``model_best.pth``, with early stopping and a state; on every rank.
+
+    Args:
+        evaluation: the hook before this one.
+        save_best: writes the student to the file of a name; a collective.
+        save_last: saves the checkpoint of a name; a collective.
+        patience: evaluations without a better one after which the training ends; 0 for no end.
+        wanted: MGD.EARLY_STOP.METRIC.
+    """
+
+    def __init__(
+        self,
+        evaluation: EvaluationHook,
+        save_best: Callable[..., None],
+        save_last: Callable[[str], None],
+        patience: int,
+        wanted: str,
+    ) -> None:
+        super().__init__(evaluation._period, SimpleNamespace(save=save_best), "", file_prefix=BEST)
+        self.evaluation = evaluation
+        self.save_last = save_last
+        self.patience = patience
+        self.wanted = wanted
+        self.worse = 0  # evaluations since the best one
+        self._counted = 0  # finished iterations at the newest of them
+
+    @property
+    def metric(self) -> str | None:
+        """The metric that the newest evaluation was judged by."""
+        return main_metric(self.evaluation.metrics, self.wanted) if self.evaluation.metrics else None
+
+    def before_train(self) -> None:
+        self._best_checking()  # an evaluation that was made up for
+        if self._out_of_patience(self.trainer.start_iter):
+            raise StoppedEarly
+
+    def after_step(self) -> None:
+        super().after_step()
+        if self._out_of_patience(self.trainer.iter + 1):
+            self.save_last("model_final")
+            raise StoppedEarly
+
+    def _best_checking(self) -> None:
+        metric = self.metric
+        if metric is None or self.evaluation.evaluated == self._counted:
+            return
+        self._counted, self._val_metric, best = self.evaluation.evaluated, metric, self.best_iter
+        super()._best_checking()
+        self.worse = 0 if self.best_iter != best else self.worse + 1
+
+    def _out_of_patience(self, finished: int) -> bool:
+        """Whether the training ends now, of which the iterations become the last ones."""
+        if not 0 < self.patience <= self.worse or finished >= self.trainer.max_iter:
+            return False
+        logger.info(
+            "Stopping after %d of %d iterations: %s has not improved in %d evaluations",
+            finished, self.trainer.max_iter, self._val_metric, self.worse,
+        )  # fmt: skip
+        self.trainer.max_iter = finished
+        self.trainer.storage.put_scalar(STOPPED, finished, smoothing_hint=False)
+        return True
+
+    def summarise(self) -> None:
+        """Log the best evaluation and its file, and the last one."""
+        if self.best_metric is None:
+            return
+        finished = min(self.best_iter + 1, self.trainer.max_iter)
+        last = self.evaluation.metrics.get(self._val_metric)
+        logger.info(
+            "best student: %s %.2f after %d iterations, %s.pth%s",
+            self._val_metric, self.best_metric, finished, BEST,
+            "" if last is None else f"; last: {last:.2f}, model_final.pth",
+        )  # fmt: skip
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _STATE}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in _STATE:
+            setattr(self, name, state[name])
