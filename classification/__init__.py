@@ -2,3 +2,7 @@
 
 `main_base.py` trains without a teacher and evaluates; `main_mgd.py` distils. Detectron2 is not needed.
 """
+
+from d2_mgd._threads import let_waiting_threads_sleep
+
+let_waiting_threads_sleep()

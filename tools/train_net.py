@@ -20,8 +20,10 @@ from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # works without an installation too
 
+from d2_mgd._threads import let_waiting_threads_sleep
 from d2_mgd._warnings import ignore_deprecations
 
+let_waiting_threads_sleep()
 ignore_deprecations()  # before Detectron2 is imported
 
 try:

@@ -135,11 +135,6 @@ def test_a_training_that_fails_shows_its_last_lines(tmp_path: Path, capfd: Any) 
     assert "classes" in capfd.readouterr().err
 
 
-def test_threads_of_a_training_sleep_while_they_wait(capfd: Any) -> None:
-    running.train("student", [sys.executable, "-c", "import os; print(os.environ['OMP_WAIT_POLICY'])"])
-    assert capfd.readouterr().out == "PASSIVE\n"
-
-
 def test_a_training_that_continues_counts_its_own_iterations_alone() -> None:
     with running.progress_bar("teacher", 1000) as bar:
         running.show_progress("[d2.engine.train_loop]: Starting training from iteration 900", bar)
