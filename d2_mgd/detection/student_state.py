@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from d2_mgd.training.processes import rank
 
-_STUDENT, _DISTILLER = "student.", "distiller."
-_PROGRESS, _COSTS = "distiller.progress", "distiller.costs."
+DISTILLER = "distiller."  # prefix of the keys that are not the student's
+_STUDENT = "student."
+_PROGRESS, _COSTS = f"{DISTILLER}progress", f"{DISTILLER}costs."
 
 
 def save_as_student(module: nn.Module) -> None:
@@ -54,19 +55,19 @@ class _StudentState:
     ) -> None:
         self.prefix = prefix
         own = [name for name in state if name.startswith(prefix)]
-        self.plain = not any(name.startswith(prefix + _DISTILLER) for name in own)
+        self.plain = not any(name.startswith(prefix + DISTILLER) for name in own)
         for name in own:
-            if not name.startswith((prefix + _STUDENT, prefix + _DISTILLER)):
+            if not name.startswith((prefix + _STUDENT, prefix + DISTILLER)):
                 state[prefix + _STUDENT + name[len(prefix) :]] = state.pop(name)
         versions = getattr(state, "_metadata", {})
         for name, version in list(versions.items()):
-            if name.startswith(prefix) and not name.startswith((prefix + _STUDENT, prefix + _DISTILLER)):
+            if name.startswith(prefix) and not name.startswith((prefix + _STUDENT, prefix + DISTILLER)):
                 versions.setdefault(prefix + _STUDENT + name[len(prefix) :], version)
         extra = [name for name in state if name.startswith((prefix + _PROGRESS, prefix + _COSTS))]
         _continue_at(module, {name[len(prefix) :]: state.pop(name) for name in extra})
 
     def loaded(self, module: nn.Module, incompatible: Any) -> None:
-        student, distiller = self.prefix + _STUDENT, self.prefix + _DISTILLER
+        student, distiller = self.prefix + _STUDENT, self.prefix + DISTILLER
         for names in (incompatible.missing_keys, incompatible.unexpected_keys):
             names[:] = [
                 self.prefix + name.removeprefix(student) if name.startswith(student) else name

@@ -21,6 +21,7 @@ from d2_mgd.detection.features import Feature, backbone_of
 from d2_mgd.detection.image_network import Classifier, ImageNetwork, is_image_network
 from d2_mgd.detection.maps import WatchedMaps
 from d2_mgd.detection.networks import build_network
+from d2_mgd.detection.student_state import DISTILLER
 from d2_mgd.detection.weights import file_digest, load_weights, local_weights_file
 from d2_mgd.errors import UserError
 from d2_mgd.training.randomness import shared_randomness
@@ -267,7 +268,8 @@ def load_teacher_weights(model: nn.Module, location: str) -> str:
         return path
     left = load_weights(model, location)
     missing = _beyond_constants(left.missing_keys)
-    left_over = _beyond_constants(left.unexpected_keys)
+    # a student of an earlier distillation may teach
+    left_over = [name for name in _beyond_constants(left.unexpected_keys) if not name.startswith(DISTILLER)]
     problems = []
     if left.incorrect_shapes:
         name, there, here = left.incorrect_shapes[0]
