@@ -50,6 +50,7 @@ from d2_mgd.detection.config import student_config
 from d2_mgd.detection.config_checks import CheckedConfig, validate_config, validate_running
 from d2_mgd.detection.config_files import merge_file, merge_overrides
 from d2_mgd.detection.datasets import check_classes, check_datasets_once, register_coco, register_label_files
+from d2_mgd.detection.evaluation import check_evaluators
 from d2_mgd.detection.networks import build_network
 from d2_mgd.detection.teacher import build_teacher
 from d2_mgd.detection.weights import fresh_parameters, load_weights, local_weights_file
@@ -146,6 +147,7 @@ def set_up(args: argparse.Namespace, cfg: CfgNode, claims: ExitStack) -> None:
     check_datasets_once(cfg, train=trains)
     with failing_together():
         if comm.is_main_process():
+            check_evaluators(cfg)
             check_services(args.log, args.log_student)
     default_setup(cfg, args)
     if cfg.MODEL.DEVICE == "cpu":

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import math
 import os
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -49,7 +51,8 @@ class EvaluatingTrainer(DefaultTrainer):
         """Detectron2's evaluators for the ``evaluator_type`` of a data set; COCO's for a set without one.
 
         Raises:
-            UserError: the data set has no ground truth for its evaluator, or an unknown type.
+            UserError: the data set has no ground truth for its evaluators, or an unknown type; or a package that they
+                import is not installed.
         """
         return evaluator_of(cfg, dataset_name, output_folder or _inference_dir(cfg, dataset_name))
 
@@ -87,45 +90,86 @@ class EvaluatingTrainer(DefaultTrainer):
 
 
 def _coco(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
-    return COCOEvaluator(name, cfg.TEST.get("TASKS"), output_dir=folder)  # without tasks, those of the predictions
+    tasks = cfg.TEST.get("TASKS")  # without it, those of the predictions
+    return COCOEvaluator(name, tasks, output_dir=folder, kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS)
 
 
-# evaluator_type -> what makes the evaluators, and metadata of the ground truth that they read
-_EVALUATORS: dict[str, tuple[list[Callable[[CfgNode, str, str], DatasetEvaluator]], tuple[str, ...]]] = {
-    "coco": ([_coco], ()),
-    "sem_seg": ([lambda cfg, name, folder: SemSegEvaluator(name, output_dir=folder)], ("stuff_classes",)),
-    "coco_panoptic_seg": (
-        [
-            lambda cfg, name, folder: SemSegEvaluator(name, output_dir=folder),
-            _coco,
-            lambda cfg, name, folder: COCOPanopticEvaluator(name, folder),
-        ],
+def _sem_seg(cfg: CfgNode, name: str, folder: str) -> DatasetEvaluator:
+    return SemSegEvaluator(name, output_dir=folder)
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """How Detectron2 evaluates one ``evaluator_type``.
+
+    Args:
+        makers: make its evaluators from the config, the name of the data set and the output folder.
+        ground_truth: the metadata of the data set that they read.
+        package: what they import, beyond Detectron2's own dependencies.
+    """
+
+    makers: tuple[Callable[[CfgNode, str, str], DatasetEvaluator], ...]
+    ground_truth: tuple[str, ...] = ()
+    package: str = ""
+
+
+_EVALUATIONS = {
+    "coco": _Evaluation((_coco,)),
+    "sem_seg": _Evaluation((_sem_seg,), ("stuff_classes",)),
+    "coco_panoptic_seg": _Evaluation(
+        (_sem_seg, _coco, lambda cfg, name, folder: COCOPanopticEvaluator(name, folder)),
         ("panoptic_json", "panoptic_root", "stuff_classes", "json_file"),
+        "panopticapi",
     ),
-    "lvis": ([lambda cfg, name, folder: LVISEvaluator(name, output_dir=folder)], ("json_file",)),
-    "cityscapes_instance": ([lambda cfg, name, folder: CityscapesInstanceEvaluator(name)], ("gt_dir",)),
-    "cityscapes_sem_seg": ([lambda cfg, name, folder: CityscapesSemSegEvaluator(name)], ("gt_dir",)),
-    "pascal_voc": ([lambda cfg, name, folder: PascalVOCDetectionEvaluator(name)], ("dirname", "split")),
+    "lvis": _Evaluation((lambda cfg, name, folder: LVISEvaluator(name, output_dir=folder),), ("json_file",), "lvis"),
+    "cityscapes_instance": _Evaluation(
+        (lambda cfg, name, folder: CityscapesInstanceEvaluator(name),), ("gt_dir",), "cityscapesscripts"
+    ),
+    "cityscapes_sem_seg": _Evaluation(
+        (lambda cfg, name, folder: CityscapesSemSegEvaluator(name),), ("gt_dir",), "cityscapesscripts"
+    ),
+    "pascal_voc": _Evaluation((lambda cfg, name, folder: PascalVOCDetectionEvaluator(name),), ("dirname", "split")),
 }
+_INSTALL = {"panopticapi": "git+https://github.com/cocodataset/panopticapi.git"}
 
 
 def evaluator_of(cfg: CfgNode, dataset_name: str, folder: str) -> DatasetEvaluator:
     """See :meth:`EvaluatingTrainer.build_evaluator`; results go to ``folder``."""
+    built = [make(cfg, dataset_name, folder) for make in _evaluation(cfg, dataset_name).makers]
+    return built[0] if len(built) == 1 else DatasetEvaluators(built)
+
+
+def check_evaluators(cfg: CfgNode) -> None:
+    """Check that every set of DATASETS.TEST can be evaluated, before a training that would end without results.
+
+    Raises:
+        UserError: see :meth:`EvaluatingTrainer.build_evaluator`.
+    """
+    for name in cfg.DATASETS.TEST:
+        _evaluation(cfg, name)
+
+
+def _evaluation(cfg: CfgNode, dataset_name: str) -> _Evaluation:
+    """Of a data set that has the ground truth for it, with a package that is installed."""
     known = MetadataCatalog.get(dataset_name)
     kind = known.get("evaluator_type", "coco")
-    if kind not in _EVALUATORS:
-        raise UserError(f"data set {dataset_name!r} has evaluator_type {kind!r}; there are: {', '.join(_EVALUATORS)}.")
-    makers, needed = _EVALUATORS[kind]
-    if kind.startswith("coco") and cfg.MODEL.KEYPOINT_ON:
-        needed = (*needed, "keypoint_names")
+    if kind not in _EVALUATIONS:
+        raise UserError(f"data set {dataset_name!r} has evaluator_type {kind!r}; there are: {', '.join(_EVALUATIONS)}.")
+    found = _EVALUATIONS[kind]
+    keypoints = kind.startswith("coco") and cfg.MODEL.KEYPOINT_ON
+    needed = (*found.ground_truth, *(["keypoint_names"] if keypoints else []))
     missing = [key for key in needed if known.get(key) is None]
     if missing:
         raise UserError(
             f"data set {dataset_name!r} has no ground truth for its evaluators ({kind}"
-            f"{', keypoints' if cfg.MODEL.KEYPOINT_ON else ''}): its metadata lack {', '.join(missing)}."
+            f"{', keypoints' if keypoints else ''}): its metadata lack {', '.join(missing)}."
         )
-    built = [make(cfg, dataset_name, folder) for make in makers]
-    return built[0] if len(built) == 1 else DatasetEvaluators(built)
+    if found.package and importlib.util.find_spec(found.package) is None:
+        raise UserError(
+            f"data set {dataset_name!r} is evaluated ({kind}) with {found.package}, which is not installed: "
+            f"pip install {_INSTALL.get(found.package, found.package)}; or leave it out of DATASETS.TEST."
+        )
+    return found
 
 
 def _inference_dir(cfg: CfgNode, dataset_name: str) -> str:

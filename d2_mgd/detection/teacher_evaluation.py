@@ -53,7 +53,9 @@ def teacher_test_config(cfg: CfgNode, teacher: Any) -> CfgNode:
     own.MODEL.PIXEL_STD = cfg.MGD.TEACHER.PIXEL_STD or own.MODEL.PIXEL_STD
     heads = getattr(teacher.model, "roi_heads", None)
     own.MODEL.MASK_ON = cfg.MODEL.MASK_ON and getattr(heads, "mask_on", False)
-    own.MODEL.KEYPOINT_ON = cfg.MODEL.KEYPOINT_ON and getattr(heads, "keypoint_on", False)
+    same_points = own.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS == cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
+    own.MODEL.KEYPOINT_ON = cfg.MODEL.KEYPOINT_ON and getattr(heads, "keypoint_on", False) and same_points
+    own.TEST.KEYPOINT_OKS_SIGMAS = cfg.TEST.KEYPOINT_OKS_SIGMAS
     # by default those of the predictions, for which a student's data may have no ground truth
     more = {"segm": own.MODEL.MASK_ON, "keypoints": own.MODEL.KEYPOINT_ON}
     own.TEST.TASKS = ["bbox", *(task for task, wanted in more.items() if wanted)]
