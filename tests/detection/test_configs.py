@@ -10,7 +10,7 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
 import yaml
 from detectron2 import model_zoo
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 
 import d2_mgd.detection  # noqa: F401 - registers the meta-architecture
@@ -67,6 +67,20 @@ def test_every_config_is_built(path: str) -> None:
     model = META_ARCH_REGISTRY.get("TeacherStudentDetector")(cfg)
     assert list(model.pairs) == list(cfg.MGD.FEATURES)
     assert all(float(weight) > 0 for weight in cfg.MGD.WEIGHTS)
+
+
+@pytest.mark.parametrize("path", names(sorted((CONFIGS / "lazy").glob("*.py"))))
+def test_every_python_config_is_built(path: str) -> None:
+    if "pointrend" in path:
+        pytest.importorskip("detectron2.projects.point_rend", reason="Detectron2's PointRend cannot be imported")
+    if "vitdet" in path or "swin" in path:
+        pytest.importorskip("timm", reason="timm is not installed")
+    cfg = LazyConfig.load(str(CONFIGS / path))
+    assert "://" in cfg.model.teacher.weights, "a shipped config says where its teacher's weights are"
+    cfg.model.teacher.weights = "untrained"
+    model = instantiate(cfg.model)
+    assert list(model.pairs) == list(cfg.model.features) == list(cfg.model.distiller.weights)
+    assert cfg.train.output_dir.endswith(path.removeprefix("lazy/").removesuffix(".py"))
 
 
 @pytest.mark.parametrize("path", names(LEAVES))

@@ -2,63 +2,112 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
+import lazyconfig_train_net
+import own_project  # noqa: F401 - registers a meta-architecture
+import train_net as command_line
+from architectures import ARCHITECTURES, Architecture, table
+from detectron2.config import LazyCall, LazyConfig, instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluators, SemSegEvaluator
-from detectron2.structures import Keypoints
-from tiny_detectors import SIZES, batch, built, narrow, step, tiny_config
+from labelled_images import register_labelled
+from tiny_detectors import batch, distilled_config, narrow, step, tiny, tiny_config
+from training_runs import ROOT
 
-from d2_mgd.detection.evaluation import evaluator_of
+from d2_mgd import configs
+from d2_mgd.detection import FrozenTeacher, TeacherStudentDetector
+from d2_mgd.detection.evaluation import check_evaluators, evaluator_of
 from d2_mgd.errors import UserError
 
-SEMANTIC = ["MODEL.SEM_SEG_HEAD.CONVS_DIM", 8, "MODEL.SEM_SEG_HEAD.NUM_CLASSES", 4, "MODEL.SEM_SEG_HEAD.NORM", ""]
-STUDENTS = {
-    "semantic": ["MODEL.META_ARCHITECTURE", "SemanticSegmentor", *SEMANTIC],
-    "panoptic": ["MODEL.META_ARCHITECTURE", "PanopticFPN", "MODEL.MASK_ON", True, *SEMANTIC],
-    "keypoint": [
-        "MODEL.KEYPOINT_ON", True,
-        "MODEL.MASK_ON", False,
-        "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", [8],
-        "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS", 3,
-    ],
-}  # fmt: skip
-ANSWERS = {"semantic": "sem_seg", "panoptic": "panoptic_seg", "keypoint": "instances"}
+SHORT = {
+    "DATALOADER.NUM_WORKERS": 0,
+    "INPUT.MIN_SIZE_TRAIN": (64,),
+    "INPUT.MIN_SIZE_TEST": 64,
+    "SOLVER.IMS_PER_BATCH": 2,
+    "SOLVER.BASE_LR": 1e-4,
+    "SOLVER.STEPS": (1,),
+    "SOLVER.CHECKPOINT_PERIOD": 1,
+    "TEST.EVAL_PERIOD": 0,
+    "TEST.DETECTIONS_PER_IMAGE": 5,
+    "MGD.TEACHER.WEIGHTS": "untrained",
+    "MGD.REMATCH.NUM_IMAGES": 2,
+}
+STEPS = 2
 
 
-def labelled() -> list[dict[str, Any]]:
-    samples = batch(*SIZES)
-    for sample in samples:
-        height, width = sample["image"].shape[1:]
-        sample["sem_seg"] = torch.randint(0, 4, (height, width))
-        points = torch.tensor([[[6.0, 6.0, 2.0], [8.0, 12.0, 2.0], [14.0, 9.0, 1.0]]])
-        sample["instances"].gt_keypoints = Keypoints(points)
-    return samples
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> str:
+    register_labelled(tmp_path_factory.mktemp("labelled"), "labelled")
+    return "labelled"
 
 
-@pytest.mark.parametrize("kind", STUDENTS)
-def test_it_trains_infers_and_teaches(kind: str) -> None:
-    options = STUDENTS[kind]
-    model = built("mask_rcnn", "retinanet", *options, "MGD.FEATURES", ["res4", "p4"])
-    losses = step(model, labelled())
-    sum(losses.values()).backward()
-    assert float(losses["loss_distill/p4"].detach()) > 0 and any("distill" not in name for name in losses)
-    model.eval()
-    if kind == "keypoint":
-        torch.nn.init.zeros_(
-            model.student.roi_heads.keypoint_head.score_lowres.weight
-        )  # untrained, its scores overflow
-    with torch.no_grad():
-        assert ANSWERS[kind] in model(batch())[0]
-    teaches = built("retinanet", "mask_rcnn", "MGD.FEATURES", ["p4"], "MGD.TEACHER.OPTS", [*narrow(32), *options])
-    assert type(teaches.teacher.model) is type(model.student)
-    assert float(step(teaches)["loss_distill/p4"].detach()) > 0
+@pytest.mark.parametrize("one", [pytest.param(one, id=one.name) for one in ARCHITECTURES])
+def test_it_trains_evaluates_resumes_and_teaches(one: Architecture, labelled: str, tmp_path: Path) -> None:
+    if one.needs:
+        pytest.importorskip(one.needs, reason=f"{one.needs} cannot be imported")
+    evaluated = not one.evaluator_needs or importlib.util.find_spec(one.evaluator_needs) is not None
+    run = python_run if one.small else yaml_run
+    run(one, f"{labelled}_{one.data}", tmp_path, evaluated)
+    if not evaluated:
+        pytest.skip(f"{one.evaluator_needs} is not installed: trained, resumed and taught, but not evaluated")
+
+
+def yaml_run(one: Architecture, data: str, output: Path, evaluated: bool) -> None:
+    sets = {"DATASETS.TRAIN": (data,), "DATASETS.TEST": (data,) if evaluated else (), "OUTPUT_DIR": output}
+    opts = [*narrow(32), *one.options]
+    settings = {**SHORT, **sets, "MGD.TEACHER.OPTS": opts, "SOLVER.MAX_ITER": STEPS}
+    pairs = [word for pair in settings.items() for word in pair]
+    words = [str(word) for word in (*narrow(16), "MODEL.RESNETS.DEPTH", 50, *one.options, *pairs)]
+    metrics = command_line.main(["--config-file", one.config, *words])
+    if evaluated:
+        assert set(metrics) == set(one.tasks)
+        assert set(json.loads((output / f"inference/{data}/results.json").read_text())) == set(one.tasks)
+    command_line.main(["--config-file", one.config, "--resume", *words, "SOLVER.MAX_ITER", str(STEPS + 1)])
+    numbers = [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
+    losses = [line for line in numbers if "total_loss" in line]
+    assert [line["iteration"] for line in losses][-1] == STEPS and all(line["loss_distill/p3"] > 0 for line in losses)
+    given = ["MGD.TEACHER.CONFIG_FILE", str(output / "student.yaml"), "MGD.TEACHER.WEIGHTS", ""]
+    teaches(TeacherStudentDetector(distilled_config("retinanet", "retinanet", *given, "MGD.TEACHER.OPTS", [])))
+
+
+def python_run(one: Architecture, data: str, output: Path, evaluated: bool) -> None:
+    cfg = LazyConfig.load(configs.get(one.config))
+    one.small(cfg)
+    resize = LazyCall(ResizeShortestEdge)(short_edge_length=64, max_size=64)
+    for loader in (cfg.dataloader.train, cfg.dataloader.test):
+        loader.dataset.names, loader.mapper.augmentations, loader.num_workers = data, [resize], 0
+    cfg.dataloader.train.total_batch_size = 2
+    cfg.model.teacher.weights = "untrained"
+    cfg.train.update(max_iter=STEPS, eval_period=STEPS, device="cpu", init_checkpoint="", output_dir=str(output))
+    cfg.optimizer.lr = 1e-4
+    found = lazyconfig_train_net.train(cfg, resume=False).storage.latest()
+    assert {name.split("/")[0] for name in found if name.endswith("/AP")} == set(one.tasks)
+    assert found["loss_distill/p3"][0] > 0
+    cfg.train.update(max_iter=STEPS + 1, eval_period=0)
+    resumed = lazyconfig_train_net.train(cfg, resume=True)
+    assert resumed.start_iter == STEPS and resumed.storage.latest()["loss_distill/p3"][0] > 0
+    own = instantiate(cfg.model.student)
+    teacher = FrozenTeacher(own, input_format="RGB", weights=str(output / "model_final.pth"))
+    distiller = {"reducer": "amp", "loss": "pearson", "norm": "none"}
+    teaches(TeacherStudentDetector(student=tiny(), teacher=teacher, features=["p3"], distiller=distiller))
+
+
+def teaches(model: TeacherStudentDetector) -> None:
+    losses = step(model, batch((64, 64), (64, 64)))
+    assert all(float(losses[f"loss_distill/{name}"].detach()) > 0 for name in model.pairs)
+
+
+def test_the_table_in_the_documentation() -> None:
+    assert table() in (ROOT / "docs/detection.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -91,12 +140,14 @@ def test_evaluators_are_those_of_the_type(kind: str | None, metadata: Any, expec
         ),
         ("coco", ["MODEL.KEYPOINT_ON", True], r"\(coco, keypoints\): its metadata lack keypoint_names"),
         ("depth", [], "has evaluator_type 'depth'; there are: coco, sem_seg"),
+        ("lvis", [], r"evaluated \(lvis\) with lvis, which is not installed: pip install lvis; or leave it out"),
     ],
 )
-def test_a_data_set_without_ground_truth_is_named(
-    kind: str, overrides: list[Any], message: str, tmp_path: Path
+def test_a_data_set_that_cannot_be_evaluated_is_named_before_the_training(
+    kind: str, overrides: list[Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     name = f"without_{kind}"
-    MetadataCatalog.get(name).set(evaluator_type=kind)
+    MetadataCatalog.get(name).set(evaluator_type=kind, **({"json_file": "lvis.json"} if kind == "lvis" else {}))
     with pytest.raises(UserError, match=message):
-        evaluator_of(tiny_config("retinanet", 16, *overrides), name, str(tmp_path))
+        check_evaluators(tiny_config("retinanet", 16, "DATASETS.TEST", (name,), *overrides))
