@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import TensorDataset
 
 from d2_mgd.training.loading import keyed_loader
 
@@ -44,4 +45,4 @@ def test_the_policy_is_set_before_pytorch_reads_it(script: str, user: str | None
 
 def test_a_dataloader_worker_runs_one_thread() -> None:
     torch.set_num_threads(2)
-    assert list(keyed_loader([0], [[0]], 1, lambda _: torch.get_num_threads())) == [1]
+    assert list(keyed_loader(TensorDataset(torch.zeros(1)), [[0]], 1, lambda _: torch.get_num_threads())) == [1]
