@@ -2,6 +2,7 @@
 
 from d2_mgd.distill.balance import BALANCE_CHOICES, BALANCES
 from d2_mgd.distill.dense import box_distribution_kd, dense_box_kd, dense_class_kd, with_statistics_of
+from d2_mgd.distill.distillation import Distillation
 from d2_mgd.distill.distiller import MatchingGuidedDistiller
 from d2_mgd.distill.feature import ALIGNMENTS, MATCHED_ALIGNMENTS
 from d2_mgd.distill.logits import LOGIT_LOSSES, LogitLoss, kd_loss, standardize_logits
@@ -26,6 +27,7 @@ __all__ = [
     "REDUCERS",
     "REDUCTIONS",
     "SPATIAL_WEIGHTS",
+    "Distillation",
     "FeatureTaps",
     "LogitLoss",
     "MatchingGuidedDistiller",

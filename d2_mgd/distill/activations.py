@@ -65,6 +65,7 @@ class ActivationWatch(TorchFunctionMode):
         super().__init__()
         self.before: Tensor | None = None
         self.after: Tensor | None = None
+        self.rectified = False  # whether the last activation was a ReLU
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -74,4 +75,5 @@ class ActivationWatch(TorchFunctionMode):
         result = replacement(*args, **kwargs)
         self.before = args[0] if args else kwargs["input"]
         self.after = result
+        self.rectified = replacement is _OUT_OF_PLACE[F.relu]
         return result

@@ -9,6 +9,7 @@ that nothing is computed twice and no step is repeated. A new rule is a function
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from fvcore.common.registry import Registry
 from torch import Tensor, nn
 
+from d2_mgd.distill.map_shapes import as_map
 from d2_mgd.distill.registry import names
 
 __all__ = ["AUTO", "BALANCES", "BALANCE_CHOICES", "Balance", "Statistics", "mean_square"]
@@ -121,9 +123,9 @@ class Balance(nn.Module):
 
     The first step measures the teacher's mean square, the second the gradients, and the third is balanced.
     Everything stays on the device, without a branch on a value. A step in which a gradient is zero or not finite
-    changes nothing. Loss scaling and gradient accumulation multiply both gradients alike, so only their quotients are
-    kept. ``torch.compile`` of a student and its distiller as one function hides the task's gradient; compile the
-    student alone.
+    changes nothing, and evaluation mode measures nothing. Loss scaling and gradient accumulation multiply both
+    gradients alike, so only their quotients are kept. ``torch.compile`` of a student and its distiller as one function
+    hides the task's gradient; compile the student alone.
 
     Args:
         rule: name in ``BALANCES``; None measures only, and all factors are 1.
@@ -146,27 +148,30 @@ class Balance(nn.Module):
         self.factors: Tensor
         self.measured: Tensor
 
-    def watch(self, index: int, student: Tensor) -> tuple[Tensor, Watch]:
+    def watch(self, index: int, student: Tensor, given: Tensor | None = None) -> tuple[Tensor, Watch]:
         """The map (N, S, H, W) of feature ``index`` to be compared in place of ``student``, and what measures it.
 
-        Set the ``scale`` of the latter to what the loss is multiplied by, before the backward pass.
+        Set the ``scale`` of the latter to what the loss is multiplied by, before the backward pass. ``given`` is what
+        the network returned, if ``student`` is a view of it: tokens, or a map (N, H, W, S).
         """
         if self.rule is None and torch.compiler.is_compiling():
             return student, Watch()  # a ratio in the log is not worth a broken graph
-        return self._watched(index, student)
+        return self._watched(index, student, student if given is None else given)
 
     @torch.compiler.disable
-    def _watched(self, index: int, student: Tensor) -> tuple[Tensor, Watch]:
+    def _watched(self, index: int, student: Tensor, given: Tensor) -> tuple[Tensor, Watch]:
         if not (torch.is_grad_enabled() and student.requires_grad):
             return student, Watch()
         watch, compared = Watch(), student.view_as(student)
         compared.register_hook(watch.keep)
-        _on_gradient(student, lambda gradient: self._measure(index, watch, gradient))
+        shape = functools.partial(as_map, channels=student.shape[1], ratio=student.shape[2] / student.shape[3])
+        _on_gradient(given, lambda gradient: self._measure(index, watch, shape(gradient)))
         return compared, watch
 
     def rescale_teacher(self, index: int, square: Tensor) -> Tensor:
         """What a teacher's map is multiplied by, for a mean square of about 1; () from this batch's ``square``."""
-        self.measured[_Column.TEACHER, index] += square
+        if self.training:
+            self.measured[_Column.TEACHER, index] += square
         known = torch.where(self.steps[index] > 0, self.running[_Row.TEACHER, index], square)
         return known.clamp(min=torch.finfo(known.dtype).tiny).rsqrt()
 
@@ -175,8 +180,9 @@ class Balance(nn.Module):
         if self.rule is None:
             return 1.0
         value = loss.detach()
-        self.measured[_Column.LOSS, index] += value
-        self.measured[_Column.PASSES, index] += 1.0
+        if self.training:
+            self.measured[_Column.LOSS, index] += value
+            self.measured[_Column.PASSES, index] += 1.0
         first = _UNMEASURED / value.clamp(min=torch.finfo(value.dtype).tiny)
         return torch.where(self.steps[index] > 1, self.factors[index], first)
 

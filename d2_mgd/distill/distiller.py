@@ -17,7 +17,7 @@ from d2_mgd.distill.balance import BALANCES, Balance, mean_square
 from d2_mgd.distill.checks import check_names, check_weights, checked_mode, checked_ties
 from d2_mgd.distill.feature import ALIGNMENTS, MATCHED_ALIGNMENTS, FeatureDistiller
 from d2_mgd.distill.losses import FEATURE_LOSSES, REDUCTIONS
-from d2_mgd.distill.map_shapes import map_of_tokens
+from d2_mgd.distill.map_shapes import as_maps
 from d2_mgd.distill.reducers import REDUCERS
 from d2_mgd.distill.registry import lookup
 from d2_mgd.distill.reports import RematchReport
@@ -42,7 +42,7 @@ class MatchingGuidedDistiller(nn.Module):
 
     Maps are compared in float32 whatever their dtype, or in float64 after ``distiller.double()``. A teacher map of
     another height and width is resized to the student's, with one warning a feature. Tokens (N, 1 + H W, C) of a vision
-    transformer are taken as maps (N, C, H, W).
+    transformer and maps (N, H, W, C) are taken as maps (N, C, H, W).
 
     Args:
         channels: feature name -> (S, T).
@@ -198,7 +198,7 @@ class MatchingGuidedDistiller(nn.Module):
         """
         return {
             f"loss_distill/{name}": self._compare(
-                name, *self._maps(name, student_maps, teacher_maps, valid), boxes, factor
+                name, student_maps.get(name), *self._maps(name, student_maps, teacher_maps, valid), boxes, factor
             )
             for name in self.channels
         }
@@ -216,11 +216,13 @@ class MatchingGuidedDistiller(nn.Module):
 
         Arguments, of this feature alone, and errors as in :meth:`forward`.
         """
-        return self._compare(name, *self._maps(name, {name: student}, {name: teacher}, {name: valid}), boxes, factor)
+        maps = self._maps(name, {name: student}, {name: teacher}, {name: valid})
+        return self._compare(name, student, *maps, boxes, factor)
 
     def _compare(
         self,
         name: str,
+        given: Tensor | None,
         student: Tensor,
         teacher: Tensor,
         valid: Tensor | None,
@@ -230,7 +232,7 @@ class MatchingGuidedDistiller(nn.Module):
         if self.needs_matching and not self._feature(name).has_matching:
             raise RuntimeError(f"feature {name} has no matching yet: observe some images and rematch first.")
         index, rescale = self._indices[name], None
-        student, watch = self.balance.watch(index, student)
+        student, watch = self.balance.watch(index, student, given)
         if self.balance.rule is not None:
             rescale = self.balance.rescale_teacher(index, mean_square(teacher, valid))
         loss: Tensor = self._feature(name)(student, teacher, valid, boxes, rescale)
@@ -356,12 +358,8 @@ class MatchingGuidedDistiller(nn.Module):
         for who, maps in (("student", student_maps), ("teacher", teacher_maps)):
             if name not in maps:
                 raise ValueError(f"the {who} gave no map of feature {name}; it gave: {', '.join(maps) or 'none'}.")
-        student, teacher = student_maps[name], teacher_maps[name].detach()
-        if student.ndim == 3:
-            student = map_of_tokens(student, 1.0 if teacher.ndim == 3 else teacher.shape[2] / teacher.shape[3])
-        if teacher.ndim == 3:
-            teacher = map_of_tokens(teacher, student.shape[2] / student.shape[3])
         wanted = self.channels[name]
+        student, teacher = as_maps(student_maps[name], teacher_maps[name].detach(), wanted)
         same_images = student.shape[:1] == teacher.shape[:1]
         if student.ndim != 4 or teacher.ndim != 4 or (student.shape[1], teacher.shape[1]) != wanted or not same_images:
             raise ValueError(

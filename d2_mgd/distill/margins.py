@@ -10,9 +10,10 @@ import math
 import torch
 from torch import Tensor, nn
 
+from d2_mgd.distill.taps import Tap
 from d2_mgd.errors import UserError
 
-__all__ = ["batch_norm_margin"]
+__all__ = ["batch_norm_margin", "is_batch_norm", "tap_margin"]
 
 _RARE = 1e-3  # below this probability of being negative the conditional mean is replaced by -3 sigma
 _HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
@@ -64,3 +65,38 @@ def batch_norm_margin(norm: nn.Module) -> Tensor:
     margin = torch.where(log_negative > math.log(_RARE), shift - scale * hazard, -3.0 * scale)
     margin = torch.where(scale > 0, margin, shift.clamp(max=0.0))
     return margin.float()
+
+
+def is_batch_norm(module: nn.Module) -> bool:
+    """Whether it is a batch-norm or any module in its likeness, see :func:`batch_norm_margin`."""
+    return hasattr(module, "running_mean") and not isinstance(module, nn.modules.instancenorm._InstanceNorm)
+
+
+def tap_margin(network: nn.Module, tap: Tap, norm: str | None = None) -> Tensor:
+    """(C,) margins of a tapped map, from the last batch-norm inside the tapped module.
+
+    Args:
+        network: the teacher.
+        tap: a tap before an activation, or of a module that is or ends in a batch-norm.
+        norm: path of the batch-norm to use instead, for any tap.
+
+    Raises:
+        UserError: the map does not come from a batch-norm, or there is no module ``norm``.
+    """
+    modules = dict(network.named_modules())
+    if norm is not None:
+        if norm not in modules:
+            raise UserError(f"there is no module {norm!r} to compute margins from.")
+        return batch_norm_margin(modules[norm])
+    tapped = modules[tap.module]
+    end = tapped
+    while isinstance(end, nn.Sequential) and len(end):
+        end = end[-1]
+    norms = [module for module in tapped.modules() if is_batch_norm(module)]
+    ends_in_norm = bool(norms) and end is norms[-1] and not list(end.children())  # timm's norms contain activations
+    if not norms or not (tap.before_activation or ends_in_norm):
+        raise UserError(
+            f"the output of {tap.module!r} does not come from a batch-norm, so there are no margins for partial_l2: "
+            "tap before an activation, name the norm, or use the loss mse or pearson."
+        )
+    return batch_norm_margin(norms[-1])

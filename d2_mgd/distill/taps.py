@@ -95,11 +95,17 @@ class FeatureTaps:
         if before:
             take = _Hook(self._take_before(path, before))
             self._handles.append(module.register_forward_pre_hook(_Hook(self._watch_activation)))
-            self._handles.append(module.register_forward_hook(take, always_call=True))
+            # before the hooks of earlier taps, because the watch that began last ends first
+            self._handles.append(module.register_forward_hook(take, prepend=True, always_call=True))
         if after:
             self._handles.append(module.register_forward_hook(_Hook(self._take_after(path, after))))
 
     # ---- maps out
+
+    @property
+    def hold_maps(self) -> bool:
+        """Whether the model has run in this thread since the last :meth:`collect`."""
+        return threading.get_ident() in self._calls
 
     def collect(self) -> dict[str, Tensor]:
         """The maps of the newest forward in this thread; the taps let go of them.

@@ -39,3 +39,36 @@ def test_a_vision_transformer_teaches_by_tokens() -> None:
     distiller.rematch()
     of_tokens, of_maps = (distiller({"p4": student}, {"p4": one})["loss_distill/p4"] for one in (teacher, maps))
     assert of_tokens > 0 and torch.equal(of_tokens, of_maps)
+
+
+@pytest.mark.parametrize("others", [2, 5])
+def test_register_tokens_are_cut(others: int) -> None:
+    found = torch.rand(2, 3, 14, 14)
+    tokens = torch.cat([torch.rand(2, others, 3), found.flatten(2).transpose(1, 2)], dim=1)
+    assert torch.equal(map_of_tokens(tokens), found)
+
+
+@pytest.mark.parametrize("kind", ["tokens", "channels last"])
+def test_a_balance_sees_the_task_through_the_view_that_is_compared(kind: str) -> None:
+    """The task uses the student's tensor, the distillation a view of it."""
+    torch.manual_seed(0)
+    teacher = torch.rand(4, 6, 3, 4)
+
+    def shaped(maps: torch.Tensor) -> torch.Tensor:
+        rows = maps.permute(0, 2, 3, 1)
+        return rows if kind == "channels last" else torch.cat([rows[:, 0, :1], rows.flatten(1, 2)], dim=1)
+
+    factors = []
+    for given in (shaped, torch.clone):
+        student = torch.linspace(-1, 1, 4 * 5 * 12).view(4, 5, 3, 4).sin().requires_grad_()
+        distiller = MatchingGuidedDistiller({"a": (5, 6)}, loss="mse", norm="none", align="conv1x1", balance="auto")
+        torch.nn.init.constant_(distiller.features["a"].project.weight, 0.1)
+        for _ in range(3):
+            found = given(student)
+            (loss,) = distiller({"a": found}, {"a": teacher}).values()
+            (loss + student.square().sum()).backward() if given is torch.clone else (
+                loss + (found if kind == "channels last" else found[:, 1:]).square().sum()
+            ).backward()
+            distiller.update_balance()
+        factors.append(distiller.balance.factors)
+    assert factors[0] != 1.0 and torch.allclose(*factors)

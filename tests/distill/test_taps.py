@@ -232,6 +232,15 @@ def test_two_taps_on_one_model() -> None:
     torch.testing.assert_close(first.collect()["a"].relu(), second.collect()["b"])
 
 
+def test_two_taps_before_one_activation() -> None:
+    model, tap = tiny_network(), {"a": Tap("2", before_activation=True)}
+    plain, first, second = FeatureTaps(model, {"a": "1"}), FeatureTaps(model, tap), FeatureTaps(model, tap)
+    for taps in (first, second):
+        torch.testing.assert_close(taps.run(IMAGES)["a"], plain.run(IMAGES)["a"])
+    model(IMAGES)
+    torch.testing.assert_close(first.collect()["a"], second.collect()["a"])
+
+
 def test_under_mixed_precision_and_activation_checkpointing() -> None:
     model = tiny_network()
     taps = FeatureTaps(model, {"conv": "0", "before": Tap("2", before_activation=True)})
