@@ -5,7 +5,6 @@ Shape shorthand: N images, C channels, (H, W) a batch, L = h w tokens of a map.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -16,12 +15,14 @@ from torch import Tensor, nn
 
 from d2_mgd.detection.weights import cached_download
 from d2_mgd.distill import FeatureTaps
-from d2_mgd.distill.map_shapes import map_of_tokens
+from d2_mgd.distill.map_shapes import as_map
+from d2_mgd.distill.stages import find_stages
 from d2_mgd.errors import UserError, reason
 from d2_mgd.training.weights_files import read_safetensors, read_tensors
 
 TIMM, TORCHVISION = "timm:", "torchvision:"
 _MEASURED = 224  # pixels of the image that strides are measured with, which every classifier takes
+_LEVELS = (2, 3, 4, 5, 6)
 _IMAGENET = ([123.675, 116.28, 103.53], [58.395, 57.12, 57.375])
 
 
@@ -92,13 +93,14 @@ class Classifier(Backbone):
         super().__init__()
         self.name = name
         self.network = network
-        found = _measured(network)
+        stages = find_stages(name, network, torch.zeros(1, 3, _MEASURED, _MEASURED))
+        found = {f"p{level}": stages[2**level] for level in _LEVELS if 2**level in stages}
         if not found:
             raise UserError(f"{name} gives no map of stride 4, 8, 16, 32 or 64 at any of its stages.")
         self._out_features = list(found)
         self._out_feature_strides = {level: 2 ** int(level[1:]) for level in found}
-        self._out_feature_channels = {level: channels for level, (_, channels) in found.items()}
-        self._taps = FeatureTaps(network, {level: path for level, (path, _) in found.items()})
+        self._out_feature_channels = {level: stage.channels for level, stage in found.items()}
+        self._taps = FeatureTaps(network, {level: stage.module for level, stage in found.items()})
 
     @property
     def size_divisibility(self) -> int:
@@ -107,46 +109,14 @@ class Classifier(Backbone):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         ratio = images.shape[-2] / images.shape[-1]
-        return {name: _as_map(found, ratio) for name, found in self._taps.run(images).items()}
+        maps = self._taps.run(images)
+        return {name: as_map(found, self._out_feature_channels[name], ratio) for name, found in maps.items()}
 
     def output_shape(self) -> dict[str, ShapeSpec]:
         return {
             name: ShapeSpec(channels=self._out_feature_channels[name], stride=self._out_feature_strides[name])
             for name in self._out_features
         }
-
-
-def _as_map(found: Tensor, ratio: float) -> Tensor:
-    return map_of_tokens(found, ratio) if found.ndim == 3 else found
-
-
-@torch.no_grad()
-def _measured(network: nn.Module) -> dict[str, tuple[str, int]]:
-    """Level -> (path, C) of the last stage, or block of a stage, with a map of that stride."""
-    found: dict[str, tuple[str, int]] = {}
-
-    def look(path: str) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            if not isinstance(output, Tensor) or output.ndim not in (3, 4):
-                return
-            try:
-                shape = _as_map(output, 1.0).shape
-            except UserError:
-                return
-            level = math.log2(_MEASURED / shape[2]) if shape[2] == shape[3] > 1 else 0.0
-            if level in (2, 3, 4, 5, 6):
-                found[f"p{int(level)}"] = (path, shape[1])
-
-        return hook
-
-    paths = [name for name, _ in network.named_modules() if name and name.count(".") < 2]
-    handles = [network.get_submodule(path).register_forward_hook(look(path)) for path in paths]
-    try:
-        network.eval()(torch.zeros(1, 3, _MEASURED, _MEASURED))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return dict(sorted(found.items()))
 
 
 def _fresh(name: str) -> nn.Module:
