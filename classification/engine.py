@@ -24,7 +24,7 @@ from classification.data import (
 from classification.data_parallel import over_same_gpus
 from classification.distillation import Classifier, Forward
 from classification.evaluation import Evaluation, evaluate, progress_bar, until_signal
-from classification.metrics import Journal, Remaining, Throughput
+from classification.metrics import Journal
 from classification.options import as_values
 from classification.records import write_checkpoint, write_epoch, write_matching
 from classification.schedules import Schedules
@@ -33,6 +33,7 @@ from classification.steps import Found, backward
 from d2_mgd.distill.rematching import observe_pass, rematch
 from d2_mgd.errors import UserError, located
 from d2_mgd.training import Interrupted, received_signal
+from d2_mgd.training.clocks import Remaining, Throughput
 from d2_mgd.training.nonfinite import StepReport
 from d2_mgd.training.processes import all_gather, average_buffers, failing_together
 from d2_mgd.training.services import open_logs

@@ -1,4 +1,4 @@
-"""Metrics of a run: errors, throughput, `metrics.json`, TensorBoard, and the table at the end.
+"""Metrics of a run: errors, `metrics.json` and TensorBoard.
 
 Shape shorthand: N images, K classes.
 """
@@ -8,9 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-import time
 from collections.abc import Mapping, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -32,39 +30,6 @@ def errors(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
     hits = best == targets.unsqueeze(1)
     images = targets.shape[0]  # a number, because creating a tensor from it would synchronise with the device
     return {"err1": images - hits[:, 0].sum(), "err5": images - hits.sum()}
-
-
-class Throughput:
-    """Counts images per second since its construction."""
-
-    def __init__(self) -> None:
-        self.start = time.perf_counter()
-        self.images = 0
-
-    @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self.start
-
-    @property
-    def per_second(self) -> float:
-        return self.images / max(self.seconds, 1e-9)
-
-
-class Remaining:
-    """Estimates the time to the end of a run from the mean time of a step, evaluations and rematches included.
-
-    Args:
-        done: finished steps at construction.
-        total: steps of the whole run.
-    """
-
-    def __init__(self, done: int, total: int) -> None:
-        self.start, self.done, self.total = time.perf_counter(), done, total
-
-    def after(self, done: int) -> str:
-        """Remaining time after ``done`` finished steps, as H:MM:SS."""
-        seconds = (time.perf_counter() - self.start) / max(done - self.done, 1) * (self.total - done)
-        return str(timedelta(seconds=round(seconds)))
 
 
 class Journal:
@@ -118,20 +83,3 @@ class Journal:
             self.writer.add_scalar(name, value, step)
         for log in self.logs:
             log.scalars(values, step)
-
-
-def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
-    """A table as text; the first column is left-aligned, the others are right-aligned."""
-    text = [[_cell(value) for value in row] for row in [header, *rows]]
-    sizes = [max(len(row[column]) for row in text) for column in range(len(header))]
-    lines = [
-        "  ".join([row[0].ljust(sizes[0]), *(cell.rjust(size) for cell, size in zip(row[1:], sizes[1:]))]).rstrip()
-        for row in text
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.2f}" if isinstance(value, float) else str(value)

@@ -54,6 +54,16 @@ def parse_mgd(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
+def baseline_of(options: argparse.Namespace) -> argparse.Namespace:
+    """The options of a training of the same student alone, in the folder ``baseline`` of the output folder."""
+    parser = Parser()
+    add_common(parser, nesterov=1, drops=[])
+    alone = argparse.Namespace(**{name: getattr(options, name) for name in vars(parser.parse_args(["DATA"]))})
+    alone.method, alone.teacher_arch, alone.teacher_resume = "base", None, None
+    alone.output_dir, alone.resume = options.output_dir / "baseline", options.resume and "auto"
+    return alone
+
+
 def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """Parse the options; also returns the names of those that the command line sets."""
     defaults = vars(parser.parse_args(["DATA"]))

@@ -29,12 +29,12 @@ from classification.checkpoint import (
 )
 from classification.engine import Trainer
 from classification.evaluation import Evaluation
-from classification.metrics import table
 from classification.models import architecture
-from classification.options import as_values, gives_student
+from classification.options import as_values, baseline_of, gives_student
 from classification.processes import Process, launch
 from classification.state import Progress
-from d2_mgd.data.class_folders import find_classes, find_folders
+from d2_mgd.commands import compare_runs
+from d2_mgd.data.class_folders import Folder, find_classes, find_folders
 from d2_mgd.errors import CommonError, UserError
 from d2_mgd.training import (
     Interrupted,
@@ -49,6 +49,7 @@ from d2_mgd.training.launch import report
 from d2_mgd.training.processes import failing_together, from_main, largest
 from d2_mgd.training.randomness import seed_all
 from d2_mgd.training.services import SERVICES, check_services
+from d2_mgd.training.tables import table
 from d2_mgd.training.verdict import verdict
 from d2_mgd.training.weights_files import trust
 
@@ -59,7 +60,7 @@ _LOG_FORMAT = "%(asctime)s %(message)s"
 # Options that may change when a run is resumed, without a warning.
 _FREE = {
     "workers", "resume", "print_freq", "overwrite", "device", "gpu", "dist_url", "rank", "data", "output_dir", "nproc",
-    "trust_weights", "log", "log_student",
+    "trust_weights", "log", "log_student", "with_baseline",
 }  # fmt: skip
 
 
@@ -94,18 +95,49 @@ def _check_output(folder: Path) -> None:
 
 @lasting_output()
 def _work(process: Process, options: argparse.Namespace) -> None:
-    _start_logging(process)
     for file in options.trust_weights:
         trust(file)
+    if options.method == "base" or not options.with_baseline:
+        _run(process, options)
+        return
+    alone = baseline_of(options)
+    _agreed_resume(process, options)  # what does not fit is an error now, not after the baseline
+    _assemble(process, options, find_folders(options.data, options.val_split))
+    if not from_main(_is_finished(alone)):
+        _run(process, alone)
+    _run(process, options)
+    if process.is_main:
+        compare_runs([alone.output_dir, options.output_dir], options.output_dir / "comparison")
+
+
+def _is_finished(options: argparse.Namespace) -> bool:
+    """Whether the output folder contains a run with these options to its last epoch."""
+    record, metrics = (options.output_dir / name for name in ("run.json", "metrics.json"))
+    if not (record.is_file() and metrics.is_file()):
+        return False
+    done = json.loads(record.read_text())["options"]
+    epochs = len(metrics.read_text().splitlines())
+    return epochs == options.epochs - options.start_epoch and not _changed(done, options)
+
+
+def _assemble(
+    process: Process, options: argparse.Namespace, folders: tuple[Folder, Folder]
+) -> tuple[Trainer, TeacherNetwork | None]:
+    num_classes = len(folders[0].classes)
+    seed_all(options.seed)
+    network = make_student(options, num_classes)  # before the teacher, so that all methods start from the same weights
+    teacher = make_teacher(options, num_classes)
+    return make_trainer(process, options, network, teacher, folders), teacher
+
+
+def _run(process: Process, options: argparse.Namespace) -> None:
+    _start_logging(process)
     _check_process(process, options)
     folders = find_folders(options.data, options.val_split)
     classes = list(folders[0].classes)
     resume = None if options.evaluate else _agreed_resume(process, options)
     state = None if resume is None else read_training_state(resume, options.arch, classes)
-    seed_all(options.seed)
-    network = make_student(options, len(classes))  # before the teacher, so that all methods start from the same weights
-    teacher = make_teacher(options, len(classes))
-    trainer = make_trainer(process, options, network, teacher, folders)
+    trainer, teacher = _assemble(process, options, folders)
     _describe(trainer, teacher)
     if options.evaluate:
         _evaluate(trainer, teacher, len(classes))
@@ -128,8 +160,9 @@ def _work(process: Process, options: argparse.Namespace) -> None:
 
 
 def _restore(trainer: Trainer, path: Path, state: dict[str, Any]) -> None:
-    if trainer.process.is_main:
-        _compare_options(state, trainer.options)
+    changed = _changed(state["options"], trainer.options)
+    if changed and trainer.process.is_main:
+        logger.warning("options changed since the checkpoint: %s", "; ".join(changed))
     if trainer.teacher and state["teacher"] and trainer.options.method != "base":
         check_same_teacher(path, _identity(state["teacher"]), _identity(trainer.teacher))
     trainer.restore(state)
@@ -287,15 +320,10 @@ def _judge_teacher(trainer: Trainer, student: float) -> None:
             logger.warning(warning)
 
 
-def _compare_options(state: dict[str, Any], options: argparse.Namespace) -> None:
-    now = as_values(options)
-    changed = [
-        f"{key} {state['options'].get(key)} -> {value}"
-        for key, value in now.items()
-        if key not in _FREE and state["options"].get(key) != value
-    ]
-    if changed:
-        logger.warning("options changed since the checkpoint: %s", "; ".join(changed))
+def _changed(before: dict[str, Any], options: argparse.Namespace) -> list[str]:
+    """What differs from the options of an earlier start."""
+    now = {key: value for key, value in as_values(options).items() if key not in _FREE}
+    return [f"{key} {before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value]
 
 
 def _identity(teacher: dict[str, Any]) -> dict[str, str]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["check", "compare", "train"]
+__all__ = ["check", "compare", "compare_runs", "train"]
 
 _BESIDE = Path(__file__).resolve().parents[1]
 
@@ -27,6 +28,11 @@ def train() -> None:
 def compare() -> int:
     """Show trainings side by side."""
     return _main("compare")()
+
+
+def compare_runs(folders: Sequence[str | Path], output: str | Path) -> int:
+    """Write the page that compares trainings, and print its path and, of two, how far they are apart."""
+    return _main("compare")([*map(str, folders), "--output", str(output)])
 
 
 def check() -> int:

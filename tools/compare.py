@@ -59,9 +59,11 @@ def open_runs(folders: Sequence[Path]) -> Compared:
 
 
 def build_report(compared: Compared) -> tuple[Report, str]:
-    """Return the page, and a sentence on what it lacks, or an empty string."""
+    """Return the page, and lines to print: how far two runs are apart, and what the page lacks."""
     names = [f"`{name}`" for name in compared.runs]
-    report = Report(f"{len(names)} {compared.kind} runs side by side", lead=f"{', '.join(names[:-1])} and {names[-1]}.")
+    difference = _difference(compared)
+    lead = difference or f"{', '.join(names[:-1])} and {names[-1]}."
+    report = Report(f"{len(names)} {compared.kind} runs side by side", lead=lead)
     _add_results(report, compared)
     report.heading("Curves")
     _add_curves(report, compared)
@@ -73,11 +75,26 @@ def build_report(compared: Compared) -> tuple[Report, str]:
     except UserError as error:
         left_out = f"The images are left out: {error}"
         report.text(left_out)
-        return report, left_out
-    return report, ""
+        return report, f"{difference}\n{left_out}".strip()
+    return report, difference
 
 
 # ---- numbers
+
+
+def _difference(compared: Compared) -> str:
+    """How much better the second of two runs is; an empty string for more runs, and without evaluations of both."""
+    if len(compared.runs) != 2:
+        return ""
+    (first, reference), (second, rows) = compared.rows.items()
+    for measure in compared.measures():
+        before, after = measure.last(reference), measure.last(rows)
+        if before is not None and after is not None:
+            gain = (after[measure.key] - before[measure.key]) * (1 if measure.better is max else -1)
+            judged = f"{abs(gain):.2f} points {'better' if gain > 0 else 'worse'} than" if gain else "as good as"
+            values = f"{after[measure.key]:.2f} against {before[measure.key]:.2f}"
+            return f"{second} is {judged} {first}: {measure.title.removesuffix(', %')} {values} %."
+    return ""
 
 
 def _add_results(report: Report, compared: Compared) -> None:

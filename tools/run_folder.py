@@ -194,16 +194,16 @@ def read_image(path: Path) -> np.ndarray:
 
 
 def write_page(program: str, build: Callable[[], tuple[Report, str]], output: Path) -> int:
-    """Build and write a report, and print its path and what it lacks; returns the exit status.
+    """Build and write a report, and print its path; returns the exit status.
 
     Args:
         program: its name in error messages.
-        build: returns the report, and a sentence on what it lacks, or an empty string.
+        build: returns the report, and lines to print after its path, or an empty string.
         output: folder to write to.
     """
     ignore_deprecations()
     try:
-        report, left_out = build()
+        report, lines = build()
         try:
             _, page = report.write(output)
         except OSError as error:
@@ -211,7 +211,7 @@ def write_page(program: str, build: Callable[[], tuple[Report, str]], output: Pa
     except UserError as error:
         print(f"{program}: error: {error}", file=sys.stderr)
         return BAD_INPUT
-    print(f"{page}\n{left_out}".rstrip())
+    print(f"{page}\n{lines}".rstrip())
     return 0
 
 

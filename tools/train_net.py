@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import gc
 import json
 import logging
 import os
@@ -43,10 +44,11 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from d2_mgd import configs
+from d2_mgd.commands import compare_runs
 from d2_mgd.data.formats import add_dataset_arguments, label_files
 from d2_mgd.detection import Trainer, add_mgd_config
 from d2_mgd.detection.checkpoint import TrainingCheckpointer
-from d2_mgd.detection.config import student_config
+from d2_mgd.detection.config import baseline_config, student_config
 from d2_mgd.detection.config_checks import CheckedConfig, validate_config, validate_running
 from d2_mgd.detection.config_files import merge_file, merge_overrides
 from d2_mgd.detection.datasets import check_classes, check_datasets_once, register_coco, register_label_files
@@ -58,7 +60,7 @@ from d2_mgd.detection.writers import service_writers
 from d2_mgd.errors import UserError
 from d2_mgd.training import claimed_for_all_ranks, lasting_output, restarted
 from d2_mgd.training.launch import rank_status, start_ranks, under_launcher
-from d2_mgd.training.processes import failing_together, local_rank, process_group, share_cores
+from d2_mgd.training.processes import failing_together, from_main, local_rank, process_group, share_cores
 from d2_mgd.training.services import add_log_arguments, check_services
 from d2_mgd.training.weights_files import trust
 
@@ -77,6 +79,11 @@ def parser() -> argparse.ArgumentParser:
     add_dataset_arguments(built)
     built.add_argument(
         "--eval-teacher", action="store_true", help="evaluate the teacher alone on DATASETS.TEST, and train nothing"
+    )
+    built.add_argument(
+        "--with-baseline",
+        action="store_true",
+        help="first train the same student alone, in OUTPUT_DIR/baseline, and in the end compare both",
     )
     add_log_arguments(built)
     built.add_argument(
@@ -116,6 +123,10 @@ def build_config(args: argparse.Namespace) -> tuple[CfgNode, CheckedConfig | Non
         raise UserError(
             f"SOLVER.LR_SCHEDULER_NAME is {cfg.SOLVER.LR_SCHEDULER_NAME!r}; there are: {', '.join(_SCHEDULERS)}."
         )
+    if args.with_baseline:
+        if args.eval_only or args.eval_teacher or not cfg.MGD.ENABLED:
+            raise UserError("--with-baseline compares a distilled student: it needs a training, and MGD.ENABLED True.")
+        cfg.SEED = max(cfg.SEED, 0)  # a drawn one would differ between the two trainings
     checked = None
     if args.eval_only or args.eval_teacher:  # a student is evaluated where its teacher is not at hand
         validate_running(cfg)
@@ -125,13 +136,14 @@ def build_config(args: argparse.Namespace) -> tuple[CfgNode, CheckedConfig | Non
     return cfg, checked
 
 
-def set_up(args: argparse.Namespace, cfg: CfgNode, claims: ExitStack) -> None:
+def set_up(args: argparse.Namespace, cfg: CfgNode, claims: ExitStack, labels: CfgNode | None = None) -> None:
     """Data sets, loggers, and what OUTPUT_DIR holds of them. In every process.
 
     Args:
         args: the command line.
         cfg: its config.
         claims: where a training's claim of OUTPUT_DIR ends.
+        labels: the config with the OUTPUT_DIR for label files of other formats; ``cfg`` by default.
     """
     for name, json_file, images in args.register_coco:
         register_coco(name, json_file, images)
@@ -143,7 +155,7 @@ def set_up(args: argparse.Namespace, cfg: CfgNode, claims: ExitStack) -> None:
         claims.enter_context(claimed_for_all_ranks(cfg.OUTPUT_DIR))
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="d2_mgd")
     logger.info(_purpose(args, cfg))
-    register_label_files(label_files(args), cfg)
+    register_label_files(label_files(args), labels or cfg)
     check_datasets_once(cfg, train=trains)
     with failing_together():
         if comm.is_main_process():
@@ -175,20 +187,49 @@ def run(args: argparse.Namespace, cfg: CfgNode, checked: CheckedConfig | None) -
     """Train or evaluate, in every process; ``cfg`` and ``checked`` as :func:`build_config` returns them."""
     try:
         with ExitStack() as claims:
+            if args.with_baseline:
+                _train_baseline(args, cfg, checked)
             set_up(args, cfg, claims)
             if args.eval_teacher:
                 return evaluate_teacher(cfg)
             if args.eval_only:
                 return evaluate_student(cfg, args.resume)
-            resume = args.resume or restarted()  # after a restart by torchrun, a training goes on by itself
-            writers = service_writers(cfg, args.log, args.log_student, resume)
-            trainer = Trainer(cfg, checked=checked, writers=writers)
-            trainer.resume_or_load(resume=resume)
-            return trainer.train()
+            results = _train(args, cfg, checked)
+        if args.with_baseline and comm.is_main_process():
+            compare_runs([baseline_config(cfg).OUTPUT_DIR, cfg.OUTPUT_DIR], os.path.join(cfg.OUTPUT_DIR, "comparison"))
+        return results
     except OSError as error:
         if error.errno not in _DISK_FULL:
             raise
         raise UserError(f"OUTPUT_DIR '{cfg.OUTPUT_DIR}' cannot be written: {error.strerror}.") from error
+
+
+def _train(args: argparse.Namespace, cfg: CfgNode, checked: CheckedConfig | None) -> Any:
+    resume = args.resume or restarted()  # after a restart by torchrun, a training goes on by itself
+    writers = service_writers(cfg, args.log, args.log_student, resume)
+    trainer = Trainer(cfg, checked=checked, writers=writers)
+    trainer.resume_or_load(resume=resume)
+    return trainer.train()
+
+
+def _train_baseline(args: argparse.Namespace, cfg: CfgNode, checked: CheckedConfig | None) -> None:
+    """Train the student of ``cfg`` alone, unless that is finished (collective)."""
+    alone = baseline_config(cfg)
+    finished = Path(alone.OUTPUT_DIR, "finished.yaml")
+    if from_main(finished.is_file() and finished.read_text(encoding="utf-8") == alone.dump()):
+        return
+    with ExitStack() as claims:
+        set_up(args, alone, claims, labels=cfg)
+        assert checked is not None
+        Trainer.build_model(cfg, checked.teacher)  # a teacher that does not fit is an error now
+        finished.unlink(missing_ok=True)
+        _train(args, alone, CheckedConfig(teacher=None))
+        if comm.is_main_process():
+            finished.write_text(alone.dump(), encoding="utf-8")
+    gc.collect()  # hooks and trainer refer to each other
+    for name in ("d2_mgd", "detectron2", "fvcore"):  # the log of the next training is another file
+        for handler in list(logging.getLogger(name).handlers):
+            logging.getLogger(name).removeHandler(handler)
 
 
 def evaluate_student(cfg: CfgNode, resume: bool) -> Any:

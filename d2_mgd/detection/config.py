@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from detectron2 import model_zoo
@@ -19,6 +20,7 @@ from d2_mgd.errors import UserError
 META_ARCHITECTURE = "TeacherStudentDetector"
 UNTRAINED = "untrained"  # MGD.TEACHER.WEIGHTS of a teacher that is meant to stay as it was initialised
 
+_WITHOUT_TEACHER = ("DATA", "ACCUMULATE", "PRECISION", "NONFINITE", "CHECKPOINT", "EARLY_STOP")
 _PROJECT_CONFIGS = configs.FOLDER
 
 
@@ -186,6 +188,18 @@ def student_config(cfg: CfgNode) -> CfgNode:
         plain.MODEL.META_ARCHITECTURE = own
     if cfg.is_frozen():
         plain.freeze()
+    return plain
+
+
+def baseline_config(cfg: CfgNode) -> CfgNode:
+    """The training of the same student alone, in OUTPUT_DIR/baseline: what a distilled one is compared with."""
+    plain = student_config(cfg)
+    plain.defrost()
+    add_mgd_config(plain)
+    for key in _WITHOUT_TEACHER:
+        plain.MGD[key] = cfg.MGD[key]
+    plain.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "baseline")
+    plain.freeze()
     return plain
 
 

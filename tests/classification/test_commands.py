@@ -18,7 +18,7 @@ import torchvision
 from classification.networks import MobileNetV1
 from classification.options import parse_base, parse_mgd
 from d2_mgd.distill import load_reports
-from tests.classification.conftest import CLASSES, REPOSITORY, Run, make_folder
+from tests.classification.conftest import CLASSES, REPOSITORY, Run, assert_same_run, make_folder
 
 
 def lines(folder: Path) -> list[dict]:
@@ -86,6 +86,25 @@ def test_mgd_with_kd_and_warm_up(mgd: Run, data: Path, tmp_path: Path, resnet18_
     log = (tmp_path / "run" / "log.txt").read_text()
     assert 60 < record["teacher_errors"]["err1"] <= 100  # it was never trained
     assert log.count("the teacher is hardly better than chance") == 2  # before the first step, and last
+
+
+def test_a_baseline_is_a_run_without_a_teacher_and_is_compared(
+    mgd: Run, base: Run, data: Path, tmp_path: Path, resnet18_file: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = tmp_path / "run"
+    teacher = ["--arch", "mobilenet_v1", "--teacher-arch", "resnet18", "--teacher-resume", resnet18_file]
+    assert mgd(data, *teacher, "--with-baseline") == 0
+    last = capsys.readouterr().out.splitlines()[-2:]
+    assert last[0] == str(folder / "comparison" / "report.html")
+    assert re.match(r"run is (.* than|as good as) baseline: top-1 error \d+\.\d\d against ", last[1])
+    assert base(data, "--arch", "mobilenet_v1", "--nesterov", 1, "--output-dir", tmp_path / "alone") == 0
+    assert_same_run(tmp_path / "alone", folder / "baseline")
+
+    log = (folder / "baseline" / "log.txt").read_text()
+    assert mgd(data, *teacher, "--with-baseline", "--output-dir", folder) == 2  # it already contains a run
+    other = ["--mgd-reducer", "max", "--overwrite"]  # the student alone stays the same, and is not trained again
+    assert mgd(data, *teacher, "--with-baseline", *other, "--output-dir", folder) == 0
+    assert (folder / "baseline" / "log.txt").read_text() == log
 
 
 def test_transfer_learning_as_published(

@@ -16,13 +16,14 @@ from classification.assembly import TeacherNetwork, make_trainer
 from classification.data import IMAGENET
 from classification.distillation import DistillationStep, Forward
 from classification.engine import Trainer
-from classification.metrics import errors, table
+from classification.metrics import errors
 from classification.models import build
 from classification.options import parse_base, parse_mgd
 from classification.processes import Process
 from classification.schedules import Schedules, learning_rate_factor
 from d2_mgd.data.class_folders import find_folders
 from d2_mgd.training.sums import Sums
+from d2_mgd.training.tables import table
 from tests.classification.conftest import CLASSES, SMALL, settled
 
 CPU = torch.device("cpu")

@@ -9,8 +9,8 @@ import pytest
 from recorded_service import RecordedService
 
 from classification import main_mgd, run
-from classification.metrics import Remaining
 from d2_mgd.training import services
+from d2_mgd.training.clocks import Remaining
 
 SMALL = ["--image-size", 32, "--batch-size", 8, "--workers", 0, "--device", "cpu", "--print-freq", 1, "--epochs", 2]
 
@@ -42,7 +42,7 @@ def test_numbers_options_matchings_and_student(
 
 def test_the_time_that_is_left(monkeypatch: Any) -> None:
     now = iter([100.0, 110.0, 130.0])
-    monkeypatch.setattr("classification.metrics.time.perf_counter", lambda: next(now))
+    monkeypatch.setattr("d2_mgd.training.clocks.time.perf_counter", lambda: next(now))
     remaining = Remaining(done=5, total=1000)
     assert remaining.after(10) == "0:33:00"  # 2 s a step
     assert remaining.after(1000) == "0:00:00"

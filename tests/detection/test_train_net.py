@@ -173,3 +173,34 @@ def test_bad_input_leaves_with_one_sentence_from_several_processes_too(
 def test_detectron2_is_as_it_was_installed() -> None:
     """Everything plugs in from outside: no file of Detectron2 is there twice."""
     assert Path(detectron2.__file__).parent not in ROOT.parents and not (ROOT / "detectron2").exists()
+
+
+def test_with_a_baseline_both_trainings_are_those_without_it_and_compared(
+    workplace: Any, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = workplace.arguments(tmp_path, "MGD.LOSS", "partial_l2,mse", flags=("--with-baseline",))
+    command_line.main(arguments)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2] == str(tmp_path / "comparison" / "report.html")
+    assert re.search(r" than baseline: box AP \d+\.\d\d against \d+\.\d\d %\.$|as good as baseline", lines[-1])
+    assert_same_end(whole, tmp_path)
+    alone = checkpoint(tmp_path / "baseline")
+    assert "distillation" not in alone
+    logs = [(folder / "log.txt").read_text() for folder in (tmp_path / "baseline", tmp_path)]
+    assert ["without a teacher" in log for log in logs] == [True, False]
+
+    # a baseline that was interrupted continues, and a finished one is not trained again
+    (tmp_path / "baseline" / "finished.yaml").unlink()
+    (tmp_path / "baseline" / "model_final.pth").unlink()
+    (tmp_path / "baseline" / "last_checkpoint").write_text("model_0000002.pth")
+    command_line.main([*arguments[:8], "--resume", *arguments[8:]])
+    assert same_tensors(checkpoint(tmp_path / "baseline")["model"], alone["model"])
+    written = (tmp_path / "baseline" / "model_final.pth").stat().st_mtime_ns
+    command_line.main([*arguments[:8], "--resume", *arguments[8:]])
+    assert (tmp_path / "baseline" / "model_final.pth").stat().st_mtime_ns == written
+
+
+def test_a_baseline_needs_a_distilled_training(workplace: Any, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as left:
+        command_line.main(workplace.arguments(tmp_path, "MGD.ENABLED", "False", flags=("--with-baseline",)))
+    assert left.value.code == 2

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from compare import _likeliest, _spread, main, open_runs
+from compare import _difference, _likeliest, _spread, main, open_runs
 from run_folder import Run
 from run_numbers import Compared, Measure, training_seconds, with_sums
 
@@ -48,7 +48,10 @@ def _table(folder: Path, first: str) -> dict[str, dict[str, str]]:
 def test_detection_runs(detection_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders = [str(detection_runs / name) for name in ("alone", "distilled")]
     assert main([*folders, "--output", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.splitlines() == [str(tmp_path / "report.html")]
+    page, difference = capsys.readouterr().out.splitlines()
+    assert page == str(tmp_path / "report.html")
+    assert re.fullmatch(r"distilled is .* alone: (box AP|top-1 error) \d+\.\d\d against \d+\.\d\d %\.", difference)
+    assert difference in (tmp_path / "report.md").read_text(encoding="utf-8")
     assert _figures(tmp_path) == {"losses", "accuracy_bbox_AP", "detections"}
     table = _table(tmp_path, "run")
     for name in ("alone", "distilled"):
@@ -66,7 +69,10 @@ def test_detection_runs(detection_runs: Path, tmp_path: Path, capsys: pytest.Cap
 def test_classification_runs(classification_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders = [str(classification_runs / name) for name in ("alone", "distilled")]
     assert main([*folders, "--output", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.splitlines() == [str(tmp_path / "report.html")]
+    page, difference = capsys.readouterr().out.splitlines()
+    assert page == str(tmp_path / "report.html")
+    assert re.fullmatch(r"distilled is .* alone: (box AP|top-1 error) \d+\.\d\d against \d+\.\d\d %\.", difference)
+    assert difference in (tmp_path / "report.md").read_text(encoding="utf-8")
     assert _figures(tmp_path) == {"losses", "accuracy_err1", "predictions"}
     table = _table(tmp_path, "run")
     for name in ("alone", "distilled"):
@@ -88,7 +94,7 @@ def test_classification_needs_no_detectron2(classification_runs: Path, tmp_path:
         [sys.executable, "-c", code, *map(str, words)], cwd=ROOT / "tools", capture_output=True, text=True, timeout=240
     )
     assert run.returncode == 0, run.stderr
-    assert run.stdout.strip() == str(tmp_path / "report.html")
+    assert run.stdout.splitlines()[0] == str(tmp_path / "report.html")
     assert "predictions" in _figures(tmp_path)
 
 
@@ -101,7 +107,7 @@ def test_what_is_gone_is_left_out(
     for kept, gone in ((detection_runs, "detection"), (classification_runs, "classification")):
         output = tmp_path / f"{gone}_page"
         assert main([str(kept / "distilled"), str(tmp_path / gone), "--output", str(output)]) == 0
-        page, left_out = capsys.readouterr().out.splitlines()
+        page, *_, left_out = capsys.readouterr().out.splitlines()
         assert page == str(output / "report.html")
         assert left_out.startswith("The images are left out: ")
         assert left_out in (output / "report.md").read_text(encoding="utf-8")
@@ -147,6 +153,28 @@ def test_every_data_set_and_task_is_a_measure(detection_runs: Path) -> None:
     rows = [{"iteration": 9, "valid/bbox/AP": 1.0, "valid/segm/AP": 2.0, "bbox/AP-box": 3.0, "total_loss": 1.0}]
     titles = [measure.title for measure in Compared(compared.runs, {"alone": rows}).measures()]
     assert titles == ["box AP on valid, %", "mask AP on valid, %"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "said"),
+    [
+        (
+            "detection",
+            [("bbox/AP", 10.0), ("bbox/AP", 12.5)],
+            "b is 2.50 points better than a: box AP 12.50 against 10.00 %.",
+        ),
+        (
+            "classification",
+            [("err1", 10.0), ("err1", 12.5)],
+            "b is 2.50 points worse than a: top-1 error 12.50 against 10.00 %.",
+        ),
+        ("classification", [("err1", 10.0), ("err1", 10.0)], "b is as good as a: top-1 error 10.00 against 10.00 %."),
+        ("classification", [("err1", 10.0), ("loss", 10.0)], ""),
+    ],
+)
+def test_the_second_of_two_runs_is_judged_by_the_first(kind: str, rows: list, said: str) -> None:
+    runs = {name: Run(Path(), kind, {}) for name in "ab"}
+    assert _difference(Compared(runs, {name: [{key: value}] for name, (key, value) in zip("ab", rows)})) == said
 
 
 # --- numbers ---
