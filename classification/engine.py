@@ -172,9 +172,9 @@ class Trainer(Run):
         else:
             self.nonfinite.after_finite_step()
             self.stepper.apply()
+            means = self._add_up(len(batch.targets), found)
             if distiller is not None:
                 distiller.update_balance(reduced=True)
-            means = self._add_up(len(batch.targets), found)
         self.progress.step += 1
         if received:
             raise Interrupted(received)
@@ -185,6 +185,8 @@ class Trainer(Run):
         for output in found.outputs:
             self.distiller.observe(output.student_maps, output.teacher_maps)
         sums = {**found.losses, "loss": torch.stack([*found.losses.values()]).sum(), **found.wrong}
+        if self.student.distiller is not None:
+            sums |= {name: images * ratio for name, ratio in self.student.distiller.balance.step_ratios().items()}
         self.summed = [*sums]
         self.sums.add(images, sums)
         return {name: value / images for name, value in found.losses.items()}

@@ -22,7 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]  # works without an installation
 
 import numpy as np
 from run_folder import distinct_names, open_run, read_image, write_page
-from run_numbers import Compared, Measure, finished_steps, finite, training_seconds, with_sums
+from run_numbers import RATIOS, Compared, Measure, finished_steps, finite, training_seconds, with_sums
 
 from d2_mgd import visualize
 from d2_mgd.errors import UserError
@@ -145,6 +145,13 @@ def _add_curves(report: Report, compared: Compared) -> None:
             "included, is what a teacher adds."
         )
         _add_curve(report, compared, "losses", dict(zip(losses, losses)), caption)
+    ratios = [name for name in RATIOS if name in metrics]
+    if ratios:
+        caption = (
+            "How much the distillation weighs against the task: the quotient of the losses, and that of the gradients' "
+            "norms at the student's map of the feature where it is largest. Far above 1, distillation drowns the task."
+        )
+        _add_curve(report, compared, "ratios", dict(zip(ratios, ratios)), caption)
     for measure in compared.measures():
         panels = dict(list({measure.title: measure.key, **measure.beside}.items())[:2])
         caption = f"Evaluations during the training ({_better(measure)})."

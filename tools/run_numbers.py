@@ -12,6 +12,9 @@ from run_folder import Run
 
 from d2_mgd.visualize import PALETTE
 
+# Metrics of a distilled run: its losses to those of the task; the same of the gradients at the map where it is largest.
+RATIOS = ("losses, distillation / task", "gradients at the maps, distillation / task")
+
 _AP = re.compile(r"(?P<task>(?:.+/)?(?:bbox|segm|keypoints))/AP")
 _DISTILLATION = ("loss_distill/", "loss_kd", "loss_dense_kd", "loss_cross_head")
 
@@ -100,13 +103,19 @@ def training_seconds(rows: Rows, compared: Compared) -> float:
 
 
 def with_sums(row: dict[str, Any]) -> dict[str, Any]:
-    """A row with the sum of its task losses, and that of its distillation losses where there are any."""
-    losses = {key.removeprefix("train_"): value for key, value in row.items() if isinstance(value, (int, float))}
-    losses = {key: value for key, value in losses.items() if key.startswith("loss_")}
+    """A row with the sum of its task losses and, if it was distilled, of its distillation losses, and their ratios."""
+    numbers = {key.removeprefix("train_"): value for key, value in row.items() if isinstance(value, (int, float))}
+    losses = {key: value for key, value in numbers.items() if key.startswith("loss_")}
     distillation = [value for key, value in losses.items() if key.startswith(_DISTILLATION)]
     task = [value for key, value in losses.items() if not key.startswith(_DISTILLATION)]
-    sums = {"task loss": task, "distillation loss": distillation}
-    return {**row, **{name: sum(values) for name, values in sums.items() if values}}
+    sums = {"task loss": sum(task), "distillation loss": sum(distillation)}
+    found = {name: value for (name, value), values in zip(sums.items(), (task, distillation)) if values}
+    if distillation and sum(task):
+        found[RATIOS[0]] = sum(distillation) / sum(task)
+    gradients = [value for key, value in numbers.items() if key.startswith("ratio/")]
+    if gradients:
+        found[RATIOS[1]] = max(gradients)
+    return {**row, **found}
 
 
 def _task_title(task: str) -> str:

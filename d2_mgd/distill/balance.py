@@ -231,6 +231,11 @@ class Balance(nn.Module):
         """(K,) norms of the distillation's gradients at the maps, as they are applied, to those of the task."""
         return torch.exp(0.5 * self.running[_Row.APPLIED])
 
+    def step_ratios(self) -> dict[str, Tensor]:
+        """``ratio/<feature>`` of the backward passes since the last update, () on the device; 0 if there were none."""
+        ratios = (self.measured[_Column.APPLIED] / self.measured[_Column.TASK]).sqrt()
+        return {f"ratio/{name}": ratio for name, ratio in zip(self.weights, ratios.nan_to_num(0.0, 0.0, 0.0))}
+
     def report(self) -> dict[str, float]:
         """``ratio/<feature>`` and, with a rule, the factors ``balance/<feature>``. Waits for the device."""
         report = {f"ratio/{name}": ratio for name, ratio in zip(self.weights, self.ratios.tolist())}

@@ -51,7 +51,7 @@ def test_mgd_training_as_published(mgd: Run, data: Path, tmp_path: Path, pretrai
     assert mgd(data, *arguments, "--epochs", 2, "--image-size", 64) == 0
     history = lines(tmp_path / "run")
     for stage in range(1, 5):
-        assert all(line[f"train_loss_distill/stage{stage}"] > 0 for line in history)
+        assert all(line[f"train_loss_distill/stage{stage}"] > 0 < line[f"train_ratio/stage{stage}"] for line in history)
         assert "matching/stage4/mean_cost" in history[0]
     assert "matching/stage4/mean_cost" not in history[1]  # nothing follows that would use it
     reports = [load_reports(tmp_path / "run" / "matching" / f"epoch_{epoch:04d}.npz") for epoch in (0, 1)]

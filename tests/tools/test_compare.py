@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from compare import _difference, _likeliest, _spread, main, open_runs
 from run_folder import Run
-from run_numbers import Compared, Measure, training_seconds, with_sums
+from run_numbers import RATIOS, Compared, Measure, training_seconds, with_sums
 
 from d2_mgd.visualize import Detections
 
@@ -52,7 +52,7 @@ def test_detection_runs(detection_runs: Path, tmp_path: Path, capsys: pytest.Cap
     assert page == str(tmp_path / "report.html")
     assert re.fullmatch(r"distilled is .* alone: (box AP|top-1 error) \d+\.\d\d against \d+\.\d\d %\.", difference)
     assert difference in (tmp_path / "report.md").read_text(encoding="utf-8")
-    assert _figures(tmp_path) == {"losses", "accuracy_bbox_AP", "detections"}
+    assert _figures(tmp_path) == {"losses", "ratios", "accuracy_bbox_AP", "detections"}
     table = _table(tmp_path, "run")
     for name in ("alone", "distilled"):
         results = detection_runs / name / "inference" / "tiny_valid" / "results.json"
@@ -73,7 +73,7 @@ def test_classification_runs(classification_runs: Path, tmp_path: Path, capsys: 
     assert page == str(tmp_path / "report.html")
     assert re.fullmatch(r"distilled is .* alone: (box AP|top-1 error) \d+\.\d\d against \d+\.\d\d %\.", difference)
     assert difference in (tmp_path / "report.md").read_text(encoding="utf-8")
-    assert _figures(tmp_path) == {"losses", "accuracy_err1", "predictions"}
+    assert _figures(tmp_path) == {"losses", "ratios", "accuracy_err1", "predictions"}
     table = _table(tmp_path, "run")
     for name in ("alone", "distilled"):
         lines = (classification_runs / name / "metrics.json").read_text(encoding="utf-8").splitlines()
@@ -122,7 +122,7 @@ def test_runs_that_detect_nothing_have_no_curve(detection_runs: Path, tmp_path: 
         nothing = [{key: math.nan if key.startswith("bbox/") else row[key] for key in row} for row in rows]
         path.write_text("\n".join(map(json.dumps, nothing)), encoding="utf-8")
     assert main([str(tmp_path / "alone"), str(tmp_path / "distilled"), "--output", str(tmp_path / "page")]) == 0
-    assert _figures(tmp_path / "page") == {"losses", "detections"}
+    assert _figures(tmp_path / "page") == {"losses", "ratios", "detections"}
     text = (tmp_path / "page" / "report.md").read_text(encoding="utf-8")
     assert "No curves of box AP, % and AP50: no run has a finite value." in text
 
@@ -198,7 +198,9 @@ def test_losses_are_summed_by_what_they_are_for() -> None:
     assert with_sums(row)["distillation loss"] == 4.75
     row = {"epoch": 1, "train_loss": 9.0, "train_loss_class": 1.0, "train_loss_kd": 2.0, "loss": 5.0}
     assert with_sums(row)["task loss"] == 1.0
+    row.update({"train_ratio/stage3": 0.5, "train_ratio/stage4": 3.0})
     assert with_sums(row)["distillation loss"] == 2.0
+    assert [with_sums(row)[name] for name in RATIOS] == [2.0, 3.0]
     assert set(with_sums({"iteration": 1, "bbox/AP": 3.0})) == {"iteration", "bbox/AP"}
 
 

@@ -91,11 +91,18 @@ def _add_curves(report: Report, demo: Demo) -> None:
     )
     distilled = runs[DISTILLED.caption]
     names = sorted({key for row in distilled for key in row if key.startswith("loss_distill/")})
-    losses = {name.split("/")[1]: [{**row, "loss": row.get(name)} for row in distilled] for name in names}
+    features = {
+        feature: [
+            {**row, "loss": row.get(f"loss_distill/{feature}"), "ratio": row.get(f"ratio/{feature}")}
+            for row in distilled
+        ]
+        for feature in (name.split("/")[1] for name in names)
+    }
     report.figure(
         "distillation_loss",
-        visualize.draw_curves(losses, {"": "loss"}),
-        "Distillation loss of each feature, its weight included.",
+        visualize.draw_curves(features, {"distillation loss": "loss", "gradient, distillation / task": "ratio"}),
+        "Distillation loss of each feature, its weight included, and the norm of its gradient at the student's map "
+        "divided by that of the task's.",
     )
 
 
