@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from d2_mgd.detection.networks import build_network
 from d2_mgd.detection.student_state import DISTILLER
 from d2_mgd.detection.weights import file_digest, load_weights, local_weights_file
 from d2_mgd.errors import UserError
-from d2_mgd.training.randomness import shared_randomness
+from d2_mgd.training.processes import from_main
 
 __all__ = ["FrozenTeacher", "build_teacher", "load_teacher_weights"]
 
@@ -44,8 +43,8 @@ class FrozenTeacher:
     Args:
         model: a Detectron2 model with a ``backbone``, or a plain backbone; frozen from now on.
         input_format: the channel order it was trained with, as INPUT.FORMAT says it.
-        weights: where to load its weights from: a file, a URL, ``detectron2://...``; "untrained" leaves them random,
-            with a warning; None leaves them as the caller set them.
+        weights: where to load its weights from: a file, a URL, ``detectron2://...``; "untrained" takes rank 0's random
+            ones, with a warning (then a collective); None leaves them as the caller set them.
         cfg: its config, for those who want to evaluate it.
         pixel_mean: per channel, of pixels from 0 to 255; by default the model's own buffer.
         pixel_std: the same of the standard deviation.
@@ -87,6 +86,8 @@ class FrozenTeacher:
         self.weights_path, self.digest = "", ""
         if weights == UNTRAINED:
             self.weights_path = UNTRAINED
+            random = {name: value.cpu() for name, value in model.state_dict().items()}
+            model.load_state_dict(from_main(random))  # each rank has drawn others
             logger.warning("The teacher is untrained: what it teaches is noise. This is for controls and tests alone.")
         elif weights is not None:
             self.weights_path = load_teacher_weights(model, weights)
@@ -293,15 +294,11 @@ def _beyond_constants(names: Sequence[str]) -> list[str]:
 def build_teacher(cfg: CfgNode) -> FrozenTeacher:
     """The teacher that a student's config names, on its device, with its weights.
 
-    An untrained one is drawn by the first process and the same in all; then a collective.
-
     Raises:
         UserError: as :func:`~d2_mgd.detection.config.teacher_config` and :class:`FrozenTeacher`.
     """
     own = teacher_config(cfg)
-    with shared_randomness() if own.MODEL.WEIGHTS == UNTRAINED else nullcontext():
-        model = build_network(own)
-    return frozen_teacher(model, own, cfg)
+    return frozen_teacher(build_network(own), own, cfg)
 
 
 def frozen_teacher(model: nn.Module, own: CfgNode, cfg: CfgNode) -> FrozenTeacher:

@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from d2_mgd.training.processes import from_main, rank
-
 
 def seed_all(seed: int) -> None:
     """Seed the generators of Python, NumPy and PyTorch."""
@@ -53,18 +51,6 @@ def preserved_randomness() -> Iterator[None]:
         yield
     finally:
         set_random_state(state)
-
-
-@contextmanager
-def shared_randomness() -> Iterator[None]:
-    """Context in which all ranks have rank 0's random state; the others restore theirs at its end (collective)."""
-    first = from_main(random_state())
-    if rank() == 0:
-        yield
-        return
-    with preserved_randomness():
-        set_random_state(first)
-        yield
 
 
 @contextmanager

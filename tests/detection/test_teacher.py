@@ -12,7 +12,9 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
 from tiny_detectors import CONFIGS, distilled_config, image, narrow, tiny, tiny_fcos
 from torch import nn
+from training_runs import same_tensors
 
+from d2_mgd.detection import TeacherStudentDetector
 from d2_mgd.detection.features import find_feature
 from d2_mgd.detection.teacher import FrozenTeacher, build_teacher, load_teacher_weights
 from d2_mgd.errors import UserError
@@ -30,20 +32,16 @@ def teacher_of(model: nn.Module, names: list[str], input_format: str = "BGR") ->
 def _untrained(rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.manual_seed(rank)
-    weights = build_teacher(distilled_config()).model.state_dict()
-    torch.save({"weights": weights, "drawn": torch.rand(3)}, folder / f"{rank}.pth")
+    torch.save(TeacherStudentDetector(distilled_config()).teacher.model.state_dict(), folder / f"{rank}.pth")
     dist.destroy_process_group()
 
 
 def test_an_untrained_teacher_is_the_same_in_all_processes(tmp_path: Path) -> None:
     torch.multiprocessing.start_processes(_untrained, (tmp_path,), nprocs=2, start_method="fork")
     one, two = (torch.load(tmp_path / f"{rank}.pth", weights_only=True) for rank in (0, 1))
-    assert all(torch.equal(one["weights"][name], value) for name, value in two["weights"].items())
     torch.manual_seed(0)  # of the first, and of a process alone
-    alone = build_teacher(distilled_config()).model.state_dict()
-    assert all(torch.equal(alone[name], value) for name, value in one["weights"].items())
-    torch.manual_seed(1)
-    assert torch.equal(torch.rand(3), two["drawn"])  # what it would have drawn
+    alone = TeacherStudentDetector(distilled_config()).teacher.model.state_dict()
+    assert same_tensors(one, two) and same_tensors(one, alone)
 
 
 class TestPixels:
