@@ -20,6 +20,7 @@ let_waiting_threads_sleep()
 ignore_deprecations()  # before Detectron2 is imported
 
 import detectron2.utils.comm as comm
+import torch
 from detectron2.config import instantiate
 from detectron2.engine import (
     AMPTrainer,
@@ -28,7 +29,6 @@ from detectron2.engine import (
     default_setup,
     default_writers,
     hooks,
-    launch,
 )
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.evaluation import inference_on_dataset, print_csv_format
@@ -37,6 +37,7 @@ from torch import nn
 from d2_mgd import configs
 from d2_mgd.detection import TeacherStudentDetector
 from d2_mgd.detection.hooks import MatchingHook
+from d2_mgd.detection.launch import run_ranks
 from d2_mgd.detection.lazy_network import load_lazy
 from d2_mgd.detection.weights import SafeCheckpointer
 from d2_mgd.training.launch import rank_status
@@ -56,7 +57,8 @@ def train(cfg: Any, resume: bool) -> SimpleTrainer:
     model = instantiate(cfg.model).to(cfg.train.device)
     cfg.optimizer.params.model = model
     optimizer, loader = instantiate(cfg.optimizer), instantiate(cfg.dataloader.train)
-    wrapped = create_ddp_model(model, **cfg.train.ddp)
+    on_cpu = {"device_ids": None} if cfg.train.device == "cpu" else {}  # by default, Detectron2 names a GPU
+    wrapped = create_ddp_model(model, **cfg.train.ddp, **on_cpu)
     trainer = (AMPTrainer if cfg.train.amp.enabled else SimpleTrainer)(wrapped, loader, optimizer)
     checkpointer = SafeCheckpointer(wrapped, cfg.train.output_dir, trainer=trainer)
     built = [
@@ -81,9 +83,17 @@ def _matching_hook(cfg: Any, model: nn.Module) -> MatchingHook:
     return MatchingHook(model, lambda finished: instantiate(cfg.dataloader.rematch), output_dir=cfg.train.output_dir)
 
 
+def build_config(args: argparse.Namespace) -> Any:
+    """The config of the command line; on the CPU where there is no GPU."""
+    cfg = load_lazy(configs.find(args.config_file), args.opts, "--config-file")
+    if cfg.train.device.startswith("cuda") and not torch.cuda.is_available():
+        cfg.train.device = "cpu"
+    return cfg
+
+
 def run(args: argparse.Namespace) -> Any:
     """One rank of the command line."""
-    cfg = load_lazy(configs.find(args.config_file), args.opts, "--config-file")
+    cfg = build_config(args)
     default_setup(cfg, args)
     if not args.eval_only:
         return train(cfg, args.resume)
@@ -92,23 +102,19 @@ def run(args: argparse.Namespace) -> Any:
     return evaluate(cfg, model)
 
 
-def _rank(args: argparse.Namespace) -> None:
-    status = rank_status(lambda: run(args))
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; exits with status 2 after an error message for input that cannot work."""
+    parser = default_argument_parser()
+    parser.set_defaults(dist_url="auto")  # a free port, so that two trainings on one machine do not meet
+    args = parser.parse_args(arguments)
+    status = rank_status(lambda: _start(args))
     if status:
         raise SystemExit(status)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; exits with status 2 after an error message for input that cannot work."""
-    args = default_argument_parser().parse_args(arguments)
-    launch(
-        _rank,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args,),
-    )
+def _start(args: argparse.Namespace) -> None:
+    gpus = build_config(args).train.device.startswith("cuda")
+    run_ranks(run, (args,), args, gpus=gpus)  # each rank reads the config again, which cannot always be pickled
 
 
 if __name__ == "__main__":

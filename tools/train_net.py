@@ -53,14 +53,15 @@ from d2_mgd.detection.config_checks import CheckedConfig, validate_config, valid
 from d2_mgd.detection.config_files import merge_file, merge_overrides
 from d2_mgd.detection.datasets import check_classes, check_datasets_once, register_coco, register_label_files
 from d2_mgd.detection.evaluation import check_evaluators
+from d2_mgd.detection.launch import run_ranks
 from d2_mgd.detection.networks import build_network
 from d2_mgd.detection.teacher import build_teacher
 from d2_mgd.detection.weights import fresh_parameters, load_weights, local_weights_file
 from d2_mgd.detection.writers import service_writers
 from d2_mgd.errors import UserError
 from d2_mgd.training import claimed_for_all_ranks, lasting_output, restarted
-from d2_mgd.training.launch import rank_status, start_ranks, under_launcher
-from d2_mgd.training.processes import failing_together, from_main, local_rank, process_group, share_cores
+from d2_mgd.training.launch import rank_status
+from d2_mgd.training.processes import failing_together, from_main
 from d2_mgd.training.services import add_log_arguments, check_services
 from d2_mgd.training.weights_files import trust
 
@@ -164,7 +165,6 @@ def set_up(args: argparse.Namespace, cfg: CfgNode, claims: ExitStack, labels: Cf
     default_setup(cfg, args)
     if cfg.MODEL.DEVICE == "cpu":
         logger.info("No GPU is used: the model is on the CPU")
-        share_cores(comm.get_local_size())
     if trains and comm.is_main_process():
         _write_student_config(cfg)
         _write_places(cfg)
@@ -302,11 +302,6 @@ def _is_of_detectron2(path: str) -> bool:
     return Path(model_zoo.__file__).resolve().parent in Path(path).resolve().parents
 
 
-def _uses_gpus(cfg: CfgNode) -> bool:
-    """Whether the ranks of a run compute on GPUs, each on its own."""
-    return torch.cuda.is_available() and cfg.MODEL.DEVICE.startswith("cuda")
-
-
 def main(arguments: list[str] | None = None) -> Any:
     """Run the command line.
 
@@ -330,40 +325,8 @@ def main(arguments: list[str] | None = None) -> Any:
 
 def _start(args: argparse.Namespace) -> Any:
     cfg, checked = build_config(args)
-    if under_launcher() or args.num_gpus * args.num_machines <= 1:
-        return _run_rank(args, cfg, checked)
-    return _start_ranks(args, cfg, checked)
-
-
-def _start_ranks(args: argparse.Namespace, cfg: CfgNode, checked: CheckedConfig | None) -> None:
-    """Several ranks on this machine, one per GPU. On CPUs, --num-gpus is the number of ranks."""
-    if _uses_gpus(cfg) and args.num_gpus > torch.cuda.device_count():
-        raise UserError(f"--num-gpus is {args.num_gpus}, but this machine has {torch.cuda.device_count()} GPUs.")
-    status = start_ranks(
-        _rank,
-        (args, cfg, checked),
-        ranks=args.num_gpus,
-        machines=args.num_machines,
-        machine=args.machine_rank,
-        url="" if args.dist_url == "auto" else args.dist_url,
-    )
-    if status:
-        raise SystemExit(status)
-
-
-def _rank(args: argparse.Namespace, cfg: CfgNode, checked: CheckedConfig | None) -> int:
-    return rank_status(lambda: _run_rank(args, cfg, checked))
-
-
-def _run_rank(args: argparse.Namespace, cfg: CfgNode, checked: CheckedConfig | None) -> Any:
-    """This process's part of the run; under a launcher, the environment says which of how many ranks it is."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return run(args, cfg, checked)
-    if _uses_gpus(cfg):
-        torch.cuda.set_device(local_rank())
-    with process_group("nccl" if _uses_gpus(cfg) else "gloo"):
-        comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
-        return run(args, cfg, checked)
+    gpus = torch.cuda.is_available() and cfg.MODEL.DEVICE.startswith("cuda")
+    return run_ranks(run, (args, cfg, checked), args, gpus=gpus)
 
 
 if __name__ == "__main__":

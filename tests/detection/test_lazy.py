@@ -24,6 +24,7 @@ from d2_mgd.detection.datasets import registered
 from d2_mgd.detection.lazy_network import load_lazy
 from d2_mgd.detection.teacher import build_teacher
 from d2_mgd.errors import UserError
+from tests.ranks import in_processes
 
 CONFIG = str(Path(__file__).with_name("lazy_tiny.py"))
 ZOO = "COCO-Detection/retinanet_R_50_FPN_1x.py"
@@ -84,6 +85,15 @@ def test_the_command_line_trains_evaluates_and_resumes(sets: Any, tmp_path: Path
     plain = build_model(student_config(in_process_trainer(sets, tmp_path / "yaml").cfg))
     left = plain.load_state_dict(state["model"], strict=False)
     assert not left.missing_keys and all(name.startswith("distiller.") for name in left.unexpected_keys)
+
+
+def test_two_ranks_on_cpus(sets: Any, tmp_path: Path) -> None:
+    words = ["--config-file", CONFIG, f"train.output_dir={tmp_path}", "train.max_iter=2", "train.device=cuda"]
+    assert in_processes(lazyconfig_train_net.main, words, 2) == [0, 0]
+    log = (tmp_path / "log.txt.rank1").read_text()
+    assert "Rank of current process: 1. World size: 2" in log
+    state = torch.load(tmp_path / "model_final.pth", weights_only=True)
+    assert state["iteration"] == 1 and int(state["model"]["distiller.progress"][0]) == 2
 
 
 def python_teacher(name: str, *overrides: Any) -> Any:
