@@ -1,12 +1,11 @@
 """A Detectron2 project of its own, which knows this one by ``add_mgd_config`` alone.
 
-python tests/detection/own_project.py CONFIG OUTPUT_DIR JSON IMAGES [--resume]; under torchrun with several ranks.
+``main`` runs in each of several ranks.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 from typing import Any
 
 import torch
@@ -73,25 +72,28 @@ def own_training(cfg: CfgNode, resume: bool = False) -> OwnTrainer:
     return trainer
 
 
-def main(config: str, output: str, json_file: str, images: str, *flags: str) -> None:
+def main(words: list[str]) -> None:
+    """One rank of a training.
+
+    Args:
+        words: config, OUTPUT_DIR, json and images of the data set, then KEY VALUE overrides; and "--resume" anywhere.
+    """
+    config, output, json_file, images, *overrides = [word for word in words if word != "--resume"]
     dist.init_process_group("gloo")
     # Detectron2's own names a GPU on the CPU too
     defaults.create_ddp_model = lambda model, **options: DistributedDataParallel(model, **options)
     for name in ("tiny_train", "tiny_valid"):
         if name not in DatasetCatalog.list():
             register_coco_instances(name, {}, json_file, images)
-    cfg = own_config(config, output, "MGD.REMATCH.EVERY", 1, "TEST.EVAL_PERIOD", 0)
-    trainer = own_training(cfg, resume="--resume" in flags)
+    cfg = own_config(config, output, "MGD.REMATCH.EVERY", 1, "TEST.EVAL_PERIOD", 0, *overrides)
+    trainer = own_training(cfg, resume="--resume" in words)
     model = trainer.model.module
     found = {
         "losses": trainer.losses.of_steps,
         "groups": {name: one.groups.tolist() for name, one in model.distiller.matchings.items()},
         "student": model.student.state_dict(),
         "finished": model.rematcher.finished,
+        "start": trainer.start_iter,
     }
     torch.save(found, os.path.join(output, f"rank_{dist.get_rank()}.pth"))
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
