@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
+from torchvision import transforms
 
 from d2_mgd.data.class_folders import Folder
 from d2_mgd.data.images import ImageError, read_rgb
@@ -48,7 +48,7 @@ class Batch(NamedTuple):
     """A batch of a loader.
 
     Args:
-        images: (N, 3, H, W) uint8.
+        images: (N, 3, H, W) uint8, channels last.
         targets: (N,) int64.
         broken: files that could not be read; they are left out, or replaced by other images.
     """
@@ -72,11 +72,11 @@ class ImageDataset(Dataset[Item]):
         self.folder = folder
         self.augment = augment
         cut = (
-            [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
+            [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()]
             if augment
-            else [v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)]
+            else [transforms.Resize(round(size * 256 / 224)), transforms.CenterCrop(size)]
         )
-        self.transform = v2.Compose([*cut, v2.PILToTensor()])
+        self.transform = transforms.Compose([*cut, transforms.PILToTensor()])
         self.attempts = min(len(folder), 100) if replace_broken else 1
 
     def __len__(self) -> int:
@@ -118,9 +118,9 @@ def _middle(image: Image.Image) -> Image.Image:
 
 def _collate(items: list[Item]) -> Batch:
     """Stack the readable images into a batch."""
-    good = [item for item in items if item.image is not None]
-    images = torch.stack([item.image for item in good if item.image is not None]) if good else torch.empty(0, 3, 0, 0)
-    targets = torch.tensor([item.target for item in good], dtype=torch.int64)
+    pixels = [item.image.permute(1, 2, 0) for item in items if item.image is not None]  # (H, W, 3), as decoded
+    images = torch.stack(pixels).permute(0, 3, 1, 2) if pixels else torch.empty(0, 3, 0, 0)
+    targets = torch.tensor([item.target for item in items if item.image is not None], dtype=torch.int64)
     return Batch(images, targets, [path for item in items for path in item.broken])
 
 

@@ -41,16 +41,14 @@ class Intake:
         self.broken: set[str] = set()
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(N, 3, H, W) float32 images and (N,) targets; N may be zero.
+        """(N, 3, H, W) float32 images, channels last, and (N,) targets; N may be zero.
 
         Raises:
             UserError: an image cannot be read, and ``skip_broken`` is False.
         """
         for path in batch.broken:
             self._note(path)
-        images = batch.images.to(self.device, non_blocking=True)
-        if images.shape[0]:
-            images = self.normalize(images).contiguous(memory_format=torch.channels_last)
+        images = self.normalize(batch.images.to(self.device, non_blocking=True))
         return images, batch.targets.to(self.device, non_blocking=True)
 
     def _note(self, path: str) -> None:

@@ -222,6 +222,7 @@ def test_broken_images_are_named_and_skipped_if_asked(tmp_path: Path, content: b
     for _ in range(2):
         images, targets = skipping(batch)
     assert (images.shape[0], len(targets), len(skipping.broken)) == (3, 3, 1)
+    assert images.is_contiguous(memory_format=torch.channels_last)
 
     replaced = next(iter(loader(ImageDataset(train, 32, augment=True, replace_broken=True), order, 0, CPU)))
     assert replaced.images.shape[0] == 4
