@@ -37,7 +37,7 @@ def _parts(quick: bool, published: Published | None) -> dict[str, Callable[[], I
         "classification": lambda: classification.rows(quick, steps),
         "memory": lambda: memory.rows(quick),
         "detection": lambda: detection.rows(quick),
-        "data": lambda: [data.row(quick)],
+        "data": lambda: data.rows(quick),
         "gpu_loss": lambda: kernels.loss_rows("cuda", quick),
         "gpu_classification": lambda: classification.gpu_rows(quick),
         "gpu_detection": lambda: detection.gpu_rows(quick),
