@@ -128,8 +128,7 @@ def _add_processes(parser: argparse.ArgumentParser) -> None:
 def add_distillation(parser: argparse.ArgumentParser) -> None:
     """Add the flags of a run with a teacher."""
     add = parser.add_argument
-    add("--with-baseline", action="store_true",
-        help="first train the student alone, in the folder baseline of the output folder, and in the end compare both")
+    add("--with-baseline", action="store_true", help="first train the student alone, in DIR/baseline; compare both")
     add("--distiller", choices=("mgd", "kd"), default="mgd", help="distil features (mgd), or only the logits (kd)")
     add("--mgd-reducer", choices=names(REDUCERS), default="amp", help="reduces a group of teacher channels to one map")
     add("--mgd-update-freq", type=_whole(0), default=2, metavar="EPOCHS",

@@ -66,19 +66,25 @@ def make_student(options: argparse.Namespace, num_classes: int) -> nn.Module:
     return network
 
 
+def teacher_name(options: argparse.Namespace) -> str:
+    """The teacher's architecture; a UserError if none is named and the student has no default teacher."""
+    name = options.teacher_arch or architecture(options.arch).teacher
+    if name is None:
+        raise UserError(f"{options.arch} has no default teacher: name one with --teacher-arch.")
+    return name
+
+
 def make_teacher(options: argparse.Namespace, num_classes: int) -> TeacherNetwork | None:
     """Build the teacher that the options name, on the CPU; None for training without one.
 
     Raises:
-        UserError: the student has no default teacher; the teacher's weights are missing or do not fit; or its logits
+        UserError: there is no teacher's name; the teacher's weights are missing or do not fit; or its logits
             are needed and its number of classes is not the data's.
     """
     distilling = options.method != "base"
     if not distilling and options.teacher_arch is None and options.teacher_resume is None:
         return None
-    name = options.teacher_arch or architecture(options.arch).teacher
-    if name is None:
-        raise UserError(f"{options.arch} has no default teacher: name one with --teacher-arch.")
+    name = teacher_name(options)
     features_only = distilling and not options.with_kd
     if options.teacher_resume is not None:
         path, what = options.teacher_resume, "the teacher's file"

@@ -9,6 +9,7 @@ for a teacher's margins. Features of student and teacher are paired by name. Wid
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -145,7 +146,7 @@ def architecture(name: str) -> Architecture:
     """The row of a network; for a network outside the table, a row without features.
 
     Raises:
-        UserError: the network is unknown; the message lists all.
+        UserError: the network is unknown; the message lists the nearest names.
     """
     if name in ARCHITECTURES:
         return ARCHITECTURES[name]
@@ -153,9 +154,9 @@ def architecture(name: str) -> Architecture:
         return Architecture(lambda num_classes: timm_model(name, num_classes), {}, teacher=None)
     if name in available():
         return Architecture(_from_torchvision(name), {}, teacher=None, torchvision=name)
-    raise UserError(
-        f"unknown architecture {name!r}. Available: {', '.join(available())}, and timm:NAME if timm is installed."
-    )
+    near = difflib.get_close_matches(name, available(), 5)
+    known = f"Nearest: {', '.join(near)}" if near else f"Available: {', '.join(available())}"
+    raise UserError(f"unknown architecture {name!r}. {known}, and timm:NAME if timm is installed.")
 
 
 def build(name: str, num_classes: int) -> nn.Module:

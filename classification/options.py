@@ -10,9 +10,11 @@ from typing import Any
 
 from classification.arguments import Parser, add_common, add_distillation
 from classification.checkpoint import CHECKPOINT
-from d2_mgd.distill import LogitLoss, RematchSchedule, WeightSchedule
+from d2_mgd.distill import MATCHED_ALIGNMENTS, LogitLoss, RematchSchedule, WeightSchedule
 from d2_mgd.errors import UserError, located
 
+_OF_MATCHING = ("mgd_mode", "mgd_metric", "mgd_update")
+_OF_FEATURES = ("features", "balance", "loss", "mgd_align", "mgd_reducer", "mgd_spatial", *_OF_MATCHING)
 SUMMED_LOSSES = ("partial_l2", "mse")  # sums over an image, weighted by the published factors
 
 
@@ -22,9 +24,7 @@ def parse_base(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     Raises:
         UserError: an option is unknown or malformed, or contradicts another.
     """
-    parser = Parser(
-        prog="main_base.py", description="Train a network without a teacher, or evaluate it and its teacher."
-    )
+    parser = Parser(description="Train a network without a teacher, or evaluate it and its teacher.")
     add_common(parser, nesterov=0, drops=[30, 60, 90])
     options = parser.parse_args(arguments)
     options.method = "base"
@@ -35,7 +35,7 @@ def parse_base(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def parse_mgd(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the options of ``main_mgd.py``, which distils a teacher. Errors as in :func:`parse_base`."""
-    parser = Parser(prog="main_mgd.py", description="Distil a teacher into a student by Matching Guided Distillation.")
+    parser = Parser(description="Distil a teacher into a student by Matching Guided Distillation.")
     add_common(parser, nesterov=1, drops=[31, 61, 81])
     add_distillation(parser)
     options, given = _parse(parser, arguments)
@@ -76,19 +76,21 @@ def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> 
 
 def _check_in_vain(options: argparse.Namespace, given: Sequence[str]) -> None:
     """Check that no option is set that the run would not use."""
-    about_logits = next((name for name in given if name.startswith("kd_")), None)
-    if about_logits is not None and not options.with_kd:
-        raise UserError(
-            f"--{about_logits.replace('_', '-')} needs distillation of logits: add --mgd-with-kd 1 or --distiller kd, "
-            "or leave it out."
-        )
-    for name in ("loss_weight", "loss_factor"):
-        if options.balance != "fixed" and name in given:
-            raise UserError(f"--{name.replace('_', '-')} is not used with --balance {options.balance}.")
-    if options.loss in SUMMED_LOSSES and "loss_weight" in given:
-        raise UserError(f"--loss-weight is not used with --loss {options.loss}: use --loss-factor.")
-    if options.loss not in SUMMED_LOSSES and "loss_factor" in given:
-        raise UserError(f"--loss-factor is not used with --loss {options.loss}: use --loss-weight.")
+    summed, only_logits = options.loss in SUMMED_LOSSES, options.distiller == "kd"
+    unmatched = options.mgd_align not in MATCHED_ALIGNMENTS
+    rules: list[tuple[bool, tuple[str, ...], str]] = [
+        (not options.with_kd, ("kd_",), "needs distillation of logits: add --mgd-with-kd 1 or --distiller kd"),
+        (only_logits, _OF_FEATURES, "needs distillation of features, and --distiller kd has none"),
+        (options.mgd_align != "matching", ("mgd_reducer",), f"is not used with --mgd-align {options.mgd_align}"),
+        (unmatched, _OF_MATCHING, f"is not used with --mgd-align {options.mgd_align}"),
+        (options.balance != "fixed", ("loss_weight", "loss_factor"), f"is not used with --balance {options.balance}"),
+        (summed, ("loss_weight",), f"is not used with --loss {options.loss}: use --loss-factor"),
+        (not summed, ("loss_factor",), f"is not used with --loss {options.loss}: use --loss-weight"),
+    ]
+    for in_vain, starts, why in rules:
+        name = next((name for name in given if in_vain and name.startswith(starts)), None)
+        if name is not None:
+            raise UserError(f"--{name.replace('_', '-')} {why}, or leave it out.")
 
 
 def logit_loss(options: argparse.Namespace) -> LogitLoss:

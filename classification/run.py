@@ -18,7 +18,7 @@ import torch
 import torchvision
 from torch import nn
 
-from classification.assembly import TeacherNetwork, make_student, make_teacher, make_trainer
+from classification.assembly import TeacherNetwork, make_student, make_teacher, make_trainer, teacher_name
 from classification.checkpoint import (
     CHECKPOINT,
     STUDENT_BEST,
@@ -29,6 +29,7 @@ from classification.checkpoint import (
 )
 from classification.engine import Trainer
 from classification.evaluation import Evaluation
+from classification.features import pair_features
 from classification.models import architecture
 from classification.options import as_values, baseline_of, gives_student
 from classification.processes import Process, launch
@@ -80,6 +81,8 @@ def _check(options: argparse.Namespace) -> None:
     if options.teacher_arch is not None:
         architecture(options.teacher_arch)
     find_classes(options.data, options.val_split)
+    if options.method not in ("base", "kd"):
+        pair_features(options.arch, teacher_name(options), options.features)  # before a teacher is downloaded
     for file in (options.student_resume, options.teacher_resume):
         if file is not None and not file.is_file():
             raise UserError(f"the file {file} does not exist.")
@@ -116,8 +119,7 @@ def _is_finished(options: argparse.Namespace) -> bool:
     if not (record.is_file() and metrics.is_file()):
         return False
     done = json.loads(record.read_text())["options"]
-    epochs = len(metrics.read_text().splitlines())
-    return epochs == options.epochs - options.start_epoch and not _changed(done, options)
+    return len(metrics.read_text().splitlines()) == options.epochs - options.start_epoch and not _changed(done, options)
 
 
 def _assemble(

@@ -88,6 +88,9 @@ def chosen_sets(args: argparse.Namespace) -> list[CheckedSet]:
         raise UserError(
             "there is nothing to check: give JSON IMAGES, --register-coco, --register-yolo or --register-voc."
         )
+    missing = next((path for one in sets for path in (one.source, one.image_root) if not os.path.exists(path)), None)
+    if missing is not None:
+        raise UserError(f"{missing} does not exist.")
     wanted = Inspection(train=True, sizes=_DETECTRON2_SIZES)
     return [CheckedSet(files, wanted, args.allow_outside_root) for files in sets]
 
@@ -95,13 +98,14 @@ def chosen_sets(args: argparse.Namespace) -> list[CheckedSet]:
 def _sets_of_config(args: argparse.Namespace) -> list[CheckedSet]:
     """The sets of a config's DATASETS that are in a format that can be checked."""
     from train_net import build_config
+    from train_net import parser as parser_of_training
 
     from d2_mgd.detection.datasets import register_coco, registered, wanted_of
 
     for one in args.register_coco:
         register_coco(*one)
     # evaluation's config: nothing of a teacher is needed to look at data
-    told = argparse.Namespace(config_file=args.config_file, opts=args.words, eval_only=True, eval_teacher=False)
+    told = parser_of_training().parse_args(["--config-file", args.config_file, "--eval-only", *args.words])
     cfg, _ = build_config(told)
     allowed = args.allow_outside_root or cfg.MGD.DATA.ALLOW_OUTSIDE_ROOT
     others = {files.name: files for files in label_files(args)}
@@ -172,7 +176,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         sets = chosen_sets(args)
     except (UserError, ImportError) as error:
-        print(f"check_dataset.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{os.path.basename(sys.argv[0])}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT
     for one in sets:
         try:

@@ -7,7 +7,8 @@
 The folder has train/ and valid/ (or val/), and optionally test/, with a folder per class. It is read as in training: at
 any depth, without hidden folders, through links but not in circles. Every image is decoded to its last pixel. Problems
 are images that cannot be read (cut short, empty, of another format), by name; classes without an image; and classes
-that one split has and another lacks. The exit status is 0 without a problem, 1 with one.
+that train/ lacks. A split that lacks classes of train/ is a note. The exit status is 0 without a problem, 1 with one, 2
+for a folder that cannot be checked.
 """
 
 from __future__ import annotations
@@ -55,17 +56,19 @@ class SplitReport:
 
 @dataclasses.dataclass
 class FolderReport:
-    """The content of a folder, and its problems, one sentence each."""
+    """The content of a folder, its problems, and notes on what a training accepts; one sentence each."""
 
     root: str
     splits: dict[str, SplitReport]
     problems: list[str]
+    notes: list[str]
 
     def as_json(self) -> dict[str, Any]:
         splits = {
             name: {**dataclasses.asdict(split), "num_images": split.num_images} for name, split in self.splits.items()
         }
-        return {"root": self.root, "ok": not self.problems, "problems": self.problems, "splits": splits}
+        found = {"ok": not self.problems, "problems": self.problems, "notes": self.notes}
+        return {"root": self.root, **found, "splits": splits}
 
 
 def check_folder(root: Path, workers: int = 1, progress: bool = False) -> FolderReport:
@@ -92,7 +95,7 @@ def check_folder(root: Path, workers: int = 1, progress: bool = False) -> Folder
     for known, (split, path) in zip(bar, paths):
         if known.error:
             split.unreadable[path.relative_to(root).as_posix()] = known.error
-    return FolderReport(root=str(root), splits=splits, problems=list(_problems(root, splits)))
+    return FolderReport(str(root), splits, problems=list(_problems(root, splits)), notes=list(_notes(splits)))
 
 
 def _list_split(root: Path, name: str, report: SplitReport) -> Iterator[Path]:
@@ -133,15 +136,20 @@ def _problems(root: Path, splits: dict[str, SplitReport]) -> Iterator[str]:
     for name, split in splits.items():
         if name == "train" or "train" not in splits:
             continue
-        train, here = splits["train"].images_per_class, split.images_per_class
-        lacking, unknown = [c for c in train if c not in here], [c for c in here if c not in train]
+        unknown = [kind for kind in split.images_per_class if kind not in splits["train"].images_per_class]
+        if unknown:
+            yield f"{name} has {_count(unknown, 'class')} that train lacks: {_some(unknown)}."
+
+
+def _notes(splits: dict[str, SplitReport]) -> Iterator[str]:
+    train = splits["train"].images_per_class if "train" in splits else {}
+    for name, split in splits.items():
+        lacking = [kind for kind in train if kind not in split.images_per_class]
         if lacking:
             yield (
                 f"{name} lacks {len(lacking)} of the {len(train)} classes of train (a loader must number classes by "
                 f"train's folders): {_some(lacking)}."
             )
-        if unknown:
-            yield f"{name} has {_count(unknown, 'class')} that train lacks: {_some(unknown)}."
 
 
 def _count(items: list[str], noun: str) -> str:
@@ -162,6 +170,7 @@ def summary(report: FolderReport) -> str:
         spread = f", {min(counts):,} to {max(counts):,} a class" if counts else ""
         ignored = f"; skipped: {len(split.ignored_files):,} other files" if split.ignored_files else ""
         lines.append(f"{name}: {split.num_images:,} images of {len(counts):,} classes{spread}{ignored}")
+    lines += [f"note: {note}" for note in report.notes]
     lines += [f"problem: {problem}" for problem in report.problems]
     lines.append(f"{report.root}: {_count(report.problems, 'problem') if report.problems else 'no problem'}")
     return "\n".join(lines)
@@ -180,8 +189,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         report = check_folder(arguments.folder, arguments.workers, progress=True)
     except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+        return 2
     print(json.dumps(report.as_json(), indent=2) if arguments.json else summary(report))
     return 1 if report.problems else 0
 

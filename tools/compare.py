@@ -172,14 +172,18 @@ def _add_curve(report: Report, compared: Compared, name: str, panels: Mapping[st
 def _add_settings(report: Report, compared: Compared) -> None:
     settings = {name: run.settings for name, run in compared.runs.items()}
     keys = sorted({key for one in settings.values() for key in one if key.rpartition(".")[2] not in _PLACES})
-    differing = [key for key in keys if len({_shown(one.get(key)) for one in settings.values()}) > 1]
+    using = {key: [one for name, one in settings.items() if compared.runs[name].uses(key)] for key in keys}
+    differing = [key for key in keys if len({_shown(one.get(key)) for one in using[key]}) > 1]
     if not differing:
         report.text("None but the output folder.")
         return
     rows = [[f"`{key}`", *(_shown(one.get(key)) for one in settings.values())] for key in differing]
     report.table(["setting", *compared.runs], rows)
     same = len(keys) - len(differing)
-    report.text(f"The other {same:,} settings are the same in all runs, but for the output folder.")
+    report.text(
+        f"The other {same:,} settings are the same in all runs, but for the output folder and, in a run without a "
+        "teacher, those of the distillation."
+    )
 
 
 def _shown(value: Any) -> str:
@@ -273,7 +277,7 @@ def main(argv: list[str] | None = None) -> int:
         "--output", type=Path, default=Path("output/comparison"), metavar="FOLDER", help="default: output/comparison"
     )
     options = parser.parse_args(argv)
-    return write_page("compare.py", lambda: build_report(open_runs(options.runs)), options.output)
+    return write_page(lambda: build_report(open_runs(options.runs)), options.output)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from d2_mgd.distill import MATCHED_ALIGNMENTS, RematchReport
 from d2_mgd.errors import UserError, reason
 from d2_mgd.visualize.report import Report
 
+_WITHOUT_TEACHER = ("ENABLED", "DATA", "ACCUMULATE", "PRECISION", "NONFINITE", "CHECKPOINT", "EARLY_STOP")  # of MGD
 BAD_INPUT = 2  # exit status, as in argparse
 CONFIG, RECORD = "config.yaml", "run.json"
 History = dict[int, dict[str, RematchReport]]  # finished iterations or epochs -> feature -> report
@@ -91,6 +92,13 @@ class Run:
         if self.kind == "classification":
             return dict(self.record["options"])
         return dict(_flat(self.record))
+
+    def uses(self, key: str) -> bool:
+        """Whether a setting has an effect: those of the distillation have none in a run without a teacher."""
+        if self.kind == "classification":
+            return key in self.settings or self.settings.get("method") != "base"
+        group, _, name = key.partition(".")
+        return group != "MGD" or self.settings.get("MGD.ENABLED", False) or name.split(".")[0] in _WITHOUT_TEACHER
 
     @property
     def reducer(self) -> str:
@@ -193,11 +201,10 @@ def read_image(path: Path) -> np.ndarray:
         raise UserError(f"{path} {error}.") from error
 
 
-def write_page(program: str, build: Callable[[], tuple[Report, str]], output: Path) -> int:
+def write_page(build: Callable[[], tuple[Report, str]], output: Path) -> int:
     """Build and write a report, and print its path; returns the exit status.
 
     Args:
-        program: its name in error messages.
         build: returns the report, and lines to print after its path, or an empty string.
         output: folder to write to.
     """
@@ -209,7 +216,7 @@ def write_page(program: str, build: Callable[[], tuple[Report, str]], output: Pa
         except OSError as error:
             raise UserError(f"--output {output} cannot be written to: {error.strerror}.") from error
     except UserError as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
+        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
         return BAD_INPUT
     print(f"{page}\n{lines}".rstrip())
     return 0

@@ -117,7 +117,7 @@ def build_report(options: argparse.Namespace) -> tuple[Report, str]:
         f"the last one after {max(history):,} {steps}.",
     )
     header = "feature|student channels|teacher channels|images|mean cost, matched|mean cost, all|changed|solved in"
-    report.table(header.split("|"), [_row(name, found) for name, found in newest.items()])
+    report.table(header.split("|"), [_row(name, found, len(history) == 1) for name, found in newest.items()])
     report.text(
         "Cost is the distance of two channels' maps: 0 for the same map but for its scale, 2 for unrelated ones, 4 for "
         "opposite ones. The mean over all pairs is what a matching by chance would cost."
@@ -156,10 +156,11 @@ def _chosen(history: History, options: argparse.Namespace) -> History:
     return history
 
 
-def _row(name: str, found: RematchReport) -> list[str]:
+def _row(name: str, found: RematchReport, first: bool) -> list[str]:
     matching = found.matching
     cells = [str(matching.num_student), str(matching.num_teacher), f"{found.num_images:,}", f"{found.mean_cost:.3f}"]
-    return [name, *cells, f"{found.cost.mean():.3f}", f"{found.changed:.0%}", f"{found.seconds:.2f} s"]
+    changed = "-" if first else f"{found.changed:.0%}"
+    return [name, *cells, f"{found.cost.mean():.3f}", changed, f"{found.seconds:.2f} s"]
 
 
 def _add_groups(report: Report, run: Run, newest: Reports, options: argparse.Namespace) -> None:
@@ -211,7 +212,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: OUTPUT_DIR/matching_pictures")
     options = parser.parse_args(argv)
     output = options.output or options.run / "matching_pictures"
-    return write_page("visualize_matching.py", lambda: build_report(options), output)
+    return write_page(lambda: build_report(options), output)
 
 
 if __name__ == "__main__":

@@ -77,10 +77,11 @@ def rematch(distiller: MatchingGuidedDistiller, when: str) -> dict[str, RematchR
     Raises:
         CommonError: there are no old matchings.
     """
+    matched = distiller.matched
     try:
         reports = distiller.rematch()
     except (UserError, SolverError) as error:  # another RuntimeError means that a rank is lost
-        if not distiller.matched:
+        if not matched:
             raise CommonError(f"the first matching cannot be found: {error}") from error
         _forget(distiller)
         if rank() == 0:
@@ -88,9 +89,10 @@ def rematch(distiller: MatchingGuidedDistiller, when: str) -> dict[str, RematchR
         return {}
     for name, report in reports.items():
         logger.info(
-            "Rematch after %s: %s S=%d T=%d images=%d mean cost %.4f, %.1f%% of channels changed, solved in %.2f s",
-            when, name, report.matching.num_student, report.matching.num_teacher, report.num_images,
-            report.mean_cost, 100 * report.changed, report.seconds,
+            "%s after %s: %s S=%d T=%d images=%d mean cost %.4f, %ssolved in %.2f s",
+            "Rematch" if matched else "First matching", when, name, report.matching.num_student,
+            report.matching.num_teacher, report.num_images, report.mean_cost,
+            f"{report.changed:.1%} of channels changed, " if matched else "", report.seconds,
         )  # fmt: skip
     return reports
 

@@ -256,8 +256,8 @@ def test_an_output_folder_that_is_a_file(
 
 
 MISTAKES = [
-    (["--arch", "mobilenet_v9"], "unknown architecture 'mobilenet_v9'. Available: mobilenet_v1, mobilenet_v2"),
-    (["--teacher-arch", "vgg99"], "unknown architecture 'vgg99'"),
+    (["--arch", "mobilenet_v9"], "unknown architecture 'mobilenet_v9'. Nearest: mobilenet_v2, mobilenet_v1"),
+    (["--teacher-arch", "my_net"], "unknown architecture 'my_net'. Available: mobilenet_v1, mobilenet_v2"),
     (["--arch", "resnet152"], "resnet152 has no default teacher: name one with --teacher-arch"),
     (["--batch-size", "0"], "argument -b/--batch-size: must be 1 or more, not 0; "),
     (["--epochs", "many"], "invalid whole number value: 'many'"),
@@ -267,7 +267,11 @@ MISTAKES = [
     (["--distiller", "kd", "--kd-options", "beta=8"], "logit loss 'kd' has no option beta; it has: temperature"),
     (["--kd-temperature", "1.5"], "--kd-temperature needs distillation of logits: add --mgd-with-kd 1"),
     (["--mgd-with-kd", "0", "--kd-options", "a=1"], "--kd-options needs distillation of logits"),
-    (["--loss-weight", "1"], "--loss-weight is not used with --loss partial_l2: use --loss-factor."),
+    (["--loss-weight", "1"], "--loss-weight is not used with --loss partial_l2: use --loss-factor, or"),
+    (["--distiller", "kd", "--loss", "mse"], "--loss needs distillation of features, and --distiller kd has none"),
+    (["--distiller", "kd", "--mgd-update-freq", "3"], "--mgd-update-freq needs distillation of features"),
+    (["--mgd-align", "conv1x1", "--mgd-reducer", "max"], "--mgd-reducer is not used with --mgd-align conv1x1"),
+    (["--mgd-align", "none", "--mgd-metric", "pearson"], "--mgd-metric is not used with --mgd-align none"),
     (["--loss", "mse", "--loss-weight", "2"], "--loss-weight is not used with --loss mse"),
     (["--loss", "pearson", "--loss-factor", "10"], "--loss-factor is not used with --loss pearson: use --loss-weight"),
     (["--mgd-spatial", "boxes"], "argument --mgd-spatial: invalid choice: 'boxes'"),

@@ -167,7 +167,7 @@ def test_margins_need_a_batch_norm_at_the_map() -> None:
 
 
 def test_unknown_architecture_lists_those_there_are() -> None:
-    with pytest.raises(UserError, match=r"unknown architecture 'mobilenet_v9'\. Available: mobilenet_v1, mobilenet_v2"):
+    with pytest.raises(UserError, match=r"unknown architecture 'mobilenet_v9'\. Nearest: mobilenet_v2, mobilenet_v1"):
         architecture("mobilenet_v9")
 
 

@@ -195,7 +195,6 @@ def test_many_of_a_kind_are_counted_and_few_shown(tmp_path: Path, capsys: Any) -
 
 
 NO_COCO = {
-    "missing": (None, "do not exist"),
     "cut": ('{"images": [', "is not readable json"),
     "list": ("[1]", "not in COCO's format"),
     "bytes": ("\xff", "is not readable json"),
@@ -208,8 +207,7 @@ NO_COCO = {
 def test_a_json_that_is_none(tmp_path: Path, capsys: Any, case: str) -> None:
     text, reason = NO_COCO[case]
     path = tmp_path / "a.json"
-    if text is not None:
-        path.write_bytes(text.encode("latin1"))
+    path.write_bytes(text.encode("latin1"))
     status, out = checked(capsys, path, tmp_path)
     assert status == 1 and out.startswith("a: error: ") and reason in out and out.count("\n") == 1
 
@@ -309,12 +307,18 @@ def test_names_that_leave_the_folder_are_refused_unless_allowed(tmp_path: Path, 
         (["a.json"], "give JSON IMAGES alone"),
         (["a.json", "b", "--register-coco", "n", "j", "i"], "give JSON IMAGES alone"),
         (["a.json", "b", "--workers", "0"], "--workers must be at least 1, got 0."),
+        (["a.json", "."], "a.json does not exist."),
+        ([__file__, "b"], "b does not exist."),
+        (["--register-voc", "n", "VOC", "train"], "VOC does not exist."),
     ],
 )
-def test_a_command_line_that_cannot_work(capsys: Any, words: list[str], sentence: str) -> None:
+def test_a_command_line_that_cannot_work(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch, words: list[str], sentence: str
+) -> None:
+    monkeypatch.setattr("sys.argv", ["bin/d2-mgd-check"])
     assert main(words) == 2
     text = capsys.readouterr().err
-    assert text.startswith("check_dataset.py: error: ") and sentence in text and text.count("\n") == 1
+    assert text.startswith("d2-mgd-check: error: ") and sentence in text and text.count("\n") == 1
 
 
 def test_several_sets_without_detectron2(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def test_classification_runs(classification_runs: Path, tmp_path: Path, capsys: 
     settings = _table(tmp_path, "setting")
     assert settings["`method`"]["distilled"] == "`mgd-amp`"
     assert "`arch`" not in settings
-    assert "`output_dir`" not in settings
+    assert not {"`output_dir`", "`mgd_reducer`", "`kd_weight`"} & set(settings)  # the student alone has no teacher
 
 
 def test_classification_needs_no_detectron2(classification_runs: Path, tmp_path: Path) -> None:
@@ -175,6 +175,13 @@ def test_every_data_set_and_task_is_a_measure(detection_runs: Path) -> None:
 def test_the_second_of_two_runs_is_judged_by_the_first(kind: str, rows: list, said: str) -> None:
     runs = {name: Run(Path(), kind, {}) for name in "ab"}
     assert _difference(Compared(runs, {name: [{key: value}] for name, (key, value) in zip("ab", rows)})) == said
+
+
+def test_settings_of_the_distillation_do_not_differ_from_those_of_a_student_alone() -> None:
+    alone = Run(Path(), "detection", {"MODEL": {}, "MGD": {"ENABLED": False, "LOSS": "mse"}})
+    assert not alone.uses("MGD.LOSS") and not alone.uses("MGD.REMATCH.AT") and alone.uses("MGD.NONFINITE.SKIP")
+    assert alone.uses("MGD.ENABLED") and alone.uses("SOLVER.MAX_ITER")
+    assert Run(Path(), "detection", {"MGD": {"ENABLED": True}}).uses("MGD.LOSS")
 
 
 # --- numbers ---
