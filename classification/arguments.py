@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from d2_mgd.distill import ALIGNMENTS, BALANCE_CHOICES, DECAYS, FEATURE_LOSSES, LOGIT_LOSSES, REDUCERS, SPATIAL_WEIGHTS
 from d2_mgd.distill.registry import names
+from d2_mgd.distill.teacher_forward import TEACHER_PRECISIONS
 from d2_mgd.errors import UserError
 from d2_mgd.matching import METRICS, MODES
 from d2_mgd.training.services import add_log_arguments
@@ -88,8 +89,7 @@ def _add_schedule(parser: argparse.ArgumentParser, nesterov: int, drops: list[in
     add("--warmup", type=int, choices=(0, 1), default=0, help="1: warm up linearly from a tenth of --lr")
     add("--warmup-epochs", type=_whole(1), default=10, help="number of warm-up epochs, with --warmup 1")
     add("--seed", type=_whole(0), default=0, help="seed of new weights, and of the order, crops and flips of images")
-    add("--mixed-precision", choices=("none", "bf16", "fp16"), default="none",
-        help="precision of the forward passes; fp16 on GPUs only")
+    add("--mixed-precision", choices=("none", "bf16", "fp16"), default="none", help="of the forwards; fp16: GPUs only")
     add("--accumulate", type=_whole(1), default=1, metavar="PARTS",
         help="number of micro-batches of a step (gradient accumulation), which takes less memory")
     add("--skip-nonfinite", type=_whole(0), default=0, metavar="N",
@@ -101,8 +101,7 @@ def _add_weights(parser: argparse.ArgumentParser) -> None:
     add("--use-pretrained", type=int, choices=(0, 1), default=0,
         help="start the student from torchvision's ImageNet weights")
     add("--pretrained", dest="use_pretrained", action="store_const", const=1, help="the same as --use-pretrained 1")
-    add("--student-resume", type=Path, metavar="PATH",
-        help="the student's weights file, to start from or to evaluate")
+    add("--student-resume", type=Path, metavar="PATH", help="the student's weights file, to start from or to evaluate")
     add("--teacher-resume", type=Path, metavar="PATH", help="the teacher's weights file (default: torchvision's)")
     add("--trust-weights", action="append", default=[], metavar="FILE",
         help="load this file even if it contains python objects, which runs code of the file")
@@ -115,8 +114,7 @@ def _add_processes(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--gpu", type=_whole(0), metavar="N", help="the same as --device cuda:N")
-    add("--multiprocessing-distributed", action="store_true",
-        help="start one process per GPU, as torchrun does")
+    add("--multiprocessing-distributed", action="store_true", help="start one process per GPU, as torchrun does")
     add("--nproc", type=_whole(1), metavar="N", help="processes of this machine (default: one per GPU; 1 on CPUs)")
     add("--world-size", type=int, default=-1, help="number of machines")
     add("--rank", type=int, default=-1, help="index of this machine, from 0")
@@ -130,6 +128,9 @@ def add_distillation(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--with-baseline", action="store_true", help="first train the student alone, in DIR/baseline; compare both")
     add("--distiller", choices=("mgd", "kd"), default="mgd", help="distil features (mgd), or only the logits (kd)")
+    add("--teacher-precision", choices=TEACHER_PRECISIONS, default="auto",
+        help="of the teacher's forward; student: --mixed-precision; auto: bfloat16 if the device has it, else student")
+    add("--teacher-compile", type=int, choices=(0, 1), default=0, help="1: torch.compile the teacher's forward")
     add("--mgd-reducer", choices=names(REDUCERS), default="amp", help="reduces a group of teacher channels to one map")
     add("--mgd-update-freq", type=_whole(0), default=2, metavar="EPOCHS",
         help="epochs between rematches; 0: keep the first matching")

@@ -25,6 +25,7 @@ from classification.weights import load_file, load_weights, network_from_file, p
 from d2_mgd.data.class_folders import Folder
 from d2_mgd.distill import MatchingGuidedDistiller
 from d2_mgd.distill.norms import synchronised_norms
+from d2_mgd.distill.teacher_forward import TeacherForward
 from d2_mgd.errors import UserError
 from d2_mgd.training import file_digest
 from d2_mgd.training.processes import distributed, one_rank_first
@@ -131,14 +132,13 @@ def make_trainer(
     if teacher is not None and options.method != "base":
         taps = {name: pair.teacher for name, pair in pairs.items()}
         images = renormalize(statistics, image_statistics(teacher.network))
-        frozen = Teacher(
-            teacher.network.to(memory_format=torch.channels_last), taps, options.with_kd, precision, images
-        ).to(process.device)
+        runs = TeacherForward(options.teacher_precision, bool(options.teacher_compile))
+        frozen = Teacher(teacher.network, taps, options.with_kd, runs, images).to(process.device)
+        teacher.record["precision"] = runs.describe(process.device)
     elif teacher is not None:
         teacher.network.to(process.device)
     step = _wrapped(process, options, student, frozen)
-    record = None if teacher is None else teacher.record
-    return Trainer(options, process, student, step, _data_sets(options, *folders), record)
+    return Trainer(options, process, student, step, _data_sets(options, *folders), teacher and teacher.record)
 
 
 def _make_distiller(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from classification.processes import Process
+from d2_mgd.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +26,8 @@ def over_gpus(process: Process, options: argparse.Namespace, step: nn.Module) ->
     number = torch.cuda.device_count()
     if process.device.type != "cuda" or options.gpu is not None or ":" in options.device or number < 2:
         return step
+    if options.method != "base" and options.teacher_compile:
+        raise UserError("--teacher-compile 1 needs one process per GPU: add --multiprocessing-distributed.")
     logger.info("DataParallel on %d GPUs in one process; --multiprocessing-distributed is faster.", number)
     return nn.DataParallel(step)
 

@@ -18,9 +18,12 @@ from torch import Tensor, nn
 
 from classification.data_parallel import summable
 from d2_mgd.distill import FeatureTaps, LogitLoss, MatchingGuidedDistiller, Tap
+from d2_mgd.distill.teacher_forward import TeacherForward
 from d2_mgd.training.steps import Precision
 
 Maps = dict[str, Tensor]
+
+_LOGITS = "logits of the head"  # beside the maps of features, whose names contain no space
 
 
 class Forward(NamedTuple):
@@ -67,7 +70,7 @@ class Teacher(nn.Module):
         network: the teacher.
         taps: feature name -> tap; empty to distil logits only.
         with_logits: also run the head.
-        precision: of the forward pass; float32 by default.
+        runs: precision and memory format of the forward pass.
         renormalize: converts the student's images to the teacher's normalisation.
     """
 
@@ -76,14 +79,14 @@ class Teacher(nn.Module):
         network: nn.Module,
         taps: Mapping[str, Tap],
         with_logits: bool,
-        precision: Precision | None = None,
+        runs: TeacherForward | None = None,
         renormalize: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.network = network.requires_grad_(False).eval()
+        self.runs = runs or TeacherForward()
+        self.network = self.runs.prepare(network)
         self.taps = FeatureTaps(network, taps) if taps else None
         self.with_logits = with_logits
-        self.precision = precision or Precision()
         self.renormalize = renormalize or nn.Identity()
 
     def train(self, mode: bool = True) -> Teacher:
@@ -98,12 +101,16 @@ class Teacher(nn.Module):
             with_logits: overrides the constructor's.
         """
         with_logits = self.with_logits if with_logits is None else with_logits
-        images = self.renormalize(images)
-        with self.precision.autocast():
-            if self.taps is not None and not with_logits:
-                return self.taps.run_in(self.network, images), None
-            logits = self.network(images)
-        return ({} if self.taps is None else self.taps.collect()), logits if with_logits else None
+        found = self.runs(self._maps_and_logits if with_logits else self._maps, self.renormalize(images))
+        return found, found.pop(_LOGITS, None)
+
+    def _maps(self, images: Tensor) -> Maps:
+        assert self.taps is not None
+        return self.taps.run_in(self.network, images)
+
+    def _maps_and_logits(self, images: Tensor) -> Maps:
+        logits = self.network(images)
+        return {**({} if self.taps is None else self.taps.collect()), _LOGITS: logits}
 
 
 class Student(nn.Module):

@@ -329,8 +329,8 @@ def _changed(before: dict[str, Any], options: argparse.Namespace) -> list[str]:
 
 
 def _identity(teacher: dict[str, Any]) -> dict[str, str]:
-    """A teacher's file and digest; torchvision's published weights have no digest, their name identifies them."""
-    return {"weights": teacher["file"], "digest": teacher.get("sha256", teacher["file"])}
+    """A teacher's file, digest and precision; torchvision's published weights are identified by their name."""
+    return {**teacher, "weights": teacher["file"], "digest": teacher.get("sha256", teacher["file"])}
 
 
 def _record(trainer: Trainer) -> None:

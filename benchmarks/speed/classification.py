@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.speed.measure import Row, in_turn, ratio_row
 from benchmarks.speed.pair import Pair
+from d2_mgd.distill.teacher_forward import TeacherForward
 
 _IMAGENET = 1281167  # training images
 _OBSERVED, _EPOCHS = 20000, 2  # as published: a rematch every two epochs on 20,000 images
@@ -19,10 +20,19 @@ Reference = Callable[[Pair], dict[str, Callable[[], None]]]
 def rows(quick: bool, reference: Reference | None = None) -> Iterator[Row]:
     """Yield the rows of the CPU; ``reference`` adds the published implementation's step and pass."""
     batch, size, rounds = (2, 64, 2) if quick else (16, 224, 9)
-    pair = Pair(batch, size)
+    pair = Pair(batch, size, runs=TeacherForward("auto"))
+    variants: dict[str, Callable[[], None]] = {
+        "step, teacher as the student": Pair(batch, size, runs=TeacherForward("student")).distilled,
+        "step, teacher compiled": Pair(batch, size, runs=TeacherForward("auto", compile=True)).distilled,
+        "step, student in bfloat16": Pair(batch, size, dtype=torch.bfloat16, runs=TeacherForward("auto")).distilled,
+    }
     others = {} if reference is None else reference(pair)
-    note = f"ResNet-50 to MobileNet-V1, batch {batch}, {size} px, amp + partial_l2, float32, CPU"
-    yield from step_rows(pair, "CPU", 0.7, rounds, 1, note, {k: v for k, v in others.items() if "step" in k})
+    note = (
+        f"ResNet-50 to MobileNet-V1, batch {batch}, {size} px, amp + partial_l2, float32, teacher in "
+        f"{pair.teacher.runs.describe(pair.images.device)}, CPU"
+    )
+    variants.update({name: other for name, other in others.items() if "step" in name})
+    yield from step_rows(pair, "CPU", 0.7, rounds, 1, note, variants)
 
     things = {"two forwards": pair.two_forwards, "rematch pass": pair.rematch_pass}
     passes = {name: thing for name, thing in others.items() if "pass" in name}
@@ -36,7 +46,7 @@ def rows(quick: bool, reference: Reference | None = None) -> Iterator[Row]:
 def gpu_rows(quick: bool, device: str = "cuda") -> Iterator[Row]:
     """Yield the step's rows on a GPU, in bfloat16."""
     batch, size, rounds, calls = (4, 64, 1, 1) if quick else (64, 224, 9, 10)
-    pair = Pair(batch, size, device, torch.bfloat16)
+    pair = Pair(batch, size, device, torch.bfloat16, TeacherForward("auto"))
     note = f"ResNet-50 to MobileNet-V1, {size} px, amp + partial_l2; all in bfloat16 and channels_last, eager"
     yield from step_rows(pair, f"GPU, bf16, batch {batch}", 0.9, rounds, calls, note)
 

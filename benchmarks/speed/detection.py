@@ -64,7 +64,9 @@ class _Step:
         cfg = get_cfg()
         add_mgd_config(cfg)
         merge_file(cfg, str(CONFIGS / config), allow_unsafe=False)
-        cfg.merge_from_list(["MODEL.WEIGHTS", "", "MODEL.DEVICE", device, "MGD.TEACHER.WEIGHTS", "untrained"])
+        cfg.merge_from_list(["MODEL.WEIGHTS", "", "MODEL.DEVICE", device, "MGD.TEACHER.WEIGHTS", "untrained",
+            "MGD.TEACHER.PRECISION", "auto",
+        ])  # fmt: skip
         torch.manual_seed(0)
         self.config, self.device, self.bfloat16 = config, device, bfloat16
         self.model = TeacherStudentDetector(cfg).train()

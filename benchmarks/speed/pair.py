@@ -13,6 +13,7 @@ from classification.distillation import DistillationStep, Student, Teacher
 from classification.features import margins, pair_features
 from classification.models import build
 from d2_mgd.distill import MatchingGuidedDistiller
+from d2_mgd.distill.teacher_forward import TeacherForward
 from d2_mgd.training.steps import Precision
 
 
@@ -26,10 +27,18 @@ class Pair:
         batch: N.
         size: height and width of the images.
         device: of networks and images.
-        dtype: of mixed precision, for all four networks; None is float32.
+        dtype: of mixed precision, for the plain networks and the student; None is float32.
+        runs: how the teacher of the distillation step runs.
     """
 
-    def __init__(self, batch: int, size: int, device: str = "cpu", dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        batch: int,
+        size: int,
+        device: str = "cpu",
+        dtype: torch.dtype | None = None,
+        runs: TeacherForward | None = None,
+    ) -> None:
         torch.manual_seed(0)
         student, teacher = (
             build(name, 1000).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -42,7 +51,7 @@ class Pair:
         self.plain_optimizer = _sgd(self.plain_student)
         pairs = pair_features("mobilenet_v1", "resnet50")
         taps = {name: pair.teacher for name, pair in pairs.items()}
-        self.teacher = Teacher(teacher, taps, with_logits=False, precision=self.precision)
+        self.teacher = Teacher(teacher, taps, with_logits=False, runs=runs)
         self.student = Student(student, {name: pair.student for name, pair in pairs.items()}, precision=self.precision)
         with torch.no_grad():
             student_maps, (teacher_maps, _) = self.student.maps(self.images[:2]), self.teacher(self.images[:2])

@@ -26,6 +26,7 @@ model = L(TeacherStudentDetector)(
         model=model_zoo.get_config("COCO-Detection/retinanet_R_50_FPN_1x.py").model,
         weights=model_zoo.get_checkpoint_url("COCO-Detection/retinanet_R_50_FPN_3x.yaml"),
         input_format="BGR",
+        precision="auto",
     ),
     features=features,
     # as in Base-MGD-levels.yaml

@@ -5,12 +5,13 @@ from detectron2.config import LazyCall as L
 
 from d2_mgd.detection import FrozenTeacher
 
-from .mgd_levels_retinanet_R_50_R_18 import dataloader, lr_multiplier, model, optimizer, train
+from .mgd_levels_retinanet_R_50_R_18 import dataloader, model, train
 
 model.teacher = L(FrozenTeacher)(
     model=model_zoo.get_config("common/models/mask_rcnn_vitdet.py").model,
     weights="detectron2://ViTDet/COCO/mask_rcnn_vitdet_b/f325346929/model_final_61ccd1.pkl",
     input_format="RGB",
+    precision="auto",
 )
 model.features = ["p3", "p4", "p5", "p6"]
 model.distiller.weights = dict.fromkeys(["p3", "p4", "p5", "p6"], 6.0)

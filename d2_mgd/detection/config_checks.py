@@ -28,6 +28,7 @@ from d2_mgd.distill import (
     RematchSchedule,
     WeightSchedule,
 )
+from d2_mgd.distill.teacher_forward import TEACHER_PRECISIONS
 from d2_mgd.errors import UserError, located
 from d2_mgd.matching import METRICS, MODES
 
@@ -183,6 +184,9 @@ def validate_config(cfg: CfgNode) -> CheckedConfig:
     if mgd.EARLY_STOP.PATIENCE and not (cfg.TEST.EVAL_PERIOD > 0 and cfg.DATASETS.TEST):
         raise UserError("MGD.EARLY_STOP.PATIENCE counts evaluations: set TEST.EVAL_PERIOD and DATASETS.TEST.")
     _check_choice("MGD.PRECISION", mgd.PRECISION, PRECISIONS)
+    _check_choice("MGD.TEACHER.PRECISION", mgd.TEACHER.PRECISION, TEACHER_PRECISIONS)
+    if mgd.TEACHER.PRECISION == "float16" and cfg.MODEL.DEVICE == "cpu":
+        raise UserError("MGD.TEACHER.PRECISION float16 needs a GPU, and MODEL.DEVICE is cpu: use bfloat16 or auto.")
     if not mgd.ENABLED:
         return CheckedConfig(teacher=None)
     student_config(cfg)

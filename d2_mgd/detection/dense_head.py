@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from d2_mgd.detection.features import backbone_of
 from d2_mgd.errors import UserError
 
-__all__ = ["DenseHead", "HeadOutput", "by_anchor", "cropped"]
+__all__ = ["DenseHead", "HeadOutput", "by_anchor", "cropped", "in_float32"]
 
 _HEADS = (RetinaNetHead.forward, FCOSHead.forward)  # what a head computes is known where its forward is one of these
 
@@ -145,6 +145,15 @@ def by_anchor(predictions: Tensor, size: int) -> Tensor:
     """(N, A size, Hl, Wl) -> (N, Rl, size), in the order of the anchors."""
     images, _, height, width = predictions.shape
     return predictions.view(images, -1, size, height, width).permute(0, 3, 4, 1, 2).reshape(images, -1, size)
+
+
+def in_float32(output: HeadOutput) -> HeadOutput:
+    """The same predictions, of a head that ran in mixed precision."""
+    return HeadOutput(
+        [logits.float() for logits in output.logits],
+        [deltas.float() for deltas in output.deltas],
+        [(classes.float(), boxes.float()) for classes, boxes in output.inner],
+    )
 
 
 def cropped(output: HeadOutput, like: HeadOutput) -> HeadOutput:

@@ -15,7 +15,7 @@ import torch
 from detectron2.config import CfgNode
 from torch import Tensor, nn
 
-from d2_mgd.detection.dense_head import DenseHead, HeadOutput, by_anchor, cropped
+from d2_mgd.detection.dense_head import DenseHead, HeadOutput, by_anchor, cropped, in_float32
 from d2_mgd.detection.features import find_feature
 from d2_mgd.detection.maps import valid_masks
 from d2_mgd.distill.dense import best_scores, dense_box_kd, dense_class_kd, with_statistics_of
@@ -132,19 +132,23 @@ class HeadDistiller:
     def __repr__(self) -> str:
         return f"HeadDistiller(dense={self.dense}, cross={self.cross})"
 
-    def losses(self, teacher_maps: Mapping[str, Tensor], sizes: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
+    @torch.no_grad()
+    def predict(self, teacher_maps: Mapping[str, Tensor]) -> HeadOutput:
+        """The teacher's predictions, in float32, from the maps (N, C, H, W) of all its levels by name."""
+        return in_float32(self.teacher.predict([teacher_maps[name] for name in self.teacher.levels]))
+
+    def losses(self, wanted: HeadOutput, sizes: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
         """Of the batch that the student has just seen.
 
         Args:
-            teacher_maps: what the teacher's backbone gave for the same images, level -> (N, C, H, W).
+            wanted: the teacher's predictions for the same images.
             sizes: (h, w) of the images before padding.
 
         Returns:
             dict: each of :attr:`names` -> scalar.
         """
         own = self.student.take()
-        with torch.no_grad():
-            wanted = cropped(self.teacher.predict([teacher_maps[name] for name in self.teacher.levels]), own)
+        wanted = cropped(wanted, own)
         masks = valid_masks(sizes, dict(zip(self.student.levels, own.logits)), self._features)
         valid = [masks[name] for name in self.student.levels]
         losses: dict[str, Tensor] = {}

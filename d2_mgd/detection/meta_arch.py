@@ -182,7 +182,9 @@ class TeacherStudentDetector(nn.Module):
             else:  # the schedule begins later
                 losses = self.distiller.no_losses(self.device)
         if self.heads is not None:
-            of_heads = self.heads.losses(outputs, _sizes(batched_inputs))
+            with self.teacher.autocast():
+                wanted = self.heads.predict(outputs)
+            of_heads = self.heads.losses(wanted, _sizes(batched_inputs))
             losses.update({name: factor * loss for name, loss in of_heads.items()})
         return {**task_losses, **losses}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from d2_mgd.detection.maps import WatchedMaps
 from d2_mgd.detection.networks import build_network
 from d2_mgd.detection.student_state import DISTILLER
 from d2_mgd.detection.weights import file_digest, load_weights, local_weights_file
+from d2_mgd.distill.teacher_forward import TeacherForward
 from d2_mgd.errors import UserError
 from d2_mgd.training.processes import from_main
 
@@ -48,6 +50,8 @@ class FrozenTeacher:
         cfg: its config, for those who want to evaluate it.
         pixel_mean: per channel, of pixels from 0 to 255; by default the model's own buffer.
         pixel_std: the same of the standard deviation.
+        precision: of its forward, see :class:`~d2_mgd.distill.teacher_forward.TeacherForward`.
+        compile: compile its forward, once for each size of a padded batch.
 
     Attributes:
         model: the plain model, in eval mode.
@@ -68,6 +72,8 @@ class FrozenTeacher:
         cfg: CfgNode | None = None,
         pixel_mean: Sequence[float] = (),
         pixel_std: Sequence[float] = (),
+        precision: str = "student",
+        compile: bool = False,
     ) -> None:
         if isinstance(model, Backbone):
             model = _BackboneOnly(model)
@@ -80,7 +86,8 @@ class FrozenTeacher:
                     f"the teacher {type(model).__name__} has no {name}: give it as MGD.TEACHER.{name.upper()}, such as "
                     "[123.675, 116.28, 103.53] and [58.395, 57.12, 57.375] with MGD.TEACHER.FORMAT RGB."
                 )
-        self.model = model.eval().requires_grad_(False)
+        self._forward = TeacherForward(precision, compile)
+        self.model = self._forward.prepare(model)
         self.cfg = cfg
         self.input_format = input_format
         self.weights_path, self.digest = "", ""
@@ -101,7 +108,11 @@ class FrozenTeacher:
     @property
     def record(self) -> dict[str, str]:
         """What checkpoints contain of the teacher."""
-        return {"weights": self.weights_path, "digest": self.digest}
+        return {
+            "weights": self.weights_path,
+            "digest": self.digest,
+            "precision": self._forward.describe(self.device),
+        }
 
     @property
     def device(self) -> torch.device:
@@ -153,14 +164,25 @@ class FrozenTeacher:
         Returns:
             dict: name -> (N, T, H / stride, W / stride), without gradients.
         """
-        maps, _ = self._watched.run(self._pixels(images, input_format, min_size, normalised))
-        return maps
+        return self._forward(self._maps, self._pixels(images, input_format, min_size, normalised))
 
     @torch.no_grad()
     def with_outputs(self, images: Sequence[Tensor], **options: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The same maps, and all that the backbone gives to the head, by name. Arguments as in :meth:`__call__`."""
-        outputs, maps, _ = self._watched.forward(self._pixels(images, **options))
-        return maps, outputs
+        found = self._forward(self._maps_and_outputs, self._pixels(images, **options))
+        maps = {name: found.pop(f"map {name}") for name in self._watched.taps}
+        return maps, found
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Context of its precision, for its head."""
+        return self._forward.autocast(self.device)
+
+    def _maps(self, batch: Tensor) -> dict[str, Tensor]:
+        return self._watched.run(batch)[0]
+
+    def _maps_and_outputs(self, batch: Tensor) -> dict[str, Tensor]:
+        outputs, maps, _ = self._watched.forward(batch)
+        return {**outputs, **{f"map {name}": found for name, found in maps.items()}}
 
     def padded_size(self, sizes: Sequence[tuple[int, int]], min_size: tuple[int, int] = (0, 0)) -> tuple[int, int]:
         """(H, W) that images of these (h, w) are padded to.
@@ -311,4 +333,6 @@ def frozen_teacher(model: nn.Module, own: CfgNode, cfg: CfgNode) -> FrozenTeache
         cfg=own,
         pixel_mean=given.PIXEL_MEAN,
         pixel_std=given.PIXEL_STD,
+        precision=given.PRECISION,
+        compile=given.COMPILE,
     )

@@ -89,7 +89,7 @@ class _Squares(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         (residual,) = ctx.saved_tensors
-        return (residual * gradient).mul_(2.0), None, None, None, None
+        return torch.addcmul(residual.new_zeros(()), residual, gradient, value=2.0), None, None, None, None
 
 
 @FEATURE_LOSSES.register()

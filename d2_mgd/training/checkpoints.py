@@ -229,7 +229,7 @@ def check_same_teacher(path: str | os.PathLike[str], recorded: Mapping[str, str]
 
     Args:
         path: the checkpoint's, for the message.
-        recorded: the teacher's ``weights`` (its file) and ``digest``, as written in the checkpoint.
+        recorded: the teacher's ``weights`` (its file), ``digest`` and ``precision``, as written in the checkpoint.
         teacher: the same of the teacher of this start.
 
     Raises:
@@ -243,3 +243,10 @@ def check_same_teacher(path: str | os.PathLike[str], recorded: Mapping[str, str]
         )
     if recorded["weights"] != teacher["weights"]:
         logger.info("The teacher %s is the same file as %s", teacher["weights"], recorded["weights"])
+    precision = recorded.get("precision", "as the student")  # what it was before it was written
+    if precision != teacher["precision"]:
+        logger.warning(
+            "The teacher's forward runs in another precision (%s) than before %s (%s), so the training does not "
+            "continue exactly.",
+            teacher["precision"], os.fspath(path), precision,
+        )  # fmt: skip

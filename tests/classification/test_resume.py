@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from classification import main_base
+from classification import main_base, main_mgd
 from tests.classification.conftest import SMALL, Run, assert_same_run, command
 from tests.ranks import in_processes
 
@@ -56,6 +56,16 @@ def test_a_killed_run_ends_as_the_undisturbed_one(mgd: Run, method: list[object]
     assert before["epoch"] < 3
     assert mgd(*method, "--resume", killed / "checkpoint.pth", small=False) == 0
     assert_same_run(undisturbed, killed)
+
+
+def test_with_a_compiled_teacher_in_bfloat16_it_resumes_exactly(method: list[object], tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    words = [*method, "--teacher-compile", 1, "--teacher-precision", "bfloat16", "--output-dir"]
+    assert in_processes(main_mgd.main, [*words, whole], 1) == [0]
+    kill_after_checkpoint(command("main_mgd.py", *words, parts), parts / "checkpoint.pth")
+    assert in_processes(main_mgd.main, [*words, parts, "--resume"], 1) == [0]
+    assert "Compiled the teacher" in (parts / "log.txt").read_text()
+    assert_same_run(whole, parts)
 
 
 @pytest.mark.parametrize("step", [2])
