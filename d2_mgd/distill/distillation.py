@@ -129,7 +129,8 @@ class Distillation(nn.Module):
         """The weighted sum of the features' losses, a scalar; ``losses`` has each of them.
 
         Args:
-            inputs, named: of the teacher, for the batch of the student's last forward pass.
+            *inputs: of the teacher, for the batch of the student's last forward pass.
+            **named: the same, by name.
 
         Raises:
             UserError: the student has not run since the last call, or ran without gradients; the teacher cannot run on
