@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from training_runs import CLASSES, write_coco
 
+from d2_mgd import configs
+
 ROOT = Path(__file__).resolve().parents[1]
 IN_WHEEL = ("d2_mgd", "classification", "configs", "tools", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 CONFIG = "small/retinanet_narrow_FPN.yaml"
@@ -45,9 +47,10 @@ def run(installed: Path, command: str, *words: object, cwd: Path) -> subprocess.
 def test_commands_and_configs_away_from_the_repository(installed: Path, tmp_path: Path) -> None:
     help_text = run(installed, "d2-mgd-classify", "--help", cwd=tmp_path)
     assert help_text.returncode == 0 and "--mgd-reducer" in help_text.stdout, help_text.stderr
-    code = f"import d2_mgd.configs as configs, classification; print(configs.get('{CONFIG}'))"
-    lookup = run(installed, "-c", code, cwd=tmp_path)
-    assert lookup.stdout.strip() == str(installed / "d2_mgd/_configs" / CONFIG), lookup.stderr
+    code = f"import d2_mgd.configs as configs, classification; print(configs.get('{CONFIG}'), *configs.names())"
+    path, *names = run(installed, "-c", code, cwd=tmp_path).stdout.split()
+    assert path == str(installed / "d2_mgd/_configs" / CONFIG)
+    assert names == configs.names()
     checked = run(installed, "d2-mgd-check", *write_coco(tmp_path, "set", 3, seed=0), cwd=tmp_path)
     assert checked.returncode == 0 and "0 kinds of errors" in checked.stdout, checked.stderr
 

@@ -12,7 +12,7 @@ from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 
 from d2_mgd import configs
-from d2_mgd.detection.config_files import merge_file, merge_overrides
+from d2_mgd.detection.config_files import add_missing_keys, merge_file, merge_overrides
 from d2_mgd.detection.image_network import image_network_config, is_image_network
 from d2_mgd.detection.lazy_network import lazy_network_config
 from d2_mgd.errors import UserError
@@ -224,6 +224,7 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
     else:
         teacher = get_cfg()
         add_mgd_config(teacher)  # a student of an earlier distillation may teach
+        add_missing_keys(teacher, cfg)  # those of the student's project, with its values where the file has none
         path, from_zoo = _config_file(name)
         # Detectron2's own files hold python expressions and came with its code; others are not trusted.
         what = f"MGD.TEACHER.CONFIG_FILE {name} is not a config of a Detectron2 model"

@@ -6,6 +6,7 @@ differ. So types are checked here before it merges.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import functools
 from collections.abc import Mapping, Sequence
@@ -97,6 +98,16 @@ def merge_overrides(cfg: CfgNode, words: Sequence[Any], what: str) -> None:
                 raise UserError(f"{_text(error)}.") from error
             except (RecursionError, MemoryError):
                 raise UserError(f"the value of {key} is nested too deeply.") from None
+
+
+def add_missing_keys(cfg: CfgNode, other: CfgNode) -> None:
+    """Add the keys of ``other`` that ``cfg`` lacks, with their values."""
+    for name, value in other.items():
+        if name not in cfg:
+            cfg[name] = copy.deepcopy(value)
+        elif isinstance(value, CfgNode) and isinstance(cfg[name], CfgNode):
+            add_missing_keys(cfg[name], value)
+    cfg.defrost()
 
 
 def _key_without_value(cfg: CfgNode, words: Sequence[Any]) -> Any:

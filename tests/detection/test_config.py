@@ -12,13 +12,14 @@ import pytest
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
 from detectron2 import model_zoo
-from detectron2.config import get_cfg
+from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 from tiny_detectors import CONFIGS, distilled_config, tiny_config
 
 from d2_mgd._install import DETECTRON2_INSTALL
 from d2_mgd.detection.config import add_mgd_config, student_config, teacher_config
 from d2_mgd.detection.config_checks import feature_losses, feature_weights, validate_config
+from d2_mgd.errors import UserError
 
 
 def test_only_the_mgd_node_is_added() -> None:
@@ -89,6 +90,15 @@ class TestTeacherConfig:
         cfg = distilled_config()
         cfg.MGD.TEACHER.CONFIG_FILE = "RetinaNet/retinanet_torchvision_R_50_FPN_1x.yaml"
         assert teacher_config(cfg).INPUT.FORMAT == "RGB"
+
+    def test_keys_that_a_project_has_added_are_the_teachers_too(self, tmp_path: Path) -> None:
+        (tmp_path / "teacher.yaml").write_text("MODEL: {OWN_HEAD: {WIDTH: 64}}\nVERSION: 2\n")
+        cfg = distilled_config("retinanet", "retinanet", "MGD.TEACHER.CONFIG_FILE", str(tmp_path / "teacher.yaml"))
+        with pytest.raises(UserError, match=r"Non-existent config key: MODEL\.OWN_HEAD"):
+            teacher_config(cfg)
+        cfg.MODEL.OWN_HEAD = CfgNode({"WIDTH": 8, "DEPTH": 2})
+        cfg.freeze()
+        assert teacher_config(cfg).MODEL.OWN_HEAD == {"WIDTH": 64, "DEPTH": 2} and cfg.MODEL.OWN_HEAD.WIDTH == 8
 
     def test_config_written_by_a_training_with_a_teacher(self, tmp_path: Path) -> None:
         """A distilled student may teach the next one; its own teacher does not matter."""
