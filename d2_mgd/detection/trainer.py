@@ -231,6 +231,8 @@ class Trainer(EvaluatingTrainer):
         teacher = self.detector.teacher
         metrics = evaluate_once(self.cfg, teacher, lambda: self.test_teacher(self.cfg, teacher))
         self.verdict = TeacherVerdict(metrics, self.cfg.MGD.EARLY_STOP.METRIC)
+        if self.best is not None:
+            self.verdict.measured(self.best.best)
         if metrics and self._student_is_trained and self.start_iter == 0:
             logger.info("Evaluating the student before the first step")
             self.verdict.measured(flatten_results_dict(from_main(self.test(self.cfg, self.detector))))

@@ -51,7 +51,7 @@ class TeacherVerdict:
 
     def __init__(self, teacher: Metrics | None, wanted: str) -> None:
         self.metrics = teacher or {}
-        self.metric = main_metric(self.metrics, wanted) if self.metrics else None
+        self.metric = main_metric(self.metrics) if wanted not in self.metrics else wanted
         self.warning = ""
         self._best: float | None = None
         if self.metric is not None:
@@ -145,6 +145,11 @@ class BestStudentHook(hooks.BestCheckpointer):
         self.wanted = wanted
         self.worse = 0  # evaluations since the best one
         self._counted = 0  # finished iterations at the newest of them
+
+    @property
+    def best(self) -> Metrics:
+        """The metric of the best evaluation, also of those before the training was resumed; empty before the first."""
+        return {} if self.best_metric is None else {self._val_metric: self.best_metric}
 
     @property
     def metric(self) -> str | None:

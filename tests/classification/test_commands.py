@@ -18,6 +18,7 @@ import torchvision
 from classification.networks import MobileNetV1
 from classification.options import parse_base, parse_mgd
 from d2_mgd.distill import load_reports
+from d2_mgd.errors import UserError
 from tests.classification.conftest import CLASSES, REPOSITORY, Run, assert_same_run, make_folder
 
 
@@ -286,6 +287,7 @@ MISTAKES = [
     (["--teacher-resume", "none.pth"], "none.pth does not exist"),
     (["--student-resume", "none.pth"], "none.pth does not exist"),
     (["--features", "stage9"], "has no such feature"),
+    (["--teacher-arch", "resnet50", "--features", "stage9"], "has no such feature"),  # before a download
     (["--mgd-mode", "one_to_one", "--arch", "wide_resnet50_2"], "needs T >= S"),
     (["--resume", "none/checkpoint.pth", "--output-dir", "elsewhere"], "continues in that folder"),
     (["--world-size", "3", "--rank", "5", "--dist-url", "tcp://localhost:1"], "--rank 5 must be 0 to 2"),
@@ -344,6 +346,12 @@ def test_a_teacher_of_other_classes_cannot_give_logits(
 def test_a_loss_that_is_not_finite_stops_the_run(base: Run, data: Path, capsys: pytest.CaptureFixture) -> None:
     assert base(data, "--arch", "resnet18", "--lr", "1e30", "--epochs", 3, "--print-freq", 1) == 2
     assert re.search("error: loss_class is (nan|inf) at epoch 1, step 2, ", capsys.readouterr().err)
+
+
+def test_an_installed_command_has_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["bin/d2-mgd-classify"])
+    with pytest.raises(UserError, match="d2-mgd-classify --help lists all options"):
+        parse_mgd(["DATA", "--unknown"])
 
 
 def test_every_option_is_documented(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,6 +112,11 @@ def test_a_bad_teacher_is_a_warning_before_the_first_step_and_in_the_last_lines(
     assert len(outgrown) == 2 and warnings[-1] == outgrown[1]
     assert "best student: bbox/AP 31.00 after 2 iterations, model_best.pth; last: 29.00, model_final" in messages.text
 
+    messages.clear()  # a training that continues knows what it measured before
+    resumed = in_process_trainer(workplace, tmp_path, *EVALUATE, *two, resume=True)
+    resumed._judge_teacher()
+    assert "is not better than the student (31.00)" in messages.text
+
 
 def test_the_verdict_on_numbers() -> None:
     assert "hardly better than chance" in verdict("AP", 1.0, None, chance=1.0)
