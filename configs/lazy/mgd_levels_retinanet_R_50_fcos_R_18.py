@@ -2,7 +2,7 @@
 
 from detectron2 import model_zoo
 
-from .mgd_levels_retinanet_R_50_R_18 import model, train
+from .mgd_levels_retinanet_R_50_R_18 import dataloader, lr_multiplier, model, optimizer, train
 
 fcos = model_zoo.get_config("common/models/fcos.py").model
 fcos.backbone.bottom_up = model.student.backbone.bottom_up

@@ -5,7 +5,7 @@ from detectron2.config import LazyCall as L
 
 from d2_mgd.detection import FrozenTeacher
 
-from .mgd_levels_retinanet_R_50_R_18 import dataloader, model, train
+from .mgd_levels_retinanet_R_50_R_18 import dataloader, lr_multiplier, model, optimizer, train
 
 model.teacher = L(FrozenTeacher)(
     model=model_zoo.get_config("common/models/mask_rcnn_vitdet.py").model,

@@ -76,6 +76,7 @@ def test_every_python_config_is_built(path: str) -> None:
     if "vitdet" in path or "swin" in path:
         pytest.importorskip("timm", reason="timm is not installed")
     cfg = LazyConfig.load(str(CONFIGS / path))
+    assert {"model", "train", "dataloader", "optimizer", "lr_multiplier"} <= set(cfg)
     assert "://" in cfg.model.teacher.weights, "a shipped config says where its teacher's weights are"
     cfg.model.teacher.weights = "untrained"
     model = instantiate(cfg.model)
