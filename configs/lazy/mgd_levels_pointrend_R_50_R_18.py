@@ -35,6 +35,7 @@ model.teacher = L(FrozenTeacher)(
     model=L(build_model)(cfg=L(pointrend)(overrides=[])),
     weights="detectron2://PointRend/InstanceSegmentation/pointrend_rcnn_R_50_FPN_3x_coco/164955410/model_final_edd263.pkl",
     input_format="BGR",
+    precision="auto",
 )
 model.features = ["p2", "p3", "p4", "p5", "p6"]
 model.distiller.weights = dict.fromkeys(["p2", "p3", "p4", "p5", "p6"], 6.0)
