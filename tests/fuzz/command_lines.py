@@ -181,7 +181,7 @@ def _check_config_file(content: bytes) -> None:
 
 _FLAGS = [
     "--resume", "--eval-only", "--eval-teacher", "--num-gpus", "--num-machines", "--machine-rank", "--dist-url",
-    "--config-file", "--register-coco", "--trust-weights", "--no-such-flag",
+    "--config-file", "--register-coco", "--trust-weights", "--with-baseline", "--no-such-flag",
 ]  # fmt: skip
 
 
