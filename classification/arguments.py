@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from d2_mgd.distill import ALIGNMENTS, BALANCE_CHOICES, DECAYS, FEATURE_LOSSES, LOGIT_LOSSES, REDUCERS, SPATIAL_WEIGHTS
+from d2_mgd.distill import ALIGNMENTS, BALANCES, DECAYS, FEATURE_LOSSES, LOGIT_LOSSES, REDUCERS, SPATIAL_WEIGHTS
 from d2_mgd.distill.registry import names
 from d2_mgd.distill.teacher_forward import TEACHER_PRECISIONS
 from d2_mgd.errors import UserError
@@ -146,9 +146,8 @@ def add_distillation(parser: argparse.ArgumentParser) -> None:
     add("--mgd-align", choices=ALIGNMENTS, default="matching",
         help="how channels are aligned: by the matching, by a learned 1x1 convolution that starts as the matching "
         "(matched_projection) or at random (conv1x1), or by index (none)")
-    add("--balance", choices=BALANCE_CHOICES, default="fixed",
-        help="weights of the features: fixed (--loss-factor or --loss-weight), or from the gradients at the student's "
-        "maps (auto, or the name of a rule)")
+    add("--balance", choices=BALANCES, default="fixed",
+        help="weights of the features: fixed (--loss-factor, --loss-weight), or from the gradients at the maps (auto)")
     add("--mgd-with-kd", type=int, choices=(0, 1), default=0, help="1: also distil the logits")
     add("--kd-temperature", type=_number(0.0, above=True), default=1.5, help="temperature of the logits")
     add("--kd-weight", type=_number(0.0), default=1.0, help="weight of the logit loss")

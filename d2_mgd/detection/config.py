@@ -78,8 +78,7 @@ def add_mgd_config(cfg: CfgNode) -> None:
     cfg.MGD.LOSS = "mse"
     # "mean" over real elements, or "image_sum", the published sum over elements divided by images.
     cfg.MGD.REDUCTION = "mean"
-    # "fixed": MGD.WEIGHTS weigh the losses. "auto": each loss is scaled by what the gradients at the student's map ask
-    # for, and MGD.WEIGHTS are not used. Or a rule by name, see docs/choosing.md.
+    # "fixed": MGD.WEIGHTS weigh the losses. "auto": each loss is divided by its running mean, and MGD.WEIGHTS are not used.
     cfg.MGD.BALANCE = "fixed"
     # Which pixels count how much in the loss: "all" alike, ground-truth "boxes" and background in balance, or by the
     # teacher's "attention".

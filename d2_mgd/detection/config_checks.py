@@ -18,7 +18,7 @@ from d2_mgd.detection.heads import head_options
 from d2_mgd.detection.rematcher import SOURCES
 from d2_mgd.distill import (
     ALIGNMENTS,
-    BALANCE_CHOICES,
+    BALANCES,
     FEATURE_LOSSES,
     MATCHED_ALIGNMENTS,
     NORMS,
@@ -202,7 +202,7 @@ def validate_config(cfg: CfgNode) -> CheckedConfig:
     feature_losses(cfg)
     _check_choice("MGD.REDUCER", mgd.REDUCER, [name for name, _ in REDUCERS])
     _check_choice("MGD.REDUCTION", mgd.REDUCTION, REDUCTIONS)
-    _check_choice("MGD.BALANCE", mgd.BALANCE, BALANCE_CHOICES)
+    _check_choice("MGD.BALANCE", mgd.BALANCE, BALANCES)
     _check_choice("MGD.SPATIAL", mgd.SPATIAL, [name for name, _ in SPATIAL_WEIGHTS])
     _check_choice("MGD.METRIC", mgd.METRIC, METRICS)
     _check_choice("MGD.MODE", mgd.MODE, ["", *MODES])

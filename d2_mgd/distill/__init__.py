@@ -1,6 +1,6 @@
 """How it guides: taps -> matching -> reducer -> loss, for any two torch modules. Knows no Detectron2."""
 
-from d2_mgd.distill.balance import BALANCE_CHOICES, BALANCES
+from d2_mgd.distill.balance import BALANCES
 from d2_mgd.distill.dense import box_distribution_kd, dense_box_kd, dense_class_kd, with_statistics_of
 from d2_mgd.distill.distillation import Distillation
 from d2_mgd.distill.distiller import MatchingGuidedDistiller
@@ -18,7 +18,6 @@ from d2_mgd.distill.taps import FeatureTaps, Tap
 __all__ = [
     "ALIGNMENTS",
     "BALANCES",
-    "BALANCE_CHOICES",
     "DECAYS",
     "FEATURE_LOSSES",
     "LOGIT_LOSSES",

@@ -62,8 +62,7 @@ class Distillation(nn.Module):
         loss: name in ``FEATURE_LOSSES``. ``auto`` is ``partial_l2`` if all maps of the teacher are taken between a
             batch-norm and its activation, else ``pearson``.
         weight: factor of the losses, after the balance.
-        balance: as in :class:`MatchingGuidedDistiller`. With ``auto`` the gradient of each feature's loss has 0.3 of
-            the norm of the task's.
+        balance: as in :class:`MatchingGuidedDistiller`.
         schedule: in calls; by default a rematch at the start, after 16 steps, and whenever their number has doubled.
         observed: number of steps before each rematch whose maps count.
         images: (N, C, H, W), from which sizes and strides are measured; by default one empty image for each network, of

@@ -58,9 +58,9 @@ class MatchingGuidedDistiller(nn.Module):
             channel and needs equal widths.
         norm: of the student's map before it is compared: ``bn``, ``sync_bn``, ``gn``, ``none``.
         weights: feature name -> factor of its loss, after the balance; 1 by default.
-        balance: ``fixed`` leaves the losses to their weights. ``auto``, or a rule in ``BALANCES``, scales each
-            feature's loss by what the gradients at the student's map ask for, whatever the scale of the loss and of the
-            teacher's maps; then call :meth:`update_balance` once after each step of the optimiser.
+        balance: ``fixed`` leaves the losses to their weights. ``auto`` divides each feature's loss by
+            its running mean, so that its relative decrease counts, whatever the scale of the loss and of the teacher's
+            maps; then call :meth:`update_balance` once after each step of the optimiser.
         margins: feature name -> (T,) lower bounds of the teacher's pre-activations for ``partial_l2``, from
             :func:`~d2_mgd.distill.batch_norm_margin`. Without them the teacher's map is not bounded.
         reduction: ``mean`` over real elements, or ``image_sum`` as published (see ``published_weights``).
@@ -101,9 +101,8 @@ class MatchingGuidedDistiller(nn.Module):
             raise UserError(f"unknown alignment {align!r}; there are: {', '.join(ALIGNMENTS)}.")
         if reduction not in REDUCTIONS:
             raise UserError(f"unknown reduction {reduction!r}; there are: {', '.join(REDUCTIONS)}.")
-        rule = None if balance == "fixed" else balance
-        if rule not in (None, "auto"):
-            lookup(BALANCES, "balance", balance)
+        if balance not in BALANCES:
+            raise UserError(f"unknown balance {balance!r}; there are: {', '.join(BALANCES)}.")
         losses = dict.fromkeys(channels, loss) if isinstance(loss, str) else dict(loss)
         weights = dict(weights or {})
         margins = dict(margins or {})
@@ -114,7 +113,7 @@ class MatchingGuidedDistiller(nn.Module):
         self.channels = {name: (int(student), int(teacher)) for name, (student, teacher) in channels.items()}
         self.align = align
         self.weights = {name: float(weights.get(name, 1.0)) for name in self.channels}
-        self.balance = Balance(rule, self.weights)
+        self.balance = Balance(balance == "auto", self.weights)
         self._indices = {name: index for index, name in enumerate(self.channels)}
         self.ties = checked_ties(tie, self.channels, align)
         self.features = nn.ModuleDict()
@@ -232,17 +231,16 @@ class MatchingGuidedDistiller(nn.Module):
         if self.needs_matching and not self._feature(name).has_matching:
             raise RuntimeError(f"feature {name} has no matching yet: observe some images and rematch first.")
         index, rescale = self._indices[name], None
-        student, watch = self.balance.watch(index, student, given)
-        if self.balance.rule is not None:
+        student = self.balance.watch(index, student, given)
+        if self.balance.active:
             rescale = self.balance.rescale_teacher(index, mean_square(teacher, valid))
         loss: Tensor = self._feature(name)(student, teacher, valid, boxes, rescale)
-        watch.scale = self.balance.factor(index, loss) * (self.weights[name] * factor)
-        return watch.scale * loss
+        return self.balance.factor(index, loss) * (self.weights[name] * factor) * loss
 
     @property
     def measured(self) -> Tensor | None:
         """What the balance has measured since its last update, to be averaged over processes; None without one."""
-        return None if self.balance.rule is None else self.balance.measured
+        return self.balance.measured if self.balance.active else None
 
     def update_balance(self, group: Any = None, reduced: bool = False) -> None:
         """Make the next step's factors from what the backward passes of this one have measured.

@@ -63,7 +63,7 @@ def test_a_run_goes_on_in_the_middle_of_a_falling_weight(
     words: list[object] = [data, *SMALL, "--arch", "shufflenet_v2_x0_5", "--teacher-arch", "resnet18"]
     words += ["--teacher-resume", resnet18_file, "--epochs", 3, "--lr", 0.01, "--checkpoint-freq", 1]
     words += ["--mgd-update-source", source, "--distill-decay", "cosine", "--distill-start", 1]
-    words += ["--mgd-align", "matched_projection", "--balance", "norm"] if source == "pass" else []
+    words += ["--mgd-align", "matched_projection", "--balance", "auto"] if source == "pass" else []
 
     class Stopped(Exception):
         pass

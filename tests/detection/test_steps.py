@@ -146,7 +146,7 @@ def test_online_costs_see_every_part(workplace: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "overrides",
-    [PARTS, BFLOAT16, (*PARTS, *BFLOAT16, "MGD.ALIGN", "matched_projection", "MGD.BALANCE", "norm")],
+    [PARTS, BFLOAT16, (*PARTS, *BFLOAT16, "MGD.ALIGN", "matched_projection", "MGD.BALANCE", "auto")],
     ids=["parts", "bfloat16", "parts, bfloat16, projection, balance"],
 )
 def test_it_resumes_to_the_bit(workplace: Any, tmp_path: Path, overrides: tuple[str, ...]) -> None:

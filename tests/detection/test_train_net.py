@@ -68,7 +68,7 @@ def test_a_training_that_was_stopped_ends_as_if_it_was_not(
 
 def test_two_processes_match_as_one_and_resume_to_the_bit(workplace: Any, whole: Path, tmp_path: Path) -> None:
     two = tmp_path / "two"
-    learned = ("MGD.ALIGN", "matched_projection", "MGD.BALANCE", "norm")
+    learned = ("MGD.ALIGN", "matched_projection", "MGD.BALANCE", "auto")
     judged = ("MGD.TEACHER.EVALUATE", "True", "MGD.EARLY_STOP.PATIENCE", "1")
     train_net(*workplace.arguments(two, *learned, *judged, flags=("--num-gpus", "2")))
     first, second = (load_reports(output / "matching" / "iter_0000000.npz") for output in (whole, two))
