@@ -78,7 +78,8 @@ def add_mgd_config(cfg: CfgNode) -> None:
     cfg.MGD.LOSS = "mse"
     # "mean" over real elements, or "image_sum", the published sum over elements divided by images.
     cfg.MGD.REDUCTION = "mean"
-    # "fixed": MGD.WEIGHTS weigh the losses. "auto": each loss is divided by its running mean, and MGD.WEIGHTS are not used.
+    # "fixed": MGD.WEIGHTS weigh the losses. "auto": each loss is divided by its running mean, and MGD.WEIGHTS are
+    # not used.
     cfg.MGD.BALANCE = "fixed"
     # Which pixels count how much in the loss: "all" alike, ground-truth "boxes" and background in balance, or by the
     # teacher's "attention".
