@@ -51,7 +51,13 @@ from d2_mgd.detection.checkpoint import TrainingCheckpointer
 from d2_mgd.detection.config import baseline_config, student_config
 from d2_mgd.detection.config_checks import CheckedConfig, validate_config, validate_running
 from d2_mgd.detection.config_files import merge_file, merge_overrides
-from d2_mgd.detection.datasets import check_classes, check_datasets_once, register_coco, register_label_files
+from d2_mgd.detection.datasets import (
+    check_classes,
+    check_datasets_once,
+    name_keypoints,
+    register_coco,
+    register_label_files,
+)
 from d2_mgd.detection.evaluation import check_evaluators
 from d2_mgd.detection.launch import run_ranks
 from d2_mgd.detection.networks import build_network
@@ -159,6 +165,7 @@ def set_up(args: argparse.Namespace, cfg: CfgNode, claims: ExitStack, labels: Cf
     register_label_files(label_files(args), labels or cfg)
     check_datasets_once(cfg, train=trains)
     with failing_together():
+        name_keypoints(cfg)
         if comm.is_main_process():
             check_evaluators(cfg)
             check_services(args.log, args.log_student)

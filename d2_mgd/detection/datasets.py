@@ -30,6 +30,7 @@ __all__ = [
     "check_coco",
     "check_datasets",
     "check_datasets_once",
+    "name_keypoints",
     "register_coco",
     "register_label_files",
     "registered",
@@ -122,6 +123,28 @@ def check_datasets_once(cfg: CfgNode, train: bool = True) -> None:
     with failing_together():
         if local_rank() == 0:
             check_datasets(cfg, train)
+
+
+def name_keypoints(cfg: CfgNode) -> None:
+    """Where MODEL.KEYPOINT_ON, take the keypoints' names of checked COCO-format sets from their json.
+
+    Names that differ in left and right are mirror images of each other.
+
+    Raises:
+        UserError: no category of a set lists keypoints.
+    """
+    if not cfg.MODEL.KEYPOINT_ON:
+        return
+    for name in dict.fromkeys([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]):
+        known = registered(name)
+        if known.get("evaluator_type") != "coco" or known.get("keypoint_names") is not None:
+            continue
+        with PathManager.open(known.json_file) as file:
+            points = next((one["keypoints"] for one in json.load(file)["categories"] if one.get("keypoints")), None)
+        if points is None:
+            raise UserError(f"data set {name!r} has no keypoints for MODEL.KEYPOINT_ON: its categories list none.")
+        mirrored = [(point, point.replace("left", "right")) for point in points if "left" in point]
+        known.set(keypoint_names=points, keypoint_flip_map=[pair for pair in mirrored if pair[1] in points])
 
 
 def registered(name: str) -> Metadata:

@@ -22,8 +22,7 @@ def register_labelled(folder: Path, name: str, images: int = 4) -> None:
     if f"{name}_keypoints" in DatasetCatalog.list():
         return
     instances, panoptic = _write(folder, images)
-    points = {"keypoint_names": ["head", "left", "right"], "keypoint_flip_map": [("left", "right")]}
-    register_coco_instances(f"{name}_keypoints", points, str(instances), str(folder / "images"))
+    register_coco_instances(f"{name}_keypoints", {}, str(instances), str(folder / "images"))
     metadata = {
         "thing_classes": list(THINGS),
         "stuff_classes": list(STUFF),
@@ -61,7 +60,8 @@ def _write(folder: Path, images: int) -> tuple[Path, Path]:
         segments = [_segment(ids[label], semantic == label) for label in np.unique(semantic).tolist()]
         panoptic.append({"image_id": number, "file_name": files[1], "segments_info": segments})
         records.append({"id": number, "file_name": files[0], "width": _SIZE, "height": _SIZE})
-    things = [{"id": index, "name": name, "isthing": 1} for index, name in enumerate(THINGS, 1)]
+    points = {"keypoints": ["head", "left_ear", "right_ear"]}
+    things = [{"id": index, "name": name, "isthing": 1, **points} for index, name in enumerate(THINGS, 1)]
     stuff = [{"id": category, "name": STUFF[label], "isthing": 0} for label, category in _STUFF_IDS.items()]
     written = {
         folder / "instances.json": {"images": records, "annotations": instances, "categories": things},

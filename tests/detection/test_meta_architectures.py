@@ -17,14 +17,16 @@ import train_net as command_line
 from architectures import ARCHITECTURES, Architecture, table
 from detectron2.config import LazyCall, LazyConfig, instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluators, SemSegEvaluator
 from labelled_images import register_labelled
 from tiny_detectors import batch, distilled_config, narrow, step, tiny, tiny_config
-from training_runs import ROOT
+from training_runs import ROOT, write_coco
 
 from d2_mgd import configs
 from d2_mgd.detection import FrozenTeacher, TeacherStudentDetector
+from d2_mgd.detection.datasets import name_keypoints
 from d2_mgd.detection.evaluation import check_evaluators, evaluator_of
 from d2_mgd.errors import UserError
 
@@ -41,6 +43,7 @@ SHORT = {
     "MGD.TEACHER.WEIGHTS": "untrained",
     "MGD.REMATCH.NUM_IMAGES": 2,
 }
+NO_TEST = ("DATASETS.TEST", ())
 STEPS = 2
 
 
@@ -104,6 +107,19 @@ def python_run(one: Architecture, data: str, output: Path, evaluated: bool) -> N
 def teaches(model: TeacherStudentDetector) -> None:
     losses = step(model, batch((64, 64), (64, 64)))
     assert all(float(losses[f"loss_distill/{name}"].detach()) > 0 for name in model.pairs)
+
+
+def test_keypoints_are_named_by_the_json_of_a_set(labelled: str, tmp_path: Path) -> None:
+    name = f"{labelled}_keypoints"
+    name_keypoints(tiny_config("retinanet", 16, "MODEL.KEYPOINT_ON", True, "DATASETS.TRAIN", (name,), *NO_TEST))
+    known = MetadataCatalog.get(name)
+    assert known.keypoint_names == ["head", "left_ear", "right_ear"]
+    assert known.keypoint_flip_map == [("left_ear", "right_ear")]
+    path, root = write_coco(tmp_path, "without_points", 1, seed=0)
+    register_coco_instances("without_points", {}, str(path), str(root))
+    cfg = tiny_config("retinanet", 16, "MODEL.KEYPOINT_ON", True, "DATASETS.TRAIN", ("without_points",), *NO_TEST)
+    with pytest.raises(UserError, match=r"'without_points' has no keypoints for MODEL\.KEYPOINT_ON: its categories"):
+        name_keypoints(cfg)
 
 
 def test_the_table_in_the_documentation() -> None:
