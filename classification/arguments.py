@@ -3,49 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
 
 from d2_mgd.distill import ALIGNMENTS, BALANCES, DECAYS, FEATURE_LOSSES, LOGIT_LOSSES, REDUCERS, SPATIAL_WEIGHTS
 from d2_mgd.distill.registry import names
 from d2_mgd.distill.teacher_forward import TEACHER_PRECISIONS
-from d2_mgd.errors import UserError
 from d2_mgd.matching import METRICS, MODES
+from d2_mgd.training.options import number, whole
 from d2_mgd.training.services import add_log_arguments
-
-
-class Parser(argparse.ArgumentParser):
-    """An argparse parser that raises :class:`UserError` instead of printing the usage and exiting."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{' '.join(message.split())}; {self.prog} --help lists all options.")
-
-
-def _whole(least: int) -> Callable[[str], int]:
-    def convert(text: str) -> int:
-        value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"must be {least} or more, not {value}")
-        return value
-
-    convert.__name__ = "whole number"  # argparse: "invalid whole number value: ..."
-    return convert
-
-
-def _number(least: float, above: bool = False) -> Callable[[str], float]:
-    def convert(text: str) -> float:
-        value = float(text)
-        if not math.isfinite(value) or value < least or (above and value == least):
-            raise argparse.ArgumentTypeError(
-                f"must be {'above ' if above else ''}{least:g}{'' if above else ' or more'}, not {text}"
-            )
-        return value
-
-    convert.__name__ = "number"
-    return convert
-
 
 # fmt: off
 
@@ -54,9 +19,9 @@ def add_common(parser: argparse.ArgumentParser, nesterov: int, drops: list[int])
     add = parser.add_argument
     add("data", type=Path, metavar="DATA", help="folder with train/ and valid/ (or val/), a folder per class in each")
     add("-a", "--arch", default="resnet18", help="mobilenet_v1, shufflenet_v2, any of torchvision, or timm:NAME")
-    add("-j", "--workers", type=_whole(0), help="image-loading processes on this machine (its cores, at most 32)")
+    add("-j", "--workers", type=whole(0), help="image-loading processes on this machine (its cores, at most 32)")
     add("--val-split", metavar="NAME", help="folder of DATA to evaluate on (default: valid, or val)")
-    add("--image-size", type=_whole(16), default=224, metavar="PX", help="side of the network's square input")
+    add("--image-size", type=whole(16), default=224, metavar="PX", help="side of the network's square input")
     add("--skip-broken-images", action="store_true", help="skip images that cannot be read, and log each")
     _add_schedule(parser, nesterov, drops)
     _add_weights(parser)
@@ -65,34 +30,34 @@ def add_common(parser: argparse.ArgumentParser, nesterov: int, drops: list[int])
     add("--overwrite", action="store_true", help="start a new run in an output folder that contains one")
     add("--resume", nargs="?", const="auto", metavar="PATH",
         help="resume from a checkpoint.pth; without PATH, from the one in the output folder, if any")
-    add("--checkpoint-freq", type=_whole(0), default=0, metavar="STEPS",
+    add("--checkpoint-freq", type=whole(0), default=0, metavar="STEPS",
         help="also write a checkpoint every STEPS steps; 0: after each epoch only")
-    add("--keep-checkpoints", type=_whole(2), default=2, metavar="N",
+    add("--keep-checkpoints", type=whole(2), default=2, metavar="N",
         help="number of checkpoints to keep; an older one is used if the newest is damaged")
     add("--safetensors", action="store_true", help="also write the student's files as safetensors")
     add_log_arguments(parser)
-    add("-p", "--print-freq", type=_whole(1), default=10, metavar="STEPS", help="steps between log lines")
+    add("-p", "--print-freq", type=whole(1), default=10, metavar="STEPS", help="steps between log lines")
 
 
 def _add_schedule(parser: argparse.ArgumentParser, nesterov: int, drops: list[int]) -> None:
     add = parser.add_argument
-    add("--epochs", type=_whole(1), default=100, help="number of epochs, without those of the warm-up")
-    add("--start-epoch", type=_whole(0), default=0, help="first epoch, for a restart by hand; --resume restores it")
-    add("-b", "--batch-size", type=_whole(1), default=256, help="images of a step, over all processes of this machine")
-    add("--lr", "--learning-rate", dest="lr", type=_number(0.0), default=0.1, help="learning rate")
-    add("--momentum", type=_number(0.0), default=0.9, help="momentum of SGD")
-    add("--wd", "--weight-decay", dest="weight_decay", type=_number(0.0), default=1e-4, help="weight decay")
+    add("--epochs", type=whole(1), default=100, help="number of epochs, without those of the warm-up")
+    add("--start-epoch", type=whole(0), default=0, help="first epoch, for a restart by hand; --resume restores it")
+    add("-b", "--batch-size", type=whole(1), default=256, help="images of a step, over all processes of this machine")
+    add("--lr", "--learning-rate", dest="lr", type=number(0.0), default=0.1, help="learning rate")
+    add("--momentum", type=number(0.0), default=0.9, help="momentum of SGD")
+    add("--wd", "--weight-decay", dest="weight_decay", type=number(0.0), default=1e-4, help="weight decay")
     add("--nesterov", type=int, choices=(0, 1), default=nesterov, help="1: Nesterov momentum")
-    add("--lr-drop-ratio", type=_number(0.0), default=0.1, help="factor of the learning rate at each drop")
-    add("--lr-drop-epochs", type=_whole(0), nargs="*", default=drops, metavar="EPOCH",
+    add("--lr-drop-ratio", type=number(0.0), default=0.1, help="factor of the learning rate at each drop")
+    add("--lr-drop-epochs", type=whole(0), nargs="*", default=drops, metavar="EPOCH",
         help="epochs at which the learning rate drops, counted from the end of the warm-up")
     add("--warmup", type=int, choices=(0, 1), default=0, help="1: warm up linearly from a tenth of --lr")
-    add("--warmup-epochs", type=_whole(1), default=10, help="number of warm-up epochs, with --warmup 1")
-    add("--seed", type=_whole(0), default=0, help="seed of new weights, and of the order, crops and flips of images")
+    add("--warmup-epochs", type=whole(1), default=10, help="number of warm-up epochs, with --warmup 1")
+    add("--seed", type=whole(0), default=0, help="seed of new weights, and of the order, crops and flips of images")
     add("--mixed-precision", choices=("none", "bf16", "fp16"), default="none", help="of the forwards; fp16: GPUs only")
-    add("--accumulate", type=_whole(1), default=1, metavar="PARTS",
+    add("--accumulate", type=whole(1), default=1, metavar="PARTS",
         help="number of micro-batches of a step (gradient accumulation), which takes less memory")
-    add("--skip-nonfinite", type=_whole(0), default=0, metavar="N",
+    add("--skip-nonfinite", type=whole(0), default=0, metavar="N",
         help="skip up to N steps in a row with non-finite losses or gradients; 0: stop at the first")
 
 
@@ -113,9 +78,9 @@ def _add_weights(parser: argparse.ArgumentParser) -> None:
 def _add_processes(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--gpu", type=_whole(0), metavar="N", help="the same as --device cuda:N")
+    add("--gpu", type=whole(0), metavar="N", help="the same as --device cuda:N")
     add("--multiprocessing-distributed", action="store_true", help="start one process per GPU, as torchrun does")
-    add("--nproc", type=_whole(1), metavar="N", help="processes of this machine (default: one per GPU; 1 on CPUs)")
+    add("--nproc", type=whole(1), metavar="N", help="processes of this machine (default: one per GPU; 1 on CPUs)")
     add("--world-size", type=int, default=-1, help="number of machines")
     add("--rank", type=int, default=-1, help="index of this machine, from 0")
     add("--dist-url", metavar="URL", help="tcp://ADDRESS:PORT of machine 0 (default with one machine: a free port)")
@@ -132,13 +97,13 @@ def add_distillation(parser: argparse.ArgumentParser) -> None:
         help="of the teacher's forward; student: --mixed-precision; auto: bfloat16 if the device has it, else student")
     add("--teacher-compile", type=int, choices=(0, 1), default=0, help="1: torch.compile the teacher's forward")
     add("--mgd-reducer", choices=names(REDUCERS), default="amp", help="reduces a group of teacher channels to one map")
-    add("--mgd-update-freq", type=_whole(0), default=2, metavar="EPOCHS",
+    add("--mgd-update-freq", type=whole(0), default=2, metavar="EPOCHS",
         help="epochs between rematches; 0: keep the first matching")
-    add("--mgd-update-at", type=_whole(1), nargs="+", default=[], metavar="EPOCH",
+    add("--mgd-update-at", type=whole(1), nargs="+", default=[], metavar="EPOCH",
         help="rematch after these epochs, instead of every --mgd-update-freq epochs")
-    add("--mgd-update-log", type=_whole(1), nargs=3, metavar=("FIRST", "LAST", "COUNT"),
+    add("--mgd-update-log", type=whole(1), nargs=3, metavar=("FIRST", "LAST", "COUNT"),
         help="rematch after COUNT epochs from FIRST to LAST, spaced by a constant factor")
-    add("--mgd-update-images", type=_whole(1), default=20000, metavar="N", help="number of images of a matching")
+    add("--mgd-update-images", type=whole(1), default=20000, metavar="N", help="number of images of a matching")
     add("--mgd-update-source", choices=("pass", "online"), default="pass",
         help="maps for a rematch: of a separate pass over training images, or of the last training steps")
     add("--mgd-mode", choices=MODES, help="constraint on the matching (default: balanced, for sm one_to_one)")
@@ -149,8 +114,8 @@ def add_distillation(parser: argparse.ArgumentParser) -> None:
     add("--balance", choices=BALANCES, default="fixed",
         help="weights of the features: fixed (--loss-factor, --loss-weight), or from the gradients at the maps (auto)")
     add("--mgd-with-kd", type=int, choices=(0, 1), default=0, help="1: also distil the logits")
-    add("--kd-temperature", type=_number(0.0, above=True), default=1.5, help="temperature of the logits")
-    add("--kd-weight", type=_number(0.0), default=1.0, help="weight of the logit loss")
+    add("--kd-temperature", type=number(0.0, above=True), default=1.5, help="temperature of the logits")
+    add("--kd-weight", type=number(0.0), default=1.0, help="weight of the logit loss")
     add("--kd-loss", choices=names(LOGIT_LOSSES), default="kd", help="loss between the logits of both networks")
     add("--kd-standardize", type=int, choices=(0, 1), default=0, help="1: compare z-scores of each image's logits")
     add("--kd-options", nargs="+", default=[], metavar="NAME=NUMBER",
@@ -158,16 +123,16 @@ def add_distillation(parser: argparse.ArgumentParser) -> None:
     add("--mgd-spatial", choices=[name for name in names(SPATIAL_WEIGHTS) if name != "boxes"], default="all",
         help="weights of the pixels in the feature loss: equal, or the teacher's attention")
     add("--loss", choices=names(FEATURE_LOSSES), default="partial_l2", help="loss between two maps")
-    add("--loss-factor", type=_number(0.0, above=True), default=1e4,
+    add("--loss-factor", type=number(0.0, above=True), default=1e4,
         help="divisor of partial_l2 and mse, which are sums over an image (published: 1e4 for 224 px)")
-    add("--loss-weight", type=_number(0.0), default=1.0, help="weight of pearson and channel_kl, which are means")
+    add("--loss-weight", type=number(0.0), default=1.0, help="weight of pearson and channel_kl, which are means")
     add("--distill-decay", choices=DECAYS, default="constant",
         help="how the weight of distillation falls from --distill-start to --distill-stop")
-    add("--distill-start", type=_whole(0), default=0, metavar="EPOCH", help="first epoch with distillation, from 0")
-    add("--distill-stop", type=_whole(1), metavar="EPOCH", help="first epoch without distillation (default: --epochs)")
-    add("--distill-end", type=_number(0.0), default=0.0, metavar="SHARE",
+    add("--distill-start", type=whole(0), default=0, metavar="EPOCH", help="first epoch with distillation, from 0")
+    add("--distill-stop", type=whole(1), metavar="EPOCH", help="first epoch without distillation (default: --epochs)")
+    add("--distill-end", type=number(0.0), default=0.0, metavar="SHARE",
         help="share of the weight that is left at --distill-stop")
-    add("--distill-warmup", type=_whole(0), default=0, metavar="EPOCHS",
+    add("--distill-warmup", type=whole(0), default=0, metavar="EPOCHS",
         help="epochs in which the weight of distillation first rises from 0")
     add("--features", nargs="+", metavar="SPEC",
         help="features to distil: stage2, or NAME=STUDENT_MODULE:TEACHER_MODULE[:TEACHER_NORM]; MODULE@pre taps before "

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from classification.arguments import Parser, add_common, add_distillation
+from classification.arguments import add_common, add_distillation
 from classification.checkpoint import CHECKPOINT
 from d2_mgd.distill import MATCHED_ALIGNMENTS, LogitLoss, RematchSchedule, WeightSchedule
 from d2_mgd.errors import UserError, located
+from d2_mgd.training.options import Parser
 
 _OF_MATCHING = ("mgd_mode", "mgd_metric", "mgd_update")
 _OF_FEATURES = ("features", "balance", "loss", "mgd_align", "mgd_reducer", "mgd_spatial", *_OF_MATCHING)
