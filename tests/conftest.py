@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import importlib.metadata
 import logging
 import os
 import random
+import shutil
 import tempfile
 from collections.abc import Iterator
 
@@ -22,6 +24,7 @@ from d2_mgd._install import DETECTRON2_INSTALL
 
 # The caches of a user are not written to, and say nothing of what a test has yet to evaluate.
 os.environ["FVCORE_CACHE"] = tempfile.mkdtemp(prefix="d2_mgd_tests_")
+atexit.register(shutil.rmtree, os.environ["FVCORE_CACHE"], ignore_errors=True)
 
 # Cores are shared with other tests, so no deadlines; where CI is set, every run draws the same examples.
 hypothesis.settings.register_profile("project", deadline=None, derandomize="CI" in os.environ, print_blob=True)
