@@ -35,6 +35,7 @@ setup(
             "d2-mgd-classify = classification.main_mgd:main",
             "d2-mgd-compare = d2_mgd.commands:compare",
             "d2-mgd-check = d2_mgd.commands:check",
+            "d2-mgd-export = d2_mgd.commands:export",
         ]
     },
     install_requires=[

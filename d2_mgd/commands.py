@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["check", "compare", "compare_runs", "train"]
+__all__ = ["check", "compare", "compare_runs", "export", "train"]
 
 _BESIDE = Path(__file__).resolve().parents[1]
 
@@ -38,3 +38,8 @@ def compare_runs(folders: Sequence[str | Path], output: str | Path) -> int:
 def check() -> int:
     """Check a data set for a detector."""
     return _main("check_dataset")()
+
+
+def export() -> int:
+    """Export a student."""
+    return _main("export_student")()

@@ -123,6 +123,7 @@ def test_train_net_without_detectron2_is_one_sentence() -> None:
         ),
         ("d2_mgd/matching", ["d2_mgd.distill", "d2_mgd.detection", "classification", "detectron2", "torchvision"]),
         ("d2_mgd/distill", ["d2_mgd.detection", "classification", "detectron2"]),
+        ("d2_mgd/export", ["d2_mgd.detection", "classification", "detectron2", "torchvision"]),
         ("d2_mgd/detection", ["classification", "tools"]),
         ("classification", ["d2_mgd.detection", "detectron2", "tools"]),
     ],

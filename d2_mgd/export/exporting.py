@@ -1,0 +1,121 @@
+"""From a student to a checked file with its model card."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from d2_mgd.errors import UserError, reason
+from d2_mgd.export.cards import CARD, card_text, versions, write_hub_folder, write_text
+from d2_mgd.export.checking import Check, check
+from d2_mgd.export.formats import FORMATS, Runtime, check_installed, halved, write
+from d2_mgd.export.students import Student
+from d2_mgd.training import file_digest
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a student is exported.
+
+    Args:
+        format: one of :data:`~d2_mgd.export.formats.FORMATS`.
+        int8: training images that activations are measured on; 0 does not quantise.
+        half: whether weights and convolutions are float16.
+        images: validation images of the check; None: all.
+        tolerance: points by which an accuracy may differ; None: 1.0 with int8, else 0.1.
+        safetensors: whether to write the folder in the Hub's layout.
+        licence: of the weights.
+
+    Raises:
+        UserError: the options contradict each other, or a library is missing.
+    """
+
+    format: str = "onnx"
+    int8: int = 0
+    half: bool = False
+    images: int | None = None
+    tolerance: float | None = None
+    safetensors: bool = False
+    licence: str = "unknown"
+
+    def __post_init__(self) -> None:
+        check_installed(self.format)
+        if self.int8 and (self.half or self.format != "onnx"):
+            raise UserError("--int8 needs --format onnx, without --half: ONNX Runtime quantises a float32 file.")
+
+    @property
+    def name(self) -> str:
+        """Of the export's folder, such as ``onnx_int8``."""
+        return f"{self.format}{'_int8' if self.int8 else '_half' if self.half else ''}"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """The file that was written, its check, and why it is rejected (or an empty string)."""
+
+    file: Path
+    check: Check
+    problem: str
+
+
+def export(student: Student, folder: Path, options: Options) -> Exported:
+    """Write the student to ``folder/student.*``, if it answers as PyTorch does, and the model card beside it.
+
+    ``check.json`` has the comparison. A file that answers differently is named ``rejected_student.*``. What an earlier
+    export wrote there is removed first.
+
+    Raises:
+        UserError: the student cannot be written in the format, or the folder is not writable.
+    """
+    final = folder / f"student{FORMATS[options.format]}"
+    unchecked, rejected = (final.with_name(f"{word}_{final.name}") for word in ("unchecked", "rejected"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in (final, rejected, folder / CARD, folder / "check.json"):
+            old.unlink(missing_ok=True)
+        try:
+            _write(student, unchecked, options)
+            found = check(student, Runtime(unchecked, options.format, student.signature), options.images)
+            problem = _problem(found, options)
+            file = unchecked.rename(rejected if problem else final)
+        finally:
+            unchecked.unlink(missing_ok=True)
+        record = {"file": file.name, "bytes": file.stat().st_size, "sha256": file_digest(file), "problem": problem}
+        write_text(folder / "check.json", json.dumps({**record, **asdict(found), "versions": versions()}, indent=2))
+        if not problem:
+            card = card_text(student, file, found, options.licence)
+            write_text(folder / CARD, card)
+            if options.safetensors:
+                write_hub_folder(folder / "hub", student, card)
+    except OSError as error:
+        raise UserError(f"--output {folder} cannot be written: {reason(error)}.") from error
+    return Exported(file, found, problem)
+
+
+def _write(student: Student, path: Path, options: Options) -> None:
+    network = student.network
+    if options.half:
+        network = copy.deepcopy(network)
+        halved(network, student.half_parts(network))
+    write(network, student.signature, options.format, path)
+    if options.int8:
+        from d2_mgd.export.quantization import quantize  # imports ONNX Runtime
+
+        plain = path.rename(path.with_name(f"float_{path.name}"))
+        try:
+            quantize(plain, path, student.training_images(options.int8))
+        finally:
+            plain.unlink()
+
+
+def _problem(found: Check, options: Options) -> str:
+    tolerance = options.tolerance if options.tolerance is not None else 1.0 if options.int8 else 0.1
+    measure, change = found.largest_change()
+    if change <= tolerance:
+        return ""
+    network, file = found.accuracy[measure]
+    return (
+        f"{measure} of the file is {file:.2f} and PyTorch's {network:.2f}, which --tolerance {tolerance} does not allow"
+    )

@@ -1,0 +1,191 @@
+"""Writing, checking and rejecting files of a tiny classifier."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from d2_mgd.errors import UserError
+from d2_mgd.export import Comparison, Options, Runtime, Signature, Student, export
+from d2_mgd.export.formats import halved, write
+from d2_mgd.training.weights_files import read_safetensors
+
+FORMATS = ["onnx", "torchscript", "pt2"]
+
+
+class Network(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
+        )
+
+    def forward(self, images: Tensor) -> tuple[Tensor]:
+        return (self.body(images / 255),)
+
+
+class Agreement(Comparison):
+    """Percent of images with the class of the network; 0 where ``worst`` says so."""
+
+    def __init__(self, worst: bool) -> None:
+        self.same: list[bool] = []
+        self.worst = worst
+
+    def add(self, target: Any, expected: Sequence[Tensor], found: Sequence[Tensor]) -> None:
+        self.same.append(bool((expected[0].argmax() == found[0].argmax()) and not self.worst))
+
+    def accuracy(self) -> dict[str, tuple[float, float]]:
+        return {"agreement, %": (100.0, 100 * sum(self.same) / len(self.same))}
+
+    def differences(self) -> dict[str, float]:
+        return {"images": len(self.same)}
+
+
+class Toy(Student):
+    def __init__(self, folder: Path, worst: bool = False) -> None:
+        self.network = Network().eval()
+        self.signature = Signature(torch.rand(2, 3, 12, 12) * 255, {"logits": {0: "batch"}}, dynamic_size=False)
+        self.file = folder / "weights.pth"
+        self.file.write_bytes(b"weights")
+        self.facts = {"teacher": "a | larger one"}
+        self.description = {
+            "architecture": "Toy",
+            "library": "torch",
+            "task": "image-classification",
+            "channels": "RGB",
+        }
+        self.worst = worst
+
+    def half_parts(self, network: nn.Module) -> list[nn.Module]:
+        return [network.get_submodule("body")]
+
+    def weights(self) -> dict[str, Tensor]:
+        return self.network.state_dict()
+
+    def training_images(self, count: int) -> Iterator[Tensor]:
+        return (image for image, _ in self.validation(count))
+
+    def validation(self, count: int | None) -> Iterator[tuple[Tensor, None]]:
+        generator = torch.Generator().manual_seed(1)
+        return ((255 * torch.rand(1, 3, 12, 12, generator=generator), None) for _ in range(count or 4))
+
+    def comparison(self) -> Comparison:
+        return Agreement(self.worst)
+
+
+@pytest.fixture
+def onnx() -> Any:
+    pytest.importorskip("onnxruntime")
+    return pytest.importorskip("onnx")
+
+
+def needs(format_name: str) -> None:
+    for library in ("onnx", "onnxruntime") if format_name == "onnx" else ():
+        pytest.importorskip(library)
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_a_file_answers_as_the_network_for_any_number_of_images(format_name: str, half: bool, tmp_path: Path) -> None:
+    needs(format_name)
+    student = Toy(tmp_path)
+    network = copy.deepcopy(student.network)
+    if half:
+        halved(network, student.half_parts(network))
+    write(network, student.signature, format_name, tmp_path / "file")
+    run = Runtime(tmp_path / "file", format_name, student.signature)
+    for number in (1, 5):
+        images = 255 * torch.rand(number, 3, 12, 12)
+        (found,), (expected,) = run(images), student.network(images)
+        torch.testing.assert_close(found, expected, atol=2e-3 if half else 1e-5, rtol=0)
+        assert found.dtype == torch.float32 and not (half and torch.equal(found, expected))
+    with pytest.raises(UserError, match="takes images of 12 x 12 px, and this one has 12 x 16"):
+        run(torch.zeros(1, 3, 12, 16))
+
+
+def test_the_folder_of_an_accepted_file(onnx: Any, tmp_path: Path) -> None:
+    done = export(Toy(tmp_path), tmp_path / "out", Options(images=3, safetensors=True, licence="mit"))
+    assert done.file == tmp_path / "out" / "student.onnx" and not done.problem
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "check.json",
+        "hub",
+        "model_card.md",
+        "student.onnx",
+    ]
+    record = json.loads((tmp_path / "out" / "check.json").read_text())
+    assert record["images"] == record["differences"]["images"] == 3
+    card = (tmp_path / "out" / "model_card.md").read_text()
+    assert card.startswith("---\nlicense: mit\n") and record["sha256"] in card
+    assert r"a \| larger one" in card and "float32 (batch, 3, 12, 12), RGB" in card
+    hub = tmp_path / "out" / "hub"
+    assert (hub / "README.md").read_text() == card
+    assert json.loads((hub / "config.json").read_text())["architecture"] == "Toy"
+    weights, own = read_safetensors(str(hub / "model.safetensors"))[0], Toy(tmp_path).weights()
+    assert weights.keys() == own.keys() and all(torch.equal(weights[name], own[name]) for name in own)
+
+
+def test_a_file_that_answers_differently_has_another_name(onnx: Any, tmp_path: Path) -> None:
+    assert not export(Toy(tmp_path), tmp_path, Options()).problem
+    done = export(Toy(tmp_path, worst=True), tmp_path, Options())
+    assert done.problem == "agreement, % of the file is 0.00 and PyTorch's 100.00, which --tolerance 0.1 does not allow"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["check.json", "rejected_student.onnx", "weights.pth"]
+    assert not export(Toy(tmp_path, worst=True), tmp_path, Options(tolerance=100)).problem
+    assert not (tmp_path / "rejected_student.onnx").exists()
+
+
+def test_int8_quantises_convolutions_and_products(onnx: Any, tmp_path: Path) -> None:
+    done = export(Toy(tmp_path), tmp_path / "out", Options(int8=4, tolerance=100))
+    model = onnx.load(str(done.file))
+    quantised = {node.input[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    weights = {one.name: one.data_type for one in model.graph.initializer if one.name in quantised}
+    assert list(weights.values()).count(onnx.TensorProto.INT8) == 2
+    images = next(Toy(tmp_path).validation(1))[0]
+    found = Runtime(done.file, "onnx", Toy(tmp_path).signature)(images)[0]
+    torch.testing.assert_close(found, Toy(tmp_path).network(images)[0], atol=0.05, rtol=0)
+
+
+class Spectrum(nn.Module):
+    def forward(self, images: Tensor) -> tuple[Tensor]:
+        return (torch.linalg.svdvals(images),)
+
+
+class Branch(nn.Module):
+    def forward(self, images: Tensor) -> tuple[Tensor]:
+        return (images * 2 if images.sum() > 0 else images,)
+
+
+def test_what_a_format_lacks_is_one_sentence(onnx: Any, tmp_path: Path) -> None:
+    signature = Signature(torch.rand(2, 3, 4, 4), {"values": {0: "batch"}}, dynamic_size=False)
+    with pytest.raises(
+        UserError, match=r"^ONNX cannot express this student: opset 17 has no operator for aten::\w*svd"
+    ):
+        write(Spectrum(), signature, "onnx", tmp_path / "file")
+    with pytest.raises(UserError, match=r"^torch.export cannot export .*data-dependent.* Use onnx or torchscript\.$"):
+        write(Branch(), signature, "pt2", tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"format": "coreml"}, "there is no format 'coreml'; there are: onnx, torchscript, pt2."),
+        ({"format": "pt2", "int8": 5}, "--int8 needs --format onnx, without --half"),
+    ],
+)
+def test_options_that_cannot_work(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Options(**options)
+
+
+def test_a_missing_library_comes_with_its_installation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(UserError, match=r"--format onnx needs onnx, which is not installed: pip install 'd2_mgd\[ex"):
+        Options()
