@@ -26,13 +26,13 @@ from classification_export import ExportableClassifier
 from run_folder import BAD_INPUT, Run, open_run
 from run_numbers import Compared
 
-from classification.metrics import table
 from d2_mgd import configs
 from d2_mgd._warnings import ignore_deprecations
 from d2_mgd.data.formats import add_dataset_arguments, label_files
 from d2_mgd.errors import UserError
 from d2_mgd.export import FORMATS, Exported, Options, Student, export
 from d2_mgd.training import lasting_output
+from d2_mgd.training.tables import table
 
 REJECTED = 1  # exit status
 
@@ -114,10 +114,16 @@ def _detector(args: argparse.Namespace, found: Run | None, size: tuple[int, int]
     for name, json_file, images in args.register_coco:
         register_coco(name, json_file, images)
     fixed = None if isinstance(size, str) else size
-    path = str(found.folder / "config.yaml") if found else configs.find(args.config_file)
-    if path.endswith(".py"):
-        return detection.from_lazy_config(path, args.weights, fixed)
-    return detection.from_config(path, args.weights, label_files(args), output, fixed)
+    if found is None:
+        path = configs.find(args.config_file)
+        if path.endswith(".py"):
+            return detection.from_lazy_config(path, args.weights, fixed)
+        return detection.from_config(path, args.weights, label_files(args), output, fixed)
+    plain = found.folder / "student.yaml"  # also readable if keys of the MGD node have changed since the training
+    path = str(plain if plain.is_file() else found.folder / "config.yaml")
+    student = detection.from_config(path, args.weights, label_files(args), output, fixed)
+    student.facts["config of the teacher"] = str(found.settings.get("MGD.TEACHER.CONFIG_FILE") or "none")
+    return student
 
 
 def _baseline(folder: Path) -> str:

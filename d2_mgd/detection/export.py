@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode, get_cfg, instantiate
+from detectron2.config import get_cfg, instantiate
 from detectron2.data import DatasetCatalog
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 from detectron2.export import TracingAdapter
@@ -63,6 +63,8 @@ class ExportableDetector(Student):
         UserError: a model of another kind, or weights that are not its own.
     """
 
+    network: _Adapter
+
     def __init__(
         self,
         model: nn.Module,
@@ -96,7 +98,7 @@ class ExportableDetector(Student):
         return [one for one in network.modules() if isinstance(one, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear))]
 
     def weights(self) -> dict[str, Tensor]:
-        return self.network.get_submodule("model").state_dict()
+        return self.network.model.state_dict()
 
     def training_images(self, count: int) -> Iterator[Tensor]:
         return (batch[0]["image"].float() for batch in itertools.islice(self._training(count), count))
@@ -193,7 +195,7 @@ def from_config(
     """The student of a yaml config.
 
     Args:
-        path: of a plain config, or of the ``config.yaml`` in a training's folder.
+        path: of a plain config, or of the ``student.yaml`` or ``config.yaml`` in a training's folder.
         weights: its file; by default the last checkpoint of that folder.
         files: data sets in other formats than COCO's.
         output: folder for those in COCO's format.
@@ -207,7 +209,6 @@ def from_config(
     merge_file(cfg, path)
     folder = Path(path).parent
     weights = weights or _last_checkpoint(folder)
-    teacher = _teacher(cfg, weights)
     cfg = student_config(cfg)
     cfg.MODEL.DEVICE, cfg.DATALOADER.NUM_WORKERS, cfg.OUTPUT_DIR = "cpu", 0, str(output)
     if not cfg.DATASETS.TEST:
@@ -230,7 +231,7 @@ def from_config(
         channels=cfg.INPUT.FORMAT,
         size=size,
         facts={
-            "teacher": teacher,
+            "teacher": _teacher(weights),
             "data": f"{', '.join(cfg.DATASETS.TRAIN)}; validation: {name}",
             "image size": f"shortest side {cfg.INPUT.MIN_SIZE_TEST} px, longest at most {cfg.INPUT.MAX_SIZE_TEST} px",
             "config": f"{Path(path).name} (SHA-256 {file_digest(path)})",
@@ -272,13 +273,10 @@ def _register(path: Path) -> None:
             register_coco(name, place["json_file"], place["image_root"])
 
 
-def _teacher(cfg: CfgNode, weights: str) -> str:
+def _teacher(weights: str) -> str:
     """The teacher of a training, for the model card."""
-    if not cfg.MGD.ENABLED:
-        return "none"
     record = read_model(local_weights_file(weights)).get("distillation", {}).get("teacher")
-    digest = f", {Path(record['weights']).name} (SHA-256 {record['digest']})" if record else ""
-    return f"{cfg.MGD.TEACHER.CONFIG_FILE}{digest}"
+    return f"{Path(record['weights']).name} (SHA-256 {record['digest']})" if record else "none in the weights file"
 
 
 def _load(model: nn.Module, weights: str) -> Path:

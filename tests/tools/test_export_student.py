@@ -11,6 +11,9 @@ import torch
 from export_student import main
 
 
+ROOT = Path(__file__).resolve().parents[2]
+
+
 def checked(folder: Path) -> dict:
     return json.loads((folder / "check.json").read_text(encoding="utf-8"))
 
@@ -39,13 +42,17 @@ def test_a_detector_leaves_its_run(detection_runs: Path, tmp_path: Path, capsys:
     assert (out / "hub" / "model.safetensors").is_file()
 
 
-def test_a_plain_detectron2_student(detection_runs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("config", ["student.yaml", "lazy_tiny.py"])
+def test_a_plain_detectron2_student(detection_runs: Path, tmp_path: Path, config: str) -> None:
+    pytest.importorskip("onnxruntime")
     run = detection_runs / "distilled"
     shutil.copy(run / "student.yaml", tmp_path / "student.yaml")
+    path = tmp_path / config if config.endswith("yaml") else ROOT / "tests" / "detection" / config
     places = json.loads((run / "datasets.json").read_text(encoding="utf-8"))
     registered = [word for name, one in places.items() for word in ("--register-coco", name, *one.values())]
-    words = ["--config-file", str(tmp_path / "student.yaml"), "--weights", str(run / "model_final.pth"), *registered]
-    assert main([*words, "--format", "torchscript", "--output", str(tmp_path / "out"), "--check", "2"]) == 0
+    words = ["--config-file", str(path), "--weights", str(run / "model_final.pth"), *registered]
+    words += ["--int8", "3", "--tolerance", "100", "--check", "2", "--output", str(tmp_path / "out")]
+    assert main(words) == 0
     assert checked(tmp_path / "out")["images"] == 2
 
 
