@@ -10,7 +10,6 @@ import pytest
 import torch
 from export_student import main
 
-
 ROOT = Path(__file__).resolve().parents[2]
 
 
