@@ -26,6 +26,7 @@ from d2_mgd.distill.stages import (
     pair_stages,
 )
 from d2_mgd.distill.taps import FeatureTaps, Tap
+from d2_mgd.distill.teacher_forward import TeacherForward
 from d2_mgd.errors import UserError
 from d2_mgd.training.processes import sum_over_ranks, together
 
@@ -65,6 +66,7 @@ class Distillation(nn.Module):
         balance: as in :class:`MatchingGuidedDistiller`.
         schedule: in calls; by default a rematch at the start, after 16 steps, and whenever their number has doubled.
         observed: number of steps before each rematch whose maps count.
+        precision: of the teacher's forward, in ``TEACHER_PRECISIONS``; ``auto`` is the fastest.
         images: (N, C, H, W), from which sizes and strides are measured; by default one empty image for each network, of
             the size that timm or torchvision made it for, else of 224 px.
         options: of :class:`MatchingGuidedDistiller`, such as ``reducer`` and ``align``.
@@ -84,6 +86,7 @@ class Distillation(nn.Module):
         balance: str = "auto",
         schedule: RematchSchedule | None = None,
         observed: int = 100,
+        precision: str = "student",
         images: Tensor | None = None,
         **options: Any,
     ) -> None:
@@ -116,6 +119,7 @@ class Distillation(nn.Module):
         self.losses: dict[str, Tensor] = {}
         self.reports: dict[str, RematchReport] = {}
         self._student = FeatureTaps(student, student_taps)
+        self._forward = TeacherForward(precision)
         self._teacher = FeatureTaps(teacher.eval(), teacher_taps)
         for name in features:
             logger.info(
@@ -165,7 +169,8 @@ class Distillation(nn.Module):
     @torch.no_grad()
     def _teacher_maps(self, *inputs: Any, **named: Any) -> dict[str, Tensor]:
         try:
-            return self._teacher.run(*inputs, **named)
+            with self._forward.autocast(next(self._teacher.model.parameters()).device):
+                return self._teacher.run(*inputs, **named)
         except AssertionError as error:  # vision transformers of timm and torchvision check the image size so
             images = inputs[0] if inputs else None
             raise UserError(cannot_run("the teacher", self._teacher.model, images, error)) from error

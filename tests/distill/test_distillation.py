@@ -187,6 +187,13 @@ def test_no_hook_is_left_after_a_with_block() -> None:
     assert not teacher.training
 
 
+def test_the_teacher_in_bfloat16_gives_nearly_the_same_loss() -> None:
+    ((images, labels),) = batches(1)
+    plain, fast = (Training(balance="fixed", precision=precision) for precision in ("student", "bfloat16"))
+    assert fast.step(images, labels) == pytest.approx(plain.step(images, labels), rel=0.02)
+    assert fast.step(images, labels) != plain.step(images, labels)
+
+
 def test_under_autocast_the_losses_are_float32() -> None:
     training = Training()
     ((images, _),) = batches(1)
