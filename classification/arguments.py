@@ -16,16 +16,21 @@ from d2_mgd.training.services import add_log_arguments
 
 def add_common(parser: argparse.ArgumentParser, nesterov: int, drops: list[int]) -> None:
     """Add the flags of every run; ``nesterov`` and ``drops`` are the defaults of --nesterov and --lr-drop-epochs."""
-    add = parser.add_argument
-    add("data", type=Path, metavar="DATA", help="folder with train/ and valid/ (or val/), a folder per class in each")
+    parser.add_argument(
+        "data", type=Path, metavar="DATA", help="folder with train/ and valid/ (or val/), a folder per class in each"
+    )
+    add = parser.add_argument_group("networks and images").add_argument
     add("-a", "--arch", default="resnet18", help="mobilenet_v1, shufflenet_v2, any of torchvision, or timm:NAME")
-    add("-j", "--workers", type=whole(0), help="image-loading processes on this machine (its cores, at most 32)")
+    add("--teacher-arch", metavar="ARCH",
+        help="architecture of the teacher (default: resnet50, or resnet152 for larger ResNets)")
     add("--val-split", metavar="NAME", help="folder of DATA to evaluate on (default: valid, or val)")
     add("--image-size", type=whole(16), default=224, metavar="PX", help="side of the network's square input")
     add("--skip-broken-images", action="store_true", help="skip images that cannot be read, and log each")
-    _add_schedule(parser, nesterov, drops)
     _add_weights(parser)
+    _add_schedule(parser, nesterov, drops)
     _add_processes(parser)
+    output = parser.add_argument_group("output and resume")
+    add = output.add_argument
     add("--output-dir", type=Path, metavar="DIR", help="default: output/classification/DATA.ARCH.METHOD")
     add("--overwrite", action="store_true", help="start a new run in an output folder that contains one")
     add("--resume", nargs="?", const="auto", metavar="PATH",
@@ -35,12 +40,12 @@ def add_common(parser: argparse.ArgumentParser, nesterov: int, drops: list[int])
     add("--keep-checkpoints", type=whole(2), default=2, metavar="N",
         help="number of checkpoints to keep; an older one is used if the newest is damaged")
     add("--safetensors", action="store_true", help="also write the student's files as safetensors")
-    add_log_arguments(parser)
+    add_log_arguments(output)
     add("-p", "--print-freq", type=whole(1), default=10, metavar="STEPS", help="steps between log lines")
 
 
 def _add_schedule(parser: argparse.ArgumentParser, nesterov: int, drops: list[int]) -> None:
-    add = parser.add_argument
+    add = parser.add_argument_group("training").add_argument
     add("--epochs", type=whole(1), default=100, help="number of epochs, without those of the warm-up")
     add("--start-epoch", type=whole(0), default=0, help="first epoch, for a restart by hand; --resume restores it")
     add("-b", "--batch-size", type=whole(1), default=256, help="images of a step, over all processes of this machine")
@@ -62,7 +67,7 @@ def _add_schedule(parser: argparse.ArgumentParser, nesterov: int, drops: list[in
 
 
 def _add_weights(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
+    add = parser.add_argument_group("weights and evaluation").add_argument
     add("--use-pretrained", type=int, choices=(0, 1), default=0,
         help="start the student from torchvision's ImageNet weights")
     add("--pretrained", dest="use_pretrained", action="store_const", const=1, help="the same as --use-pretrained 1")
@@ -70,13 +75,12 @@ def _add_weights(parser: argparse.ArgumentParser) -> None:
     add("--teacher-resume", type=Path, metavar="PATH", help="the teacher's weights file (default: torchvision's)")
     add("--trust-weights", action="append", default=[], metavar="FILE",
         help="load this file even if it contains python objects, which runs code of the file")
-    add("--teacher-arch", metavar="ARCH",
-        help="architecture of the teacher (default: resnet50, or resnet152 for larger ResNets)")
     add("-e", "--evaluate", action="store_true", help="evaluate the student, the teacher or both, and exit")
 
 
 def _add_processes(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
+    add = parser.add_argument_group("devices and processes").add_argument
+    add("-j", "--workers", type=whole(0), help="image-loading processes (default: this machine's cores, at most 32)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--gpu", type=whole(0), metavar="N", help="the same as --device cuda:N")
     add("--multiprocessing-distributed", action="store_true", help="start one process per GPU, as torchrun does")
@@ -90,12 +94,25 @@ def _add_processes(parser: argparse.ArgumentParser) -> None:
 
 def add_distillation(parser: argparse.ArgumentParser) -> None:
     """Add the flags of a run with a teacher."""
-    add = parser.add_argument
+    add = parser.add_argument_group("distillation").add_argument
     add("--with-baseline", action="store_true", help="first train the student alone, in DIR/baseline; compare both")
     add("--distiller", choices=("mgd", "kd"), default="mgd", help="distil features (mgd), or only the logits (kd)")
     add("--teacher-precision", choices=TEACHER_PRECISIONS, default="auto",
         help="of the teacher's forward; student: --mixed-precision; auto: bfloat16 if the device has it, else student")
     add("--teacher-compile", type=int, choices=(0, 1), default=0, help="1: torch.compile the teacher's forward")
+    add("--features", nargs="+", metavar="SPEC",
+        help="features to distil: stage2, or NAME=STUDENT_MODULE:TEACHER_MODULE[:TEACHER_NORM]; MODULE@pre taps before "
+        "the module's last activation (default: those of the paper, else the deepest map of each common stride)")
+    add("--loss", choices=names(FEATURE_LOSSES),
+        help="loss between two maps (default: partial_l2 if all maps of the teacher have a batch-norm, else pearson)")
+    add("--loss-factor", type=number(0.0, above=True), default=1e4,
+        help="divisor of partial_l2 and mse, which are sums over an image (published: 1e4 for 224 px)")
+    add("--loss-weight", type=number(0.0), default=1.0, help="weight of pearson and channel_kl, which are means")
+    add("--balance", choices=BALANCES, default="fixed",
+        help="weights of the features: fixed (--loss-factor, --loss-weight), or from the losses (auto)")
+    add("--mgd-spatial", choices=[name for name in names(SPATIAL_WEIGHTS) if name != "boxes"], default="all",
+        help="weights of the pixels in the feature loss: equal, or the teacher's attention")
+    add = parser.add_argument_group("matching").add_argument
     add("--mgd-reducer", choices=names(REDUCERS), default="amp", help="reduces a group of teacher channels to one map")
     add("--mgd-update-freq", type=whole(0), default=2, metavar="EPOCHS",
         help="epochs between rematches; 0: keep the first matching")
@@ -107,12 +124,12 @@ def add_distillation(parser: argparse.ArgumentParser) -> None:
     add("--mgd-update-source", choices=("pass", "online"), default="pass",
         help="maps for a rematch: of a separate pass over training images, or of the last training steps")
     add("--mgd-mode", choices=MODES, help="constraint on the matching (default: balanced, for sm one_to_one)")
-    add("--mgd-metric", choices=METRICS, default="cosine", help="distance between two channels")
+    add("--mgd-metric", choices=METRICS,
+        help="distance between two channels (default: pearson with --loss pearson, else cosine)")
     add("--mgd-align", choices=ALIGNMENTS, default="matching",
         help="how channels are aligned: by the matching, by a learned 1x1 convolution that starts as the matching "
         "(matched_projection) or at random (conv1x1), or by index (none)")
-    add("--balance", choices=BALANCES, default="fixed",
-        help="weights of the features: fixed (--loss-factor, --loss-weight), or from the gradients at the maps (auto)")
+    add = parser.add_argument_group("distillation of logits").add_argument
     add("--mgd-with-kd", type=int, choices=(0, 1), default=0, help="1: also distil the logits")
     add("--kd-temperature", type=number(0.0, above=True), default=1.5, help="temperature of the logits")
     add("--kd-weight", type=number(0.0), default=1.0, help="weight of the logit loss")
@@ -120,12 +137,7 @@ def add_distillation(parser: argparse.ArgumentParser) -> None:
     add("--kd-standardize", type=int, choices=(0, 1), default=0, help="1: compare z-scores of each image's logits")
     add("--kd-options", nargs="+", default=[], metavar="NAME=NUMBER",
         help="parameters of the logit loss: alpha and beta of dkd, beta and gamma of dist")
-    add("--mgd-spatial", choices=[name for name in names(SPATIAL_WEIGHTS) if name != "boxes"], default="all",
-        help="weights of the pixels in the feature loss: equal, or the teacher's attention")
-    add("--loss", choices=names(FEATURE_LOSSES), default="partial_l2", help="loss between two maps")
-    add("--loss-factor", type=number(0.0, above=True), default=1e4,
-        help="divisor of partial_l2 and mse, which are sums over an image (published: 1e4 for 224 px)")
-    add("--loss-weight", type=number(0.0), default=1.0, help="weight of pearson and channel_kl, which are means")
+    add = parser.add_argument_group("weight of the distillation during training").add_argument
     add("--distill-decay", choices=DECAYS, default="constant",
         help="how the weight of distillation falls from --distill-start to --distill-stop")
     add("--distill-start", type=whole(0), default=0, metavar="EPOCH", help="first epoch with distillation, from 0")
@@ -134,6 +146,3 @@ def add_distillation(parser: argparse.ArgumentParser) -> None:
         help="share of the weight that is left at --distill-stop")
     add("--distill-warmup", type=whole(0), default=0, metavar="EPOCHS",
         help="epochs in which the weight of distillation first rises from 0")
-    add("--features", nargs="+", metavar="SPEC",
-        help="features to distil: stage2, or NAME=STUDENT_MODULE:TEACHER_MODULE[:TEACHER_NORM]; MODULE@pre taps before "
-        "the module's last activation (default: those of the paper)")

@@ -3,8 +3,7 @@
 Shape shorthand: N images, C channels of a map, H, W.
 
 A feature has a name (``stage1`` ... ``stage4``, shallow to deep), the module whose output is tapped, and the batch-norm
-for a teacher's margins. Features of student and teacher are paired by name. Widths and strides are not in the table:
-:func:`measure_features` measures them.
+for a teacher's margins. Features of student and teacher are paired by name. Widths and strides are measured.
 """
 
 from __future__ import annotations
@@ -12,17 +11,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 import torchvision
-from torch import Tensor, nn
+from torch import nn
 
 from classification.networks import MobileNetV1, PreActivationShuffleNetV2
-from d2_mgd.distill import FeatureTaps, Tap
-from d2_mgd.errors import UserError, located
+from d2_mgd.distill import Tap
+from d2_mgd.errors import UserError
+from d2_mgd.training.timm_networks import TIMM, timm_network, timm_network_for
 
-TIMM = "timm:"  # prefix of timm's networks
 # In training mode these return the logits of auxiliary classifiers too, which this pipeline does not support.
 _WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
 
@@ -33,11 +30,12 @@ class Feature:
 
     Args:
         tap: the module, and whether the map is taken before its last activation.
-        norm: dotted path of the batch-norm whose output is the map, or the last summand of the map.
+        norm: dotted path of the batch-norm whose output is the map, or the last summand of the map; None: the last one
+            inside the tapped module.
     """
 
     tap: Tap
-    norm: str
+    norm: str | None
 
 
 @dataclass(frozen=True)
@@ -151,7 +149,7 @@ def architecture(name: str) -> Architecture:
     if name in ARCHITECTURES:
         return ARCHITECTURES[name]
     if name.startswith(TIMM):
-        return Architecture(lambda num_classes: timm_model(name, num_classes), {}, teacher=None)
+        return Architecture(lambda num_classes: timm_network(name, num_classes=num_classes), {}, teacher=None)
     if name in available():
         return Architecture(_from_torchvision(name), {}, teacher=None, torchvision=name)
     near = difflib.get_close_matches(name, available(), 5)
@@ -159,48 +157,8 @@ def architecture(name: str) -> Architecture:
     raise UserError(f"unknown architecture {name!r}. {known}, and timm:NAME if timm is installed.")
 
 
-def build(name: str, num_classes: int) -> nn.Module:
-    """Build a network with new weights. Errors as in :func:`architecture`."""
+def build(name: str, num_classes: int, image_size: int = 224) -> nn.Module:
+    """Build a network with new weights, for images of ``image_size`` px. Errors as in :func:`architecture`."""
+    if name.startswith(TIMM):
+        return timm_network_for(image_size, name, num_classes=num_classes)
     return architecture(name).build(num_classes)
-
-
-def timm_model(name: str, num_classes: int | None, pretrained: bool = False) -> nn.Module:
-    """Build a network of timm; with ``num_classes`` None it has the published head."""
-    try:
-        import timm
-    except ImportError as error:
-        raise UserError(f"{name} needs timm, which is not installed: pip install timm.") from error
-    bare = name[len(TIMM) :]
-    if not timm.is_model(bare):
-        near = ", ".join(timm.list_models(f"*{bare.split('_')[0]}*")[:20])
-        raise UserError(f"timm has no model {bare!r}. Similar names: {near or 'none'}.")
-    head: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
-    return timm.create_model(bare, pretrained=pretrained, **head)
-
-
-@torch.no_grad()
-def measure_features(
-    name: str, model: nn.Module, taps: Mapping[str, Tap], image_size: int
-) -> dict[str, tuple[int, int, int]]:
-    """Measure (C, H, W) of every tapped map, by one forward pass with an image of ``image_size`` px.
-
-    Raises:
-        UserError: a path is not in the model, a map is not (N, C, H, W), or the image is too small.
-    """
-    training = model.training
-    images = torch.zeros(1, 3, image_size, image_size, device=next(model.parameters()).device)
-    model.eval()
-    try:
-        with located(f"{name}: "), FeatureTaps(model, taps) as feature_taps:
-            maps: dict[str, Tensor] = feature_taps.run(images)
-    except RuntimeError as error:
-        raise UserError(f"{name} cannot run on images of {image_size} px: {error}") from error
-    finally:
-        model.train(training)
-    for feature, found in maps.items():
-        if found.ndim != 4:
-            raise UserError(
-                f"{name}: the map of {feature} ({taps[feature].module}) has shape {tuple(found.shape)}, "
-                "not (N, C, H, W)."
-            )
-    return {feature: (found.shape[1], found.shape[2], found.shape[3]) for feature, found in maps.items()}

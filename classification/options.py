@@ -18,6 +18,19 @@ _OF_MATCHING = ("mgd_mode", "mgd_metric", "mgd_update")
 _OF_FEATURES = ("features", "balance", "loss", "mgd_align", "mgd_reducer", "mgd_spatial", *_OF_MATCHING)
 SUMMED_LOSSES = ("partial_l2", "mse")  # sums over an image, weighted by the published factors
 
+_USAGE = "%(prog)s DATA [options]"
+_BASE = """Train a network without a teacher, or evaluate it and its teacher.
+
+  %(prog)s DATA --arch mobilenet_v2
+  %(prog)s DATA --arch resnet50 --pretrained --learning-rate 0.01    # a teacher for these classes
+  %(prog)s DATA --arch mobilenet_v2 --student-resume student_best.pth --evaluate"""
+
+_MGD = """Distil a teacher into a student by Matching Guided Distillation.
+
+  %(prog)s DATA --arch mobilenet_v2    # from torchvision's ResNet-50
+  %(prog)s DATA --arch mobilenet_v2 --teacher-arch resnet50 --teacher-resume teacher.pth --mgd-with-kd 1
+  %(prog)s DATA --arch timm:mobilenetv3_small_100 --teacher-arch timm:convnext_tiny"""
+
 
 def parse_base(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the options of ``main_base.py``, which trains without a teacher.
@@ -25,7 +38,7 @@ def parse_base(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     Raises:
         UserError: an option is unknown or malformed, or contradicts another.
     """
-    parser = Parser(description="Train a network without a teacher, or evaluate it and its teacher.")
+    parser = Parser(_USAGE, _BASE)
     add_common(parser, nesterov=0, drops=[30, 60, 90])
     options = parser.parse_args(arguments)
     options.method = "base"
@@ -36,11 +49,13 @@ def parse_base(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def parse_mgd(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the options of ``main_mgd.py``, which distils a teacher. Errors as in :func:`parse_base`."""
-    parser = Parser(description="Distil a teacher into a student by Matching Guided Distillation.")
+    parser = Parser(_USAGE, _MGD)
     add_common(parser, nesterov=1, drops=[31, 61, 81])
     add_distillation(parser)
     options, given = _parse(parser, arguments)
     options.with_kd = bool(options.mgd_with_kd) or options.distiller == "kd"
+    if options.loss is None and "loss_factor" in given:
+        options.loss = "partial_l2"  # published command lines with the factor of this loss do not name it
     _check_in_vain(options, given)
     if options.with_kd:
         logit_loss(options)
@@ -57,7 +72,7 @@ def parse_mgd(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def baseline_of(options: argparse.Namespace) -> argparse.Namespace:
     """The options of a training of the same student alone, in the folder ``baseline`` of the output folder."""
-    parser = Parser()
+    parser = Parser(_USAGE, _BASE)
     add_common(parser, nesterov=1, drops=[])
     alone = argparse.Namespace(**{name: getattr(options, name) for name in vars(parser.parse_args(["DATA"]))})
     alone.method, alone.teacher_arch, alone.teacher_resume = "base", None, None
@@ -86,6 +101,7 @@ def _check_in_vain(options: argparse.Namespace, given: Sequence[str]) -> None:
         (unmatched, _OF_MATCHING, f"is not used with --mgd-align {options.mgd_align}"),
         (options.balance != "fixed", ("loss_weight", "loss_factor"), f"is not used with --balance {options.balance}"),
         (summed, ("loss_weight",), f"is not used with --loss {options.loss}: use --loss-factor"),
+        (options.loss is None, ("loss_weight",), "needs --loss pearson or --loss channel_kl"),
         (not summed, ("loss_factor",), f"is not used with --loss {options.loss}: use --loss-weight"),
     ]
     for in_vain, starts, why in rules:

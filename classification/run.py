@@ -29,7 +29,7 @@ from classification.checkpoint import (
 )
 from classification.engine import Trainer
 from classification.evaluation import Evaluation
-from classification.features import pair_features
+from classification.features import needs_stages, pair_features
 from classification.models import architecture
 from classification.options import as_values, baseline_of, gives_student
 from classification.processes import Process, launch
@@ -82,7 +82,9 @@ def _check(options: argparse.Namespace) -> None:
         architecture(options.teacher_arch)
     find_classes(options.data, options.val_split)
     if options.method not in ("base", "kd"):
-        pair_features(options.arch, teacher_name(options), options.features)  # before a teacher is downloaded
+        names = options.arch, teacher_name(options)
+        if not needs_stages(*names, options.features):
+            pair_features(*names, options.features)  # before a teacher is downloaded
     for file in (options.student_resume, options.teacher_resume):
         if file is not None and not file.is_file():
             raise UserError(f"the file {file} does not exist.")

@@ -15,8 +15,9 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum
 
-from classification.models import TIMM, architecture, build, timm_model
+from classification.models import architecture, build
 from d2_mgd.errors import UserError, located, reason
+from d2_mgd.training.timm_networks import TIMM, resampled, timm_network_for
 from d2_mgd.training.weights_files import read_safetensors, read_tensors
 
 logger = logging.getLogger(__name__)
@@ -86,6 +87,7 @@ def load_weights(model: nn.Module, state: State, name: str, what: str, new_head:
         UserError: the weights are of another network, or are not finite.
     """
     own = model.state_dict()
+    state = resampled(model, state) if name.startswith(TIMM) else state
     head = head_mismatch(own, state)
     if head and not new_head:
         raise UserError(
@@ -124,12 +126,13 @@ def head_mismatch(own: State, state: State) -> list[str]:
     return differ if len(modules) == 1 and same_inputs else []
 
 
-def pretrained_network(name: str, num_classes: int | None = None) -> tuple[nn.Module, int, str]:
+def pretrained_network(name: str, num_classes: int | None = None, image_size: int = 224) -> tuple[nn.Module, int, str]:
     """Build a network with the ImageNet weights that torchvision (or timm) publishes.
 
     Args:
         name: architecture.
-        num_classes: of the head, which is new if this is not the published number; by default the published number.
+        num_classes: of the head, which is new if this is not the published number; None: the published number.
+        image_size: in px; timm's position embeddings are resampled to it.
 
     Returns:
         The network, its number of classes, and the source of the weights.
@@ -139,7 +142,8 @@ def pretrained_network(name: str, num_classes: int | None = None) -> tuple[nn.Mo
     """
     if name.startswith(TIMM):
         try:
-            network: Any = timm_model(name, num_classes, pretrained=True)
+            head = {} if num_classes is None else {"num_classes": num_classes}
+            network: Any = timm_network_for(image_size, name, pretrained=True, **head)
         except (OSError, RuntimeError) as error:
             raise UserError(f"the weights of {name} could not be loaded: {reason(error)}.") from error
         return network, int(network.num_classes), "timm"
@@ -193,7 +197,9 @@ def _published_state(name: str, weights: WeightsEnum) -> State:
     return network.state_dict()
 
 
-def network_from_file(name: str, path: Path, num_classes: int, what: str, other_classes: bool) -> tuple[nn.Module, int]:
+def network_from_file(
+    name: str, path: Path, num_classes: int, what: str, other_classes: bool, image_size: int = 224
+) -> tuple[nn.Module, int]:
     """Build a network with the weights of a file; returns it and its number of classes.
 
     Args:
@@ -202,15 +208,16 @@ def network_from_file(name: str, path: Path, num_classes: int, what: str, other_
         num_classes: of the data.
         what: name of the file in error messages.
         other_classes: whether a head with another number of classes is allowed.
+        image_size: in px.
 
     Raises:
         UserError: as in :func:`load_file` and :func:`load_weights`.
     """
     state = load_file(path, name, what)
-    model = build(name, num_classes)
+    model = build(name, num_classes, image_size)
     head = head_mismatch(model.state_dict(), state)
     if head and other_classes:
         num_classes = int(state[head[0]].shape[0])
-        model = build(name, num_classes)
+        model = build(name, num_classes, image_size)
     load_weights(model, state, name, f"{what} {path}")
     return model, num_classes

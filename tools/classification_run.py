@@ -5,6 +5,7 @@ Shape shorthand: S student channels, T teacher channels, K classes.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from classification.weights import (
 )
 from d2_mgd.data.class_folders import Folder, find_folders
 from d2_mgd.distill import FeatureTaps, Tap
+from d2_mgd.distill.map_shapes import as_map
+from d2_mgd.distill.stages import common_stages, measure_maps
 from d2_mgd.errors import UserError, located
 from d2_mgd.training import file_digest
 from d2_mgd.visualize import Prediction
@@ -75,7 +78,7 @@ def read_classifier(run: Run) -> Classifier:
     with located(f"the student of {run.folder} cannot be had: "):
         content = read_checkpoint(path, "its file")
         name, classes = content["arch"], list(content["classes"])
-        network = build(name, len(classes))
+        network = build(name, len(classes), int(content["image_size"]))
         load_weights(network, load_file(path, name, "its file"), name, f"its file {path}")
         return Classifier(network.eval(), classes, int(content["image_size"]), path)
 
@@ -111,31 +114,33 @@ def feature_maps(run: Run, image: Path) -> Maps:
     student = read_classifier(run)
     pixels = seen_pixels(image, student.image_size)
     with located("the teacher cannot be had: "):
-        name = run.record["teacher"]["arch"]
-        pairs = pair_features(settings["arch"], name, settings["features"])
         teacher = _teacher(run, len(student.classes))
-        return Maps(
-            pixels,
-            _tapped(student.network, {feature: pair.student for feature, pair in pairs.items()}, pixels),
-            _tapped(teacher, {feature: pair.teacher for feature, pair in pairs.items()}, pixels),
-            student.weights,
-        )
+        names = settings["arch"], run.record["teacher"]["arch"]
+        networks = student.network, teacher
+        images = [_normalised(pixels, network) for network in networks]
+        stages = functools.partial(common_stages, names, networks, images)
+        pairs = pair_features(*names, settings["features"], stages)
+        taps = {f: pair.student for f, pair in pairs.items()}, {f: pair.teacher for f, pair in pairs.items()}
+        student_maps, teacher_maps = (_tapped(*one) for one in zip(names, networks, taps, images))
+        return Maps(pixels, student_maps, teacher_maps, student.weights)
 
 
 def _teacher(run: Run, num_classes: int) -> nn.Module:
     record = run.record["teacher"]
     if run.settings["teacher_resume"] is None:
-        return pretrained_network(record["arch"])[0]
+        return pretrained_network(record["arch"], None, run.settings["image_size"])[0]
     file = Path(record["file"])
-    network, _ = network_from_file(record["arch"], file, num_classes, "its file", other_classes=True)
+    size = run.settings["image_size"]
+    network, _ = network_from_file(record["arch"], file, num_classes, "its file", True, size)
     if file_digest(file) != record["sha256"]:
         raise UserError(f"the teacher's file {file} has changed since the training: its SHA-256 differs.")
     return network
 
 
-def _tapped(network: nn.Module, taps: dict[str, Tap], pixels: np.ndarray) -> dict[str, torch.Tensor]:
+def _tapped(name: str, network: nn.Module, taps: dict[str, Tap], images: torch.Tensor) -> dict[str, torch.Tensor]:
+    widths = {feature: grid[0] for feature, grid in measure_maps(name, network, taps, images).items()}
     with FeatureTaps(network.eval(), taps) as found:
-        return found.run(_normalised(pixels, network))
+        return {feature: as_map(maps, widths[feature]) for feature, maps in found.run(images).items()}
 
 
 def seen_pixels(image: Path, size: int) -> np.ndarray:

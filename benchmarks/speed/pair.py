@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from classification.distillation import DistillationStep, Student, Teacher
-from classification.features import margins, pair_features
+from classification.features import pair_features
 from classification.models import build
 from d2_mgd.distill import MatchingGuidedDistiller
+from d2_mgd.distill.margins import tap_margins
 from d2_mgd.distill.teacher_forward import TeacherForward
 from d2_mgd.training.steps import Precision
 
@@ -56,7 +57,8 @@ class Pair:
         with torch.no_grad():
             student_maps, (teacher_maps, _) = self.student.maps(self.images[:2]), self.teacher(self.images[:2])
         channels = {name: (student_maps[name].shape[1], teacher_maps[name].shape[1]) for name in pairs}
-        self.distiller = MatchingGuidedDistiller(channels, margins=margins("resnet50", teacher, pairs)).to(device)
+        margins = tap_margins(teacher, taps, {name: pair.norm for name, pair in pairs.items()})
+        self.distiller = MatchingGuidedDistiller(channels, margins=margins).to(device)
         self.student.distiller = self.distiller
         self.distiller.observe(student_maps, teacher_maps)
         self.distiller.rematch()

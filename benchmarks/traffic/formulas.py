@@ -14,8 +14,9 @@ from torch import Tensor, nn
 import classification.engine as engine
 from benchmarks.traffic.collectives import tensor_bytes
 from classification.features import pair_features
-from classification.models import build, measure_features
+from classification.models import build
 from d2_mgd.distill.norms import MaskedBatchNorm
+from d2_mgd.distill.stages import measure_maps
 
 
 def expected_bytes(trainer: engine.Trainer) -> dict[str, int]:
@@ -82,7 +83,8 @@ def sizes(student: str, teacher: str) -> dict[str, Any]:
     pairs = pair_features(student, teacher)
     networks = [build(name, 1000) for name in (student, teacher)]
     taps = ({name: pair.student for name, pair in pairs.items()}, {name: pair.teacher for name, pair in pairs.items()})
-    widths = [measure_features(name, net, tap, 224) for name, net, tap in zip((student, teacher), networks, taps)]
+    image = torch.zeros(1, 3, 224, 224)
+    widths = [measure_maps(name, net, tap, image) for name, net, tap in zip((student, teacher), networks, taps)]
     channels = {name: (widths[0][name][0], widths[1][name][0]) for name in pairs}
     trained_tensors = list(networks[0].parameters())
     trained = sum(parameter.numel() for parameter in trained_tensors)

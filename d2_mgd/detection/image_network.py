@@ -18,9 +18,10 @@ from d2_mgd.distill import FeatureTaps
 from d2_mgd.distill.map_shapes import as_map
 from d2_mgd.distill.stages import find_stages
 from d2_mgd.errors import UserError, reason
+from d2_mgd.training.timm_networks import TIMM, timm_network
 from d2_mgd.training.weights_files import read_safetensors, read_tensors
 
-TIMM, TORCHVISION = "timm:", "torchvision:"
+TORCHVISION = "torchvision:"
 _MEASURED = 224  # pixels of the image that strides are measured with, which every classifier takes
 _LEVELS = (2, 3, 4, 5, 6)
 _IMAGENET = ([123.675, 116.28, 103.53], [58.395, 57.12, 57.375])
@@ -129,14 +130,10 @@ def _fresh(name: str) -> nn.Module:
         if bare not in known:
             raise UserError(f"torchvision has no classifier {bare!r}; there are: {', '.join(known)}.")
         return models.get_model(bare)
-    timm = _timm(name)
-    bare = name.removeprefix(TIMM)
-    if not timm.is_model(bare):
-        raise UserError(f"timm has no model {bare!r}; near it: {', '.join(timm.list_models(f'*{bare[:6]}*')[:20])}.")
     try:
-        return timm.create_model(bare, dynamic_img_size=True)  # of vision transformers, for images of any size
+        return timm_network(name, dynamic_img_size=True)  # of vision transformers, for images of any size
     except TypeError:
-        return timm.create_model(bare)
+        return timm_network(name)
 
 
 def _published(name: str) -> dict[str, Any]:
@@ -146,16 +143,8 @@ def _published(name: str) -> dict[str, Any]:
 
             weights: Any = models.get_model_weights(name.removeprefix(TORCHVISION)).DEFAULT
             return read_tensors(cached_download(weights.url, name))
-        return _timm(name).create_model(name.removeprefix(TIMM), pretrained=True).state_dict()
+        return timm_network(name, pretrained=True).state_dict()
     except (OSError, RuntimeError) as error:
         raise UserError(
             f"the published weights of {name} cannot be had ({reason(error)}); give their file as MGD.TEACHER.WEIGHTS."
         ) from error
-
-
-def _timm(name: str) -> Any:
-    try:
-        import timm
-    except ImportError as error:
-        raise UserError(f"{name} needs timm, which is not installed: pip install timm.") from error
-    return timm

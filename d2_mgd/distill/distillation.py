@@ -12,18 +12,18 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from d2_mgd.distill.distiller import MatchingGuidedDistiller
-from d2_mgd.distill.margins import tap_margin
+from d2_mgd.distill.margins import tap_margins
 from d2_mgd.distill.rematching import rematch
 from d2_mgd.distill.reports import RematchReport
 from d2_mgd.distill.schedule import RematchSchedule
 from d2_mgd.distill.stages import (
     cannot_run,
+    common_stages,
     describe,
     example_image,
-    find_stages,
     fitting_loss,
+    fitting_metric,
     measure_maps,
-    pair_stages,
 )
 from d2_mgd.distill.taps import FeatureTaps, Tap
 from d2_mgd.distill.teacher_forward import TeacherForward
@@ -50,6 +50,10 @@ class Distillation(nn.Module):
     pass. In training mode it also counts a step, observes the maps and rematches by the schedule. After
     ``distillation.eval()``, or without gradients, it only returns the loss. Pass ``distillation`` the images as the
     teacher needs them, if its normalisation is not the student's.
+
+    Set ``factor`` before a call to what all losses are multiplied by, such as that of a
+    :class:`~d2_mgd.distill.WeightSchedule`; with 0 the teacher does not run and no step is counted. The balance would
+    undo a factor by which the result is multiplied.
 
     ``parameters()`` and ``state_dict()`` contain neither of the networks. With DDP, wrap the student before or after,
     and do not wrap the distillation: it averages its own gradients over ranks. ``remove()``, or the end of a ``with``
@@ -94,19 +98,17 @@ class Distillation(nn.Module):
         student, teacher = _unwrapped(student), _unwrapped(teacher)
         images_of = [example_image(network) if images is None else images for network in (student, teacher)]
         if features is None:
-            features = pair_stages(
-                find_stages("the student", student, images_of[0]), find_stages("the teacher", teacher, images_of[1])
-            )
+            features = common_stages(("the student", "the teacher"), (student, teacher), images_of)
         student_taps = {name: _tap(of_student) for name, (of_student, _) in features.items()}
         teacher_taps = {name: _tap(of_teacher) for name, (_, of_teacher) in features.items()}
         student_maps = measure_maps("the student", student, student_taps, images_of[0])
         teacher_maps = measure_maps("the teacher", teacher, teacher_taps, images_of[1])
         self.loss = fitting_loss(teacher, teacher_taps) if loss == "auto" else loss
-        settings: dict[str, Any] = {"weights": dict.fromkeys(features, weight)}
-        if self.loss == "pearson":  # independent of the scale and the offset of a channel
-            settings.update(norm="none", metric="pearson")
+        settings: dict[str, Any] = {"weights": dict.fromkeys(features, weight), "metric": fitting_metric(self.loss)}
+        if self.loss == "pearson":
+            settings["norm"] = "none"  # the loss is independent of the scale and the offset of a channel
         if self.loss == "partial_l2":
-            settings["margins"] = {name: tap_margin(teacher, tap) for name, tap in teacher_taps.items()}
+            settings["margins"] = tap_margins(teacher, teacher_taps)
         widths = {name: (student_maps[name][0], teacher_maps[name][0]) for name in features}
         self.distiller = MatchingGuidedDistiller(widths, loss=self.loss, balance=balance, **(settings | options))
         self.distiller.to(next(student.parameters()).device)
@@ -115,6 +117,7 @@ class Distillation(nn.Module):
             parameter.register_hook(_mean_over_ranks)
         self.schedule = schedule or RematchSchedule(at=[2**power for power in range(4, 32)])
         self.observed = observed
+        self.factor = 1.0
         self.steps = 0
         self.losses: dict[str, Tensor] = {}
         self.reports: dict[str, RematchReport] = {}
@@ -140,12 +143,15 @@ class Distillation(nn.Module):
                 the images; or the first matching cannot be found.
         """
         student_maps = self._student_maps()
-        teacher_maps = self._teacher_maps(*inputs, **named)
-        if self._trains():
-            self._step(student_maps, teacher_maps)
-        elif not self.distiller.matched:
-            raise UserError("there is no matching yet: the first call in training mode makes one.")
-        losses = self.distiller(student_maps, teacher_maps)
+        if self.factor:
+            teacher_maps = self._teacher_maps(*inputs, **named)
+            if self._trains():
+                self._step(student_maps, teacher_maps)
+            elif not self.distiller.matched:
+                raise UserError("there is no matching yet: the first call in training mode makes one.")
+            losses = self.distiller(student_maps, teacher_maps, factor=self.factor)
+        else:
+            losses = self.distiller.no_losses(next(iter(student_maps.values())).device)
         self.losses = {name: loss.detach() for name, loss in losses.items()}
         return torch.stack([*losses.values()]).sum()
 

@@ -6,14 +6,15 @@ Shape shorthand: C channels.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from d2_mgd.distill.taps import Tap
-from d2_mgd.errors import UserError
+from d2_mgd.errors import UserError, located
 
-__all__ = ["batch_norm_margin", "is_batch_norm", "tap_margin"]
+__all__ = ["batch_norm_margin", "is_batch_norm", "tap_margins"]
 
 _RARE = 1e-3  # below this probability of being negative the conditional mean is replaced by -3 sigma
 _HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
@@ -72,22 +73,32 @@ def is_batch_norm(module: nn.Module) -> bool:
     return hasattr(module, "running_mean") and not isinstance(module, nn.modules.instancenorm._InstanceNorm)
 
 
-def tap_margin(network: nn.Module, tap: Tap, norm: str | None = None) -> Tensor:
-    """(C,) margins of a tapped map, from the last batch-norm inside the tapped module.
+def tap_margins(
+    network: nn.Module, taps: Mapping[str, Tap], norms: Mapping[str, str | None] | None = None
+) -> dict[str, Tensor]:
+    """Feature -> (C,) margins of the tapped map, from the last batch-norm inside the tapped module.
 
     Args:
         network: the teacher.
-        tap: a tap before an activation, or of a module that is or ends in a batch-norm.
-        norm: path of the batch-norm to use instead, for any tap.
+        taps: feature name -> tap before an activation, or of a module that is or ends in a batch-norm.
+        norms: feature name -> path of the batch-norm to use instead, for any tap.
 
     Raises:
-        UserError: the map does not come from a batch-norm, or there is no module ``norm``.
+        UserError: a map does not come from a batch-norm, or a norm does not exist.
     """
     modules = dict(network.named_modules())
-    if norm is not None:
-        if norm not in modules:
-            raise UserError(f"there is no module {norm!r} to compute margins from.")
-        return batch_norm_margin(modules[norm])
+    found = {}
+    for feature, tap in taps.items():
+        with located(f"feature {feature}: "):
+            found[feature] = batch_norm_margin(_norm(modules, tap, (norms or {}).get(feature)))
+    return found
+
+
+def _norm(modules: Mapping[str, nn.Module], tap: Tap, path: str | None) -> nn.Module:
+    if path is not None:
+        if path not in modules:
+            raise UserError(f"there is no module {path!r} to compute margins from.")
+        return modules[path]
     tapped = modules[tap.module]
     end = tapped
     while isinstance(end, nn.Sequential) and len(end):
@@ -97,6 +108,7 @@ def tap_margin(network: nn.Module, tap: Tap, norm: str | None = None) -> Tensor:
     if not norms or not (tap.before_activation or ends_in_norm):
         raise UserError(
             f"the output of {tap.module!r} does not come from a batch-norm, so there are no margins for partial_l2: "
-            "tap before an activation, name the norm, or use the loss mse or pearson."
+            f"tap before an activation ({tap.module}@pre on the command line), name the norm, or use the loss mse or "
+            "pearson."
         )
-    return batch_norm_margin(norms[-1])
+    return norms[-1]

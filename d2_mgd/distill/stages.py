@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from d2_mgd.distill.activations import ActivationWatch
 from d2_mgd.distill.map_shapes import map_of_tokens
-from d2_mgd.distill.margins import is_batch_norm, tap_margin
+from d2_mgd.distill.margins import is_batch_norm, tap_margins
 from d2_mgd.distill.taps import FeatureTaps, Tap
 from d2_mgd.errors import UserError, located, reason
 from d2_mgd.training.modules import preserved_modes
@@ -91,6 +91,14 @@ def find_stages(name: str, network: nn.Module, images: Tensor) -> dict[int, Stag
     return max((_deepest(trace, paths, images) for paths in depths), key=len)
 
 
+def common_stages(
+    names: Sequence[str], networks: Sequence[nn.Module], images: Sequence[Tensor]
+) -> dict[str, tuple[Tap, Tap]]:
+    """:func:`pair_stages` of the stages of two networks, student and teacher. Arguments as :func:`find_stages`."""
+    student, teacher = (find_stages(*one) for one in zip(names, networks, images))
+    return pair_stages(student, teacher)
+
+
 def pair_stages(student: Mapping[int, Stage], teacher: Mapping[int, Stage]) -> dict[str, tuple[Tap, Tap]]:
     """``stride8`` and so on -> taps of student and teacher, for the deepest strides (at most four) that both have.
 
@@ -138,14 +146,18 @@ def measure_maps(
     return {feature: grid for feature, grid in zip(maps, grids) if grid is not None}
 
 
-def fitting_loss(teacher: nn.Module, taps: Mapping[str, Tap]) -> str:
-    """``partial_l2`` if every tapped map of the teacher has margins, else ``pearson``."""
+def fitting_loss(teacher: nn.Module, taps: Mapping[str, Tap], norms: Mapping[str, str | None] | None = None) -> str:
+    """``partial_l2`` if every tapped map of the teacher has margins, else ``pearson``. Arguments as `tap_margins`."""
     try:
-        for tap in taps.values():
-            tap_margin(teacher, tap)
+        tap_margins(teacher, taps, norms)
     except UserError:
         return "pearson"
     return "partial_l2"
+
+
+def fitting_metric(loss: str) -> str:
+    """The matching cost that goes with a loss: ``pearson`` with ``pearson``, else ``cosine``."""
+    return "pearson" if loss == "pearson" else "cosine"
 
 
 def describe(tap: Tap) -> str:

@@ -10,8 +10,24 @@ from typing import NoReturn
 from d2_mgd.errors import UserError
 
 
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the description unchanged, and each option's default unless its help names it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        hidden = "default" in (action.help or "") or action.default in (None, []) or action.nargs == 0
+        return action.help if hidden else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
-    """An argparse parser that raises :class:`UserError` instead of printing the usage and exiting."""
+    """An argparse parser that raises :class:`UserError` instead of printing the usage and exiting.
+
+    Args:
+        usage: in one line.
+        what: sentence about the command, and its most common uses.
+    """
+
+    def __init__(self, usage: str, what: str) -> None:
+        super().__init__(usage=usage, description=what, formatter_class=Help)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{' '.join(message.split())}; {self.prog} --help lists all options.")

@@ -186,7 +186,7 @@ class ServiceLog:
             logger.warning("--log %s stops, and the training continues: %s", self.name, reason(error))
 
 
-def add_log_arguments(parser: argparse.ArgumentParser) -> None:
+def add_log_arguments(parser: argparse._ActionsContainer) -> None:
     """Add --log and --log-student."""
     parser.add_argument(
         "--log",

@@ -5,10 +5,12 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-from classification.features import margins, pair_features, published_factors
-from classification.models import ARCHITECTURES, architecture, available, build, measure_features
+from classification.features import pair_features, published_factors
+from classification.models import ARCHITECTURES, architecture, available, build
 from classification.networks import MobileNetV1, PreActivationShuffleNetV2
 from d2_mgd.distill import FeatureTaps, Tap, batch_norm_margin
+from d2_mgd.distill.margins import tap_margins
+from d2_mgd.distill.stages import measure_maps
 from d2_mgd.errors import UserError
 
 RESNET_WIDE = ((256, 4), (512, 8), (1024, 16), (2048, 32))
@@ -31,7 +33,8 @@ def test_every_row_of_the_table_has_its_widths_strides_and_norms(name: str) -> N
     with torch.device("meta"):
         network = build(name, 10)
     row = architecture(name)
-    found = measure_features(name, network, {key: feature.tap for key, feature in row.features.items()}, 224)
+    images = torch.zeros(1, 3, 224, 224, device="meta")
+    found = measure_maps(name, network, {key: feature.tap for key, feature in row.features.items()}, images)
     expected = EXPECTED.get(name, RESNET_WIDE)
     assert [(width, 224 // height) for width, height, _ in found.values()] == list(expected)
     assert list(found) == ["stage1", "stage2", "stage3", "stage4"]
@@ -122,11 +125,12 @@ def test_any_network_of_torchvision_can_be_tapped_by_name() -> None:
     specs = ["low=stage2:features.6.block.0@pre:features.6.block.0.1", "high=stage4:features.12@pre"]
     pairs = pair_features("shufflenet_v2", "mobilenet_v3_small", specs)
     with torch.device("meta"):
-        teacher = build("mobilenet_v3_small", 10)
-    widths = measure_features("mobilenet_v3_small", teacher, {name: pair.teacher for name, pair in pairs.items()}, 64)
-    assert widths["high"] == (576, 2, 2)
+        teacher, images = build("mobilenet_v3_small", 10), torch.zeros(1, 3, 64, 64)
+    taps = {name: pair.teacher for name, pair in pairs.items()}
+    assert measure_maps("mobilenet_v3_small", teacher, taps, images)["high"] == (576, 2, 2)
     real = build("mobilenet_v3_small", 10)
-    assert torch.equal(margins("x", real, {"high": pairs["high"]})["high"], batch_norm_margin(real.features[12][1]))
+    margins = tap_margins(real, taps, {name: pair.norm for name, pair in pairs.items()})
+    assert torch.equal(margins["high"], batch_norm_margin(real.features[12][1]))
 
 
 def test_features_can_be_chosen_by_name() -> None:
@@ -137,7 +141,6 @@ def test_features_can_be_chosen_by_name() -> None:
 @pytest.mark.parametrize(
     ("student", "teacher", "specs", "message"),
     [
-        ("mobilenet_v3_small", "resnet18", None, "mobilenet_v3_small has no default features"),
         ("mobilenet_v2", "resnet18", ["stage7"], "mobilenet_v2 has no such feature. Available: stage1, stage2"),
         ("mobilenet_v3_small", "resnet18", ["stage2"], "It has no default features"),
         ("mobilenet_v2", "resnet18", ["a=b:c:d:e"], "expected NAME"),
@@ -152,18 +155,25 @@ def test_features_that_do_not_exist(student: str, teacher: str, specs: list[str]
 
 def test_module_that_does_not_exist_is_named_with_its_neighbours() -> None:
     with pytest.raises(UserError, match=r"mobilenet_v1: .*model\.99.*there are: 0, 1"):
-        measure_features("mobilenet_v1", MobileNetV1(3), {"a": Tap("model.99")}, 64)
-
-
-def test_map_that_is_no_map_is_refused() -> None:
-    with pytest.raises(UserError, match=r"has shape \(1, 3\)"):
-        measure_features("mobilenet_v1", MobileNetV1(3), {"a": Tap("fc")}, 64)
+        measure_maps("mobilenet_v1", MobileNetV1(3), {"a": Tap("model.99")}, torch.zeros(1, 3, 64, 64))
 
 
 def test_margins_need_a_batch_norm_at_the_map() -> None:
-    pairs = pair_features("mobilenet_v1", "resnet18", ["a=model.3:layer1"])
-    with pytest.raises(UserError, match=r"no margins for partial_l2.*layer1@pre.*--loss mse"):
-        margins("resnet18", build("resnet18", 3), pairs)
+    with pytest.raises(UserError, match=r"feature a: .*no margins for partial_l2.*layer1@pre.* or use the loss mse"):
+        tap_margins(build("resnet18", 3), {"a": Tap("layer1")})
+
+
+def test_networks_outside_the_table_are_paired_by_their_common_stages() -> None:
+    pre = Tap("layer3.1", before_activation=True)
+    stages = {"stride16": (Tap("features.8"), pre), "stride32": (Tap("features"), Tap("layer4"))}
+    pairs = pair_features("mobilenet_v3_small", "resnet18", None, lambda: stages)
+    assert {name: (pair.student, pair.teacher) for name, pair in pairs.items()} == stages
+    assert published_factors(pairs, 1.0) == {"stride16": 0.5, "stride32": 1.0}
+    specs = ["stride16", "own=features.12:layer4"]
+    assert list(pair_features("mobilenet_v3_small", "resnet18", specs, lambda: stages)) == ["stride16", "own"]
+    with pytest.raises(UserError, match=r"mobilenet_v3_small has no such feature\. Available: stride16, stride32"):
+        pair_features("mobilenet_v3_small", "resnet18", ["stage2"], lambda: stages)
+    assert list(pair_features("resnet18", "resnet50", None, lambda: stages)) == ["stage1", "stage2", "stage3", "stage4"]
 
 
 def test_unknown_architecture_lists_those_there_are() -> None:

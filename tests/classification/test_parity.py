@@ -10,9 +10,10 @@ from scipy.optimize import linear_sum_assignment
 from scipy.stats import norm as normal
 
 from classification.distillation import DistillationStep, Student, Teacher
-from classification.features import margins, pair_features, published_factors
+from classification.features import pair_features, published_factors
 from classification.models import build
 from d2_mgd.distill import MatchingGuidedDistiller
+from d2_mgd.distill.margins import tap_margins
 from d2_mgd.matching import ChannelCost, solve_matching
 from tests.classification.conftest import settled
 
@@ -141,12 +142,13 @@ def test_whole_step_of_mobilenet_v1_and_resnet50(reducer: str, formula) -> None:
     teacher_net = settled(build("resnet50", 5))
     pairs = pair_features("mobilenet_v1", "resnet50")
     widths = {"stage1": (128, 256), "stage2": (256, 512), "stage3": (512, 1024), "stage4": (1024, 2048)}
-    bounds = margins("resnet50", teacher_net, pairs)
+    teacher_taps = {name: pair.teacher for name, pair in pairs.items()}
+    bounds = tap_margins(teacher_net, teacher_taps, {name: pair.norm for name, pair in pairs.items()})
     distiller = MatchingGuidedDistiller(
         widths, reducer=reducer, weights=published_factors(pairs, 1e4), margins=bounds, reduction="image_sum"
     )
     student = Student(student_net, {name: pair.student for name, pair in pairs.items()}, distiller)
-    teacher = Teacher(teacher_net, {name: pair.teacher for name, pair in pairs.items()}, with_logits=True)
+    teacher = Teacher(teacher_net, teacher_taps, with_logits=True)
     step = DistillationStep(student, teacher)
     images, targets = torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 3])
     step.eval()

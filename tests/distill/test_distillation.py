@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from d2_mgd.distill import Distillation, RematchSchedule, Tap
 from d2_mgd.errors import UserError
+from tests.ranks import in_processes
 
 SNIPPET = """
 from d2_mgd.distill import Distillation
@@ -155,6 +155,20 @@ def test_evaluation_counts_no_step() -> None:
     assert training.distillation.steps == 1 and str(training.states()) == str(state)
 
 
+def test_a_factor_of_zero_leaves_the_teacher_out() -> None:
+    training = Training(balance="fixed")
+    (images, _), (others, _) = batches(2)
+    found = []
+    for factor in (1.0, 0.5):
+        training.distillation.factor = factor
+        training.student(images)
+        found.append(float(training.distillation(images).detach()))
+    assert found[1] == pytest.approx(0.5 * found[0])
+    training.distillation.factor = 0.0
+    training.student(others)
+    assert float(training.distillation("no images").detach()) == 0.0 and training.distillation.steps == 2
+
+
 def test_calls_that_cannot_work_are_one_sentence() -> None:
     training = Training()
     ((images, _),) = batches(1)
@@ -203,26 +217,27 @@ def test_under_autocast_the_losses_are_float32() -> None:
     loss.backward()
 
 
-def _train_rank(rank: int, path: str, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
-    torch.manual_seed(rank)
+def _train_rank(words: list[str]) -> int:
+    (folder,) = words
+    dist.init_process_group("gloo")
+    torch.manual_seed(dist.get_rank())
     student = DistributedDataParallel(network(4))
     distillation = Distillation(student, network(8), align="conv1x1", loss="mse")
-    torch.manual_seed(rank)
     parameters = [*student.parameters(), *distillation.parameters()]
     start = [parameter.detach().clone() for parameter in distillation.parameters()]
     optimizer = torch.optim.SGD(parameters, lr=0.05)
-    for images, labels in batches(4, seed=rank):
+    for images, labels in batches(4, seed=dist.get_rank()):
         loss = F.cross_entropy(student(images), labels) + distillation(images)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     assert not any(torch.equal(old, new) for old, new in zip(start, distillation.parameters()))
-    torch.save([parameter.detach() for parameter in parameters], f"{folder}/{rank}.pth")
+    torch.save([parameter.detach() for parameter in parameters], f"{folder}/{dist.get_rank()}.pth")
     dist.destroy_process_group()
+    return 0
 
 
 def test_two_ranks_keep_one_student_and_one_projection(tmp_path: Path) -> None:
-    mp.spawn(_train_rank, args=(str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    assert in_processes(_train_rank, [tmp_path], world=2) == [0, 0]
     first, second = (torch.load(tmp_path / f"{rank}.pth", weights_only=True) for rank in (0, 1))
     assert len(first) > 10 and all(torch.equal(one, other) for one, other in zip(first, second))
