@@ -32,6 +32,7 @@ from d2_mgd.data.formats import add_dataset_arguments, label_files
 from d2_mgd.errors import UserError
 from d2_mgd.export import FORMATS, Exported, Options, Student, export
 from d2_mgd.training import lasting_output
+from d2_mgd.training.options import Parser, number, whole
 from d2_mgd.training.tables import table
 
 REJECTED = 1  # exit status
@@ -39,7 +40,7 @@ REJECTED = 1  # exit status
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    built = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    built = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = built.add_argument
     add("run", nargs="?", type=Path, metavar="RUN", help="folder of a detection or classification run")
     add("--config-file", help="in place of RUN: config of a Detectron2 model; a .py file is executed")
@@ -51,23 +52,16 @@ def parser() -> argparse.ArgumentParser:
         metavar="HxW",
         help="fixed height and width in pixels, or dynamic (default: of a detector dynamic, of a classifier the run's)",
     )
-    add("--int8", nargs="?", type=_positive, const=100, default=0, metavar="N", help="quantise on N (100) images")
+    add("--int8", nargs="?", type=whole(1), const=100, default=0, metavar="N", help="quantise on N (100) images")
     add("--half", action="store_true", help="weights and convolutions in float16")
-    add("--check", type=_positive, metavar="N", help="validation images to compare on (default: all)")
-    add("--tolerance", type=float, metavar="POINTS", help="of the accuracy (default: 0.1, with --int8 1.0)")
+    add("--check", type=whole(1), metavar="N", help="validation images to compare on (default: all)")
+    add("--tolerance", type=number(0), metavar="POINTS", help="of the accuracy (default: 0.1, with --int8 1.0)")
     add("--output", type=Path, metavar="FOLDER", help="default: export/FORMAT in RUN, or beside --weights")
     add("--safetensors", action="store_true", help="also write hub/: config, weights and card in the Hub's layout")
     add("--baseline", type=Path, metavar="RUN", help="the student trained alone, whose accuracy the card names too")
     add("--license", default="unknown", help="identifier of the weights' licence, for the card (default: %(default)s)")
     add_dataset_arguments(built)
     return built
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is less than 1")
-    return number
 
 
 def run(args: argparse.Namespace) -> Exported:
@@ -122,7 +116,8 @@ def _detector(args: argparse.Namespace, found: Run | None, size: tuple[int, int]
     plain = found.folder / "student.yaml"  # also readable if keys of the MGD node have changed since the training
     path = str(plain if plain.is_file() else found.folder / "config.yaml")
     student = detection.from_config(path, args.weights, label_files(args), output, fixed)
-    student.facts["config of the teacher"] = str(found.settings.get("MGD.TEACHER.CONFIG_FILE") or "none")
+    if found.settings.get("MGD.ENABLED"):
+        student.facts["config of the teacher"] = str(found.settings["MGD.TEACHER.CONFIG_FILE"])
     return student
 
 
@@ -138,9 +133,8 @@ def _baseline(folder: Path) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     ignore_deprecations()
-    args = parser().parse_args(arguments)
     try:
-        result = run(args)
+        result = run(parser().parse_args(arguments))
     except UserError as error:
         print(f"export_student.py: error: {error}", file=sys.stderr)
         return BAD_INPUT

@@ -39,6 +39,7 @@ from d2_mgd.detection.networks import build_network
 from d2_mgd.detection.weights import load_weights, local_weights_file, read_model
 from d2_mgd.errors import UserError
 from d2_mgd.export import Comparison, Signature, Student, size_of
+from d2_mgd.export.formats import quiet
 from d2_mgd.training import file_digest
 
 Sample = dict[str, Any]
@@ -281,7 +282,8 @@ def _teacher(weights: str) -> str:
 
 def _load(model: nn.Module, weights: str) -> Path:
     """Load all weights of a model; returns the path of their file."""
-    left = load_weights(model, weights)
+    with quiet():  # Detectron2 warns of each weight that does not fit
+        left = load_weights(model, weights)
     absent = {*left.missing_keys, *(name for name, *_ in left.incorrect_shapes)}
     fresh = [name for name, _ in model.named_parameters() if name in absent]
     if fresh:

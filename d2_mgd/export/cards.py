@@ -15,6 +15,7 @@ from d2_mgd.training import file_digest, write_atomically
 from d2_mgd.training.weights_files import write_safetensors
 
 CARD = "model_card.md"
+HUB_FILES = ("hub/config.json", "hub/model.safetensors", "hub/README.md")
 _LIBRARIES = ("d2_mgd", "torch", "torchvision", "detectron2", "timm", "onnx", "onnxruntime")
 
 
@@ -71,11 +72,12 @@ def versions() -> dict[str, str]:
 
 
 def write_hub_folder(folder: Path, student: Student, card: str) -> None:
-    """Write ``config.json``, ``model.safetensors`` and ``README.md``; nothing is uploaded."""
-    folder.mkdir(exist_ok=True)
-    write_safetensors(str(folder / "model.safetensors"), student.weights())
-    write_text(folder / "config.json", json.dumps(student.description, indent=2) + "\n")
-    write_text(folder / "README.md", card)
+    """Write :data:`HUB_FILES` in ``folder``; nothing is uploaded."""
+    config, weights, readme = (folder / name for name in HUB_FILES)
+    config.parent.mkdir(exist_ok=True)
+    write_text(config, json.dumps(student.description, indent=2) + "\n")
+    write_safetensors(str(weights), student.weights())
+    write_text(readme, card)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from d2_mgd.errors import UserError, reason
-from d2_mgd.export.cards import CARD, card_text, versions, write_hub_folder, write_text
+from d2_mgd.export.cards import CARD, HUB_FILES, card_text, versions, write_hub_folder, write_text
 from d2_mgd.export.checking import Check, check
 from d2_mgd.export.formats import FORMATS, Runtime, check_installed, halved, write
 from d2_mgd.export.students import Student
@@ -73,7 +73,7 @@ def export(student: Student, folder: Path, options: Options) -> Exported:
     unchecked, rejected = (final.with_name(f"{word}_{final.name}") for word in ("unchecked", "rejected"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for old in (final, rejected, folder / CARD, folder / "check.json"):
+        for old in (final, rejected, *(folder / name for name in (CARD, "check.json", *HUB_FILES))):
             old.unlink(missing_ok=True)
         try:
             _write(student, unchecked, options)
@@ -88,7 +88,7 @@ def export(student: Student, folder: Path, options: Options) -> Exported:
             card = card_text(student, file, found, options.licence)
             write_text(folder / CARD, card)
             if options.safetensors:
-                write_hub_folder(folder / "hub", student, card)
+                write_hub_folder(folder, student, card)
     except OSError as error:
         raise UserError(f"--output {folder} cannot be written: {reason(error)}.") from error
     return Exported(file, found, problem)
