@@ -40,12 +40,12 @@ REJECTED = 1  # exit status
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    built = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    built = Parser("%(prog)s [RUN] [options]", str(__doc__))
     add = built.add_argument
     add("run", nargs="?", type=Path, metavar="RUN", help="folder of a detection or classification run")
     add("--config-file", help="in place of RUN: config of a Detectron2 model; a .py file is executed")
     add("--weights", help="of --config-file, or another checkpoint of a detection RUN")
-    add("--format", default="onnx", help=f"{', '.join(FORMATS)} (default: %(default)s)")
+    add("--format", default="onnx", help=f"{', '.join(FORMATS)}")
     add(
         "--size",
         default="",
@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     add("--output", type=Path, metavar="FOLDER", help="default: export/FORMAT in RUN, or beside --weights")
     add("--safetensors", action="store_true", help="also write hub/: config, weights and card in the Hub's layout")
     add("--baseline", type=Path, metavar="RUN", help="the student trained alone, whose accuracy the card names too")
-    add("--license", default="unknown", help="identifier of the weights' licence, for the card (default: %(default)s)")
+    add("--license", default="unknown", help="identifier of the weights' licence, for the card")
     add_dataset_arguments(built)
     return built
 
