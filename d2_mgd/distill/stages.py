@@ -68,9 +68,9 @@ def image_size(network: nn.Module) -> Any:
 def find_stages(name: str, network: nn.Module, images: Tensor) -> dict[int, Stage]:
     """Stride (a power of two, to which the measured one is rounded) -> stage, from shallow to deep.
 
-    Candidates are the modules of timm's ``feature_info``. Without it they are the submodules of the depth at which most
-    strides appear. A map whose stride is smaller than that of an earlier one belongs to a decoder or to attention, and
-    is not used.
+    Candidates are the modules of timm's ``feature_info``. Without it, or if these return no maps, they are the
+    submodules of the depth at which most strides appear. A map whose stride is smaller than that of an earlier one
+    belongs to a decoder or to attention, and is not used.
 
     Args:
         name: of the network, for messages.
@@ -85,8 +85,8 @@ def find_stages(name: str, network: nn.Module, images: Tensor) -> dict[int, Stag
         network(images)
     modules = [path for path in trace.runs if trace.runs[path] == 1]
     listed = {entry["module"] for entry in _feature_info(network)}.intersection(modules)
-    if listed:
-        return _deepest(trace, listed, images)
+    if listed and (found := _deepest(trace, listed, images)):
+        return found
     depths = [{path for path in modules if path.count(".") < depth} for depth in range(1, _SHALLOW + 1)]
     return max((_deepest(trace, paths, images) for paths in depths), key=len)
 
