@@ -189,7 +189,7 @@ class TeacherStudentDetector(nn.Module):
         return {**task_losses, **losses}
 
     def update_balance(self, reduced: bool = False) -> None:
-        """Make the next step's factors from the gradients of the finished one, once; by default the next step does it.
+        """Make the next step's factors from what the finished one has measured, once; by default the next step does it.
 
         Args:
             reduced: see :meth:`~d2_mgd.distill.MatchingGuidedDistiller.update_balance`, which is a collective without.

@@ -15,7 +15,7 @@ from d2_mgd.training.processes import rank
 
 DISTILLER = "distiller."  # prefix of the keys that are not the student's
 _STUDENT = "student."
-_PROGRESS, _COSTS = f"{DISTILLER}progress", f"{DISTILLER}costs."
+_PROGRESS, _COSTS, _MEASURED = f"{DISTILLER}progress", f"{DISTILLER}costs.", f"{DISTILLER}measured"
 
 
 def save_as_student(module: nn.Module) -> None:
@@ -63,7 +63,9 @@ class _StudentState:
         for name, version in list(versions.items()):
             if name.startswith(prefix) and not name.startswith((prefix + _STUDENT, prefix + DISTILLER)):
                 versions.setdefault(prefix + _STUDENT + name[len(prefix) :], version)
-        extra = [name for name in state if name.startswith((prefix + _PROGRESS, prefix + _COSTS))]
+        extra = [
+            name for name in state if name.startswith(tuple(prefix + one for one in (_PROGRESS, _COSTS, _MEASURED)))
+        ]
         _continue_at(module, {name[len(prefix) :]: state.pop(name) for name in extra})
 
     def loaded(self, module: nn.Module, incompatible: Any) -> None:
@@ -85,12 +87,15 @@ def _progress(module: Any) -> dict[str, Tensor]:
     return {
         _PROGRESS: torch.tensor([rematcher.finished, rematcher.checked]),
         **{_COSTS + name: cost.packed() for name, cost in costs.items()},
+        **({} if module.distiller.measured is None else {_MEASURED: module.distiller.measured.clone()}),
     }
 
 
 def _continue_at(module: Any, state: Mapping[str, Tensor]) -> None:
     if _PROGRESS in state:
         module.rematcher.finished, module.rematcher.checked = state[_PROGRESS].tolist()
+    if _MEASURED in state and module.distiller is not None and module.distiller.measured is not None and rank() == 0:
+        module.distiller.measured.copy_(state[_MEASURED])
     for name, cost in ({} if module.distiller is None else module.distiller.costs).items():
         if _COSTS + name in state:
             packed = state[_COSTS + name]

@@ -129,6 +129,7 @@ class FrozenTeacher:
         Args:
             features: name -> :func:`~d2_mgd.detection.features.find_feature` of :attr:`model`.
         """
+        self._forward.forget()
         self._watched = WatchedMaps(_BackboneOnly(self._backbone), features, plain=self.model)
 
     def check_format(self, input_format: str) -> None:

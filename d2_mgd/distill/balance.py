@@ -110,7 +110,7 @@ class Balance(nn.Module):
 
     def rescale_teacher(self, index: int, square: Tensor) -> Tensor:
         """What a teacher's map is multiplied by, for a mean square of about 1; () from this batch's ``square``."""
-        if self.training:
+        if self.training and torch.is_grad_enabled():
             self.measured[_Column.TEACHER, index] += square
         known = torch.where(self.steps[index] > 0, self.running[_Row.TEACHER, index], square)
         return known.clamp(min=torch.finfo(known.dtype).tiny).rsqrt()
@@ -120,7 +120,7 @@ class Balance(nn.Module):
         if not self.active:
             return 1.0
         value = loss.detach()
-        if self.training:
+        if self.training and torch.is_grad_enabled():
             self.measured[_Column.LOSS, index] += value
             self.measured[_Column.PASSES, index] += 1.0
         first = _UNMEASURED / value.clamp(min=torch.finfo(value.dtype).tiny)
@@ -168,17 +168,17 @@ class Balance(nn.Module):
         return report
 
     def warnings(self) -> list[str]:
-        """One sentence, once, for each fixed weight that drowns the task's gradient. Waits for the device."""
-        if self.active:
-            return []
+        """One sentence, once, for each weight that drowns the task's gradient. Waits for the device."""
         found = []
-        for (name, weight), ratio, steps in zip(self.weights.items(), self.ratios.tolist(), self.steps.tolist()):
+        scales = [weight * factor for weight, factor in zip(self.weights.values(), self.factors.tolist())]
+        for name, scale, ratio, steps in zip(self.weights, scales, self.ratios.tolist(), self.steps.tolist()):
             if ratio > _HEAVY and steps > _HEAVY_STEPS and name not in self._warned:
                 self._warned.add(name)
+                instead = "" if self.active else ", or the balance 'auto'"
                 found.append(
                     f"feature {name}: at the student's map, the gradient of the distillation is {ratio:.3g} times that "
-                    f"of the task in the last {_HEAVY_STEPS} steps. Try the weight {_USUAL * weight / ratio:.2g} in "
-                    f"place of {weight:.2g}, or the balance 'auto'."
+                    f"of the task in the last {_HEAVY_STEPS} steps. Try the fixed weight {_USUAL * scale / ratio:.2g} "
+                    f"in place of {scale:.2g}{instead}."
                 )
         return found
 

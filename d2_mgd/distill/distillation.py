@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -70,7 +71,8 @@ class Distillation(nn.Module):
         balance: as in :class:`MatchingGuidedDistiller`.
         schedule: in calls; by default a rematch at the start, after 16 steps, and whenever their number has doubled.
         observed: number of steps before each rematch whose maps count.
-        precision: of the teacher's forward, in ``TEACHER_PRECISIONS``; ``auto`` is the fastest.
+        precision: of the teacher's forward, in ``TEACHER_PRECISIONS``; ``auto`` is bfloat16 where the device has
+            instructions for it.
         images: (N, C, H, W), from which sizes and strides are measured; by default one empty image for each network, of
             the size that timm or torchvision made it for, else of 224 px.
         options: of :class:`MatchingGuidedDistiller`, such as ``reducer`` and ``align``.
@@ -114,7 +116,7 @@ class Distillation(nn.Module):
         self.distiller.to(next(student.parameters()).device)
         for parameter in self.distiller.parameters():
             parameter.data = _mean_over_ranks(parameter.data)  # a projection starts at random
-            parameter.register_hook(_mean_over_ranks)
+            parameter.register_post_accumulate_grad_hook(_average_gradient)
         self.schedule = schedule or RematchSchedule(at=[2**power for power in range(4, 32)])
         self.observed = observed
         self.factor = 1.0
@@ -123,7 +125,9 @@ class Distillation(nn.Module):
         self.reports: dict[str, RematchReport] = {}
         self._student = FeatureTaps(student, student_taps)
         self._forward = TeacherForward(precision)
+        self._forward.autocast(next(teacher.parameters()).device)  # an error before the training
         self._teacher = FeatureTaps(teacher.eval(), teacher_taps)
+        weakref.finalize(self, _remove, self._student, self._teacher).atexit = False
         for name in features:
             logger.info(
                 "feature %s: student %s %s, teacher %s %s, loss %s",
@@ -182,7 +186,7 @@ class Distillation(nn.Module):
             raise UserError(cannot_run("the teacher", self._teacher.model, images, error)) from error
 
     def _step(self, student_maps: dict[str, Tensor], teacher_maps: dict[str, Tensor]) -> None:
-        """Count a step: balance with the gradients of the one before, observe, and rematch if it is due."""
+        """Count a step: balance with the losses of the one before, observe, and rematch if it is due."""
         if self.steps:
             self.distiller.update_balance()
         if any(self.schedule.due(self.steps + later) for later in range(self.observed)) or not self.distiller.matched:
@@ -192,13 +196,15 @@ class Distillation(nn.Module):
         self.steps += 1
 
     def get_extra_state(self) -> dict[str, Any]:
-        """What resuming needs besides parameters and buffers: the steps, the running costs, and unused gradients."""
+        """What resuming needs besides parameters and buffers: the steps, this rank's costs, and losses not used yet."""
         measured = self.distiller.balance.measured.clone()
         return {"steps": self.steps, "costs": self.distiller.cost_state_dict(), "measured": measured}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Continue from :meth:`get_extra_state`."""
+        """Continue from :meth:`get_extra_state` of rank 0. Only rank 0 takes its costs, which count once."""
         self.steps = state["steps"]
+        if together() and dist.get_rank() != 0:
+            return
         self.distiller.load_cost_state_dict(state["costs"])
         self.distiller.balance.measured.copy_(state["measured"])
 
@@ -233,6 +239,16 @@ def _unwrapped(network: nn.Module) -> nn.Module:
         network = network.module
     compiled: nn.Module = getattr(network, "_orig_mod", network)
     return compiled
+
+
+def _average_gradient(parameter: Tensor) -> None:
+    assert parameter.grad is not None
+    parameter.grad.copy_(_mean_over_ranks(parameter.grad))
+
+
+def _remove(*taps: FeatureTaps) -> None:
+    for one in taps:
+        one.remove()
 
 
 @torch.no_grad()

@@ -243,7 +243,7 @@ class MatchingGuidedDistiller(nn.Module):
         return self.balance.measured if self.balance.active else None
 
     def update_balance(self, group: Any = None, reduced: bool = False) -> None:
-        """Make the next step's factors from what the backward passes of this one have measured.
+        """Make the next step's factors from what this one has measured.
 
         Call it once after each step of the optimiser. Under a balance, a collective in ``torch.distributed``, unless
         :attr:`measured` has been averaged already (``reduced``), such as by another collective of the step.

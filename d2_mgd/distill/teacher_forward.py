@@ -56,14 +56,21 @@ class TeacherForward:
         self._graphs: dict[tuple[Any, ...], Forward | None] = {}
 
     def describe(self, device: torch.device) -> str:
-        """What decides how the maps are rounded, for checkpoints."""
+        """Name what decides how the maps are rounded, for checkpoints."""
         dtype = self.dtype(device)
         name = "as the student" if dtype is None else str(dtype).removeprefix("torch.")
         return f"{name}, compiled" if self.compile else name
 
     def prepare(self, network: nn.Module) -> nn.Module:
-        """Freeze a network, in eval mode and channels_last; returns it."""
-        return network.requires_grad_(False).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        """Freeze a network, in eval mode and, if its convolutions are of two dimensions, channels_last; returns it."""
+        network.requires_grad_(False).eval()
+        if all(parameter.ndim < 5 for parameter in network.parameters()):
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return network
+
+    def forget(self) -> None:
+        """Drop the compiled graphs, because the features have changed."""
+        self._graphs.clear()
 
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         """Context of the teacher's precision.
@@ -79,7 +86,7 @@ class TeacherForward:
         return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
     def dtype(self, device: torch.device) -> torch.dtype | None:
-        """What the teacher runs in on a device; None is the precision of the student."""
+        """Return the precision on a device; None is that of the student."""
         if self.precision == "auto":
             return torch.bfloat16 if has_bfloat16(device) else None
         return _DTYPES.get(self.precision)

@@ -240,5 +240,5 @@ def test_a_fixed_weight_that_drowns_the_task_is_one_warning() -> None:
     (warning,) = training.distiller.balance.warnings()
     ratio = training.distiller.balance.report()["ratio/b"]
     assert f"feature b: at the student's map, the gradient of the distillation is {ratio:.3g} times" in warning
-    assert f"Try the weight {15.0 / ratio:.2g} in place of 50" in warning
+    assert f"Try the fixed weight {15.0 / ratio:.2g} in place of 50" in warning
     assert not training.distiller.balance.warnings()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,10 @@ def test_evaluation_counts_no_step() -> None:
         training.student(images)
         assert float(training.distillation(images)) > 0
     assert training.distillation.steps == 1 and str(training.states()) == str(state)
+    extra = str(training.distillation.get_extra_state())
+    with torch.no_grad():
+        training.distillation.train(), training.student(images), training.distillation(images)
+    assert str(training.distillation.get_extra_state()) == extra
 
 
 def test_a_factor_of_zero_leaves_the_teacher_out() -> None:
@@ -192,10 +197,13 @@ def test_calls_that_cannot_work_are_one_sentence() -> None:
         Distillation(nn.DataParallel(training.student), training.teacher)
 
 
-def test_no_hook_is_left_after_a_with_block() -> None:
+def test_no_hook_is_left_after_a_with_block_or_by_a_forgotten_distillation() -> None:
     student, teacher = network(4), network(8)
     with Distillation(student, teacher) as distillation:
         student(torch.rand(2, 3, 16, 16)), distillation(torch.rand(2, 3, 16, 16))
+    forgotten = Distillation(student, teacher)
+    del distillation, forgotten
+    gc.collect()
     for module in (*student.modules(), *teacher.modules()):
         assert not module._forward_hooks and not module._forward_pre_hooks
     assert not teacher.training
@@ -232,6 +240,9 @@ def _train_rank(words: list[str]) -> int:
         loss.backward()
         optimizer.step()
     assert not any(torch.equal(old, new) for old, new in zip(start, distillation.parameters()))
+    if dist.get_rank() == 0:  # evaluating takes no other rank
+        student.module(images), distillation.eval()(images)
+        distillation.train()
     torch.save([parameter.detach() for parameter in parameters], f"{folder}/{dist.get_rank()}.pth")
     dist.destroy_process_group()
     return 0
