@@ -25,9 +25,9 @@ from torch import nn
 from d2_mgd.detection.config import UNTRAINED
 from d2_mgd.detection.datasets import check_classes
 from d2_mgd.detection.image_network import ImageNetwork
-from d2_mgd.errors import UserError
+from d2_mgd.errors import UserError, reason
 from d2_mgd.training import file_digest, write_atomically
-from d2_mgd.training.processes import from_main, rank
+from d2_mgd.training.processes import failing_together, from_main, rank
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +96,9 @@ def evaluate_once(cfg: CfgNode, teacher: Any, test: Callable[[], Any]) -> Metric
 
     Returns:
         None, after a line in the log, for an untrained teacher and for one that cannot be evaluated on this data.
+
+    Raises:
+        CommonError: the ground truth cannot be read.
     """
     if not cfg.DATASETS.TEST:
         return None
@@ -106,7 +109,8 @@ def evaluate_once(cfg: CfgNode, teacher: Any, test: Callable[[], Any]) -> Metric
     except UserError as error:
         logger.info("The teacher is not evaluated: %s", error)
         return None
-    path = cache_path(own, teacher.digest) if rank() == 0 else None
+    with failing_together():
+        path = cache_path(own, teacher.digest) if rank() == 0 else None
     known = from_main(None if path is None else _read(path))
     if known is not None:
         logger.info("The teacher was evaluated before, see %s", path)
@@ -123,6 +127,9 @@ def cache_path(cfg: CfgNode, weights: str) -> str | None:
     Args:
         cfg: the model's plain config.
         weights: SHA-256 of its weights.
+
+    Raises:
+        UserError: the ground truth cannot be read.
     """
     sets = [MetadataCatalog.get(name) for name in cfg.DATASETS.TEST]
     if not weights or not all(known.get("json_file") for known in sets):
@@ -133,7 +140,7 @@ def cache_path(cfg: CfgNode, weights: str) -> str | None:
         "model": {key: value for key, value in model.items() if key not in ("WEIGHTS", "DEVICE")},
         "input": [cfg.INPUT[key] for key in _INPUT],
         "detections": cfg.TEST.DETECTIONS_PER_IMAGE,
-        "data": [[known.evaluator_type, known.image_root, *_truth(known)] for known in sets],
+        "data": [[known.get("evaluator_type", "coco"), known.get("image_root", ""), *_truth(known)] for known in sets],
     }
     digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()
     return os.path.join(get_cache_dir(), "d2_mgd", "evaluations", f"{digest}.json")
@@ -142,7 +149,14 @@ def cache_path(cfg: CfgNode, weights: str) -> str | None:
 def _truth(known: Any) -> list[str]:
     """Digests of a data set's ground truth."""
     files = [known.get(key) for key in ("json_file", "panoptic_json")]
-    return [file_digest(PathManager.get_local_path(file)) for file in files if file]
+    return [_digest(file, f"the ground truth of data set {known.name!r}") for file in files if file]
+
+
+def _digest(file: str, what: str) -> str:
+    try:
+        return file_digest(PathManager.get_local_path(file))
+    except OSError as error:
+        raise UserError(f"{what} cannot be read: {reason(error)}: {file}.") from error
 
 
 def _read(path: str) -> Metrics | None:

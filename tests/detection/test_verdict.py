@@ -13,15 +13,16 @@ import torch
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
+from detectron2.data import MetadataCatalog
 from detectron2.modeling import SemanticSegmentor
 from torch import nn
 from training_runs import in_process_trainer, same_tensors
 
 from d2_mgd.detection import Trainer
 from d2_mgd.detection.image_network import ImageNetwork
-from d2_mgd.detection.teacher_evaluation import evaluate_once
+from d2_mgd.detection.teacher_evaluation import cache_path, evaluate_once
 from d2_mgd.detection.verdict import main_metric
-from d2_mgd.errors import UserError
+from d2_mgd.errors import CommonError, UserError
 from d2_mgd.training.verdict import verdict
 
 EVALUATE = ("MGD.TEACHER.EVALUATE", "True")
@@ -75,6 +76,24 @@ def test_a_teacher_is_evaluated_with_its_own_settings_on_the_real_data(workplace
     written = json.loads((tmp_path / "teacher" / "inference" / "tiny_valid" / "results.json").read_text())
     assert written["bbox"].keys() == results["bbox"].keys()
     assert not trainer.detector.teacher.model.training
+
+
+def test_a_set_without_evaluator_type_is_kept_and_a_missing_json_file_is_an_error_of_all_ranks(
+    workplace: Any, tmp_path: Path
+) -> None:
+    cfg = in_process_trainer(workplace, tmp_path).cfg.clone()
+    cfg.defrost()
+    cfg.DATASETS.TEST = ("own_set",)
+    known = MetadataCatalog.get("own_set")
+    known.thing_classes, known.json_file = ["disc", "box", "cross"], str(workplace.valid[0])
+    try:
+        assert cache_path(cfg, "digest")
+        known.__dict__["json_file"] = str(tmp_path / "missing.json")
+        teacher = SimpleNamespace(model=nn.Identity(), cfg=cfg, weights_path="a.pth", digest="digest")
+        with pytest.raises(CommonError, match=r"ground truth of data set 'own_set' cannot be read: .*missing.json"):
+            evaluate_once(cfg, teacher, test=pytest.fail)
+    finally:
+        MetadataCatalog.remove("own_set")
 
 
 class FiveClasses(nn.Module):
