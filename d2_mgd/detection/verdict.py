@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any
@@ -12,11 +13,13 @@ from detectron2.evaluation.testing import flatten_results_dict
 
 from d2_mgd.detection.teacher_evaluation import Metrics
 from d2_mgd.errors import CommonError
+from d2_mgd.training.processes import from_main
 from d2_mgd.training.verdict import verdict
 
 logger = logging.getLogger(__name__)
 
 BEST = "model_best"  # its file, without .pth
+_LAST = "model_final"  # Detectron2's name of the checkpoint after the last iteration
 _MAIN = ("panoptic_seg/PQ", "keypoints/AP", "segm/AP", "bbox/AP", "sem_seg/mIoU", "sem_seg/IoU")
 STOPPED = "stopped_early"  # the scalar of a training that ended before SOLVER.MAX_ITER
 _STATE = ("_val_metric", "best_metric", "best_iter", "worse", "_counted")
@@ -158,13 +161,18 @@ class BestStudentHook(hooks.BestCheckpointer):
 
     def before_train(self) -> None:
         self._best_checking()  # an evaluation that was made up for
-        if self._out_of_patience(self.trainer.start_iter):
+        start = self.trainer.start_iter
+        if self._out_of_patience(start):
+            if not from_main(os.path.isfile(os.path.join(self.trainer.cfg.OUTPUT_DIR, f"{_LAST}.pth"))):
+                self.trainer.iter = start - 1  # the last finished one
+                self.save_last(_LAST)
+                self.trainer.iter = start
             raise StoppedEarly
 
     def after_step(self) -> None:
         super().after_step()
         if self._out_of_patience(self.trainer.iter + 1):
-            self.save_last("model_final")
+            self.save_last(_LAST)
             raise StoppedEarly
 
     def _best_checking(self) -> None:
@@ -196,7 +204,7 @@ class BestStudentHook(hooks.BestCheckpointer):
         logger.info(
             "best student: %s %.2f after %d iterations, %s.pth%s",
             self._val_metric, self.best_metric, finished, BEST,
-            "" if last is None else f"; last: {last:.2f}, model_final.pth",
+            "" if last is None else f"; last: {last:.2f}, {_LAST}.pth",
         )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:

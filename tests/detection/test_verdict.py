@@ -185,5 +185,7 @@ def test_a_resumed_training_counts_as_one_that_was_not_stopped(
     resumed = in_process_trainer(workplace, tmp_path, *OFTEN, resume=True)
     resumed.train()
     assert len(evaluated) == 1 and resumed.iter == 3
+    last, before = (torch.load(tmp_path / f"model_{name}.pth", weights_only=True) for name in ("final", "0000002"))
+    assert last["iteration"] == 2 and same_tensors(last["model"], before["model"])
     rows = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
     assert [row["iteration"] for row in rows if "bbox/AP" in row][-1] == 2
