@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,15 @@ from d2_mgd.visualize import PALETTE
 # Metrics of a distilled run: its losses to those of the task; the same of the gradients at the map where it is largest.
 RATIOS = ("losses, distillation / task", "gradients at the maps, distillation / task")
 
-_AP = re.compile(r"(?P<task>(?:.+/)?(?:bbox|segm|keypoints))/AP")
+# Detection metrics, those first that include others -> the measure's name, and the metrics beside it in the table.
+_DETECTION = {
+    "panoptic_seg/PQ": ("panoptic quality", ("SQ", "RQ")),
+    "keypoints/AP": ("keypoint AP", ("AP50", "AP75")),
+    "segm/AP": ("mask AP", ("AP50", "AP75")),
+    "bbox/AP": ("box AP", ("AP50", "AP75")),
+    "sem_seg/mIoU": ("mIoU", ("fwIoU", "pACC")),
+    "sem_seg/IoU": ("mIoU", ("iIoU",)),  # of Cityscapes' evaluator
+}
 _DISTILLATION = ("loss_distill/", "loss_kd", "loss_dense_kd", "loss_cross_head")
 
 Rows = list[dict[str, Any]]
@@ -79,11 +86,7 @@ class Compared:
         if self.kind == "classification":
             return [Measure("top-1 error, %", "err1", min, {"top-5 error, %": "err5"})]
         names = dict.fromkeys(key for rows in self.rows.values() for row in rows for key in row)
-        tasks = [found["task"] for found in map(_AP.fullmatch, names) if found]
-        return [
-            Measure(_task_title(task), f"{task}/AP", max, {"AP50": f"{task}/AP50", "AP75": f"{task}/AP75"})
-            for task in tasks
-        ]
+        return [_detection_measure(name, end) for end in _DETECTION for name in names if f"/{name}".endswith(f"/{end}")]
 
 
 def finished_steps(row: Mapping[str, Any], rows: Rows, compared: Compared) -> int:
@@ -118,10 +121,13 @@ def with_sums(row: dict[str, Any]) -> dict[str, Any]:
     return {**row, **found}
 
 
-def _task_title(task: str) -> str:
-    data, _, kind = task.rpartition("/")
-    what = {"bbox": "box AP", "segm": "mask AP", "keypoints": "keypoint AP"}[kind]
-    return f"{what} on {data}, %" if data else f"{what}, %"
+def _detection_measure(name: str, end: str) -> Measure:
+    """The measure of a metric such as ``data set/bbox/AP``; without the data set where there is one set."""
+    what, others = _DETECTION[end]
+    data = name.removesuffix(end).removesuffix("/")
+    task = name.rpartition("/")[0]
+    title = f"{what} on {data}, %" if data else f"{what}, %"
+    return Measure(title, name, max, {other: f"{task}/{other}" for other in others})
 
 
 def finite(value: Any) -> float | None:

@@ -152,7 +152,11 @@ def test_every_data_set_and_task_is_a_measure(detection_runs: Path) -> None:
     compared = open_runs([detection_runs / "alone", detection_runs / "distilled"])
     rows = [{"iteration": 9, "valid/bbox/AP": 1.0, "valid/segm/AP": 2.0, "bbox/AP-box": 3.0, "total_loss": 1.0}]
     titles = [measure.title for measure in Compared(compared.runs, {"alone": rows}).measures()]
-    assert titles == ["box AP on valid, %", "mask AP on valid, %"]
+    assert titles == ["mask AP on valid, %", "box AP on valid, %"]
+    rows = [{"iteration": 9, "bbox/AP": 1.0, "sem_seg/mIoU": 2.0, "sem_seg/mIoU-box": 2.0, "panoptic_seg/PQ": 3.0}]
+    measures = Compared(compared.runs, {"alone": rows}).measures()
+    assert [measure.title for measure in measures] == ["panoptic quality, %", "box AP, %", "mIoU, %"]
+    assert measures[0].beside == {"SQ": "panoptic_seg/SQ", "RQ": "panoptic_seg/RQ"}
 
 
 @pytest.mark.parametrize(
