@@ -57,6 +57,8 @@ def parse_mgd(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if options.loss is None and "loss_factor" in given:
         options.loss = "partial_l2"  # published command lines with the factor of this loss do not name it
     _check_in_vain(options, given)
+    if options.with_baseline and options.evaluate:
+        raise UserError("--with-baseline compares a distilled student: it needs a training, not --evaluate.")
     if options.with_kd:
         logit_loss(options)
     if options.distiller == "kd":

@@ -104,6 +104,8 @@ def test_a_baseline_is_a_run_without_a_teacher_and_is_compared(
 
     log = (folder / "baseline" / "log.txt").read_text()
     assert mgd(data, *teacher, "--with-baseline", "--output-dir", folder) == 2  # it already contains a run
+    assert mgd(data, *teacher, "--with-baseline", "--evaluate", "--output-dir", tmp_path / "none") == 2
+    assert capsys.readouterr().err.endswith("it needs a training, not --evaluate.\n")
     other = ["--mgd-reducer", "max", "--overwrite"]  # the student alone stays the same, and is not trained again
     assert mgd(data, *teacher, "--with-baseline", *other, "--output-dir", folder) == 0
     assert (folder / "baseline" / "log.txt").read_text() == log
