@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -71,27 +73,35 @@ def export(student: Student, folder: Path, options: Options) -> Exported:
     """
     final = folder / f"student{FORMATS[options.format]}"
     unchecked, rejected = (final.with_name(f"{word}_{final.name}") for word in ("unchecked", "rejected"))
-    try:
+    with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for old in (final, rejected, *(folder / name for name in (CARD, "check.json", *HUB_FILES))):
             old.unlink(missing_ok=True)
-        try:
-            _write(student, unchecked, options)
-            found = check(student, Runtime(unchecked, options.format, student.signature), options.images)
-            problem = _problem(found, options)
-            file = unchecked.rename(rejected if problem else final)
-        finally:
-            unchecked.unlink(missing_ok=True)
-        record = {"file": file.name, "bytes": file.stat().st_size, "sha256": file_digest(file), "problem": problem}
+    try:
+        _write(student, unchecked, options)
+        found = check(student, Runtime(unchecked, options.format, student.signature), options.images)
+        problem = _problem(found, options)
+        file = unchecked.rename(rejected if problem else final)
+    finally:
+        unchecked.unlink(missing_ok=True)
+    record = {"file": file.name, "bytes": file.stat().st_size, "sha256": file_digest(file), "problem": problem}
+    with _writing(folder):
         write_text(folder / "check.json", json.dumps({**record, **asdict(found), "versions": versions()}, indent=2))
         if not problem:
             card = card_text(student, file, found, options.licence)
             write_text(folder / CARD, card)
             if options.safetensors:
                 write_hub_folder(folder, student, card)
+    return Exported(file, found, problem)
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Context in which an OSError is that of the output folder; images are read outside it."""
+    try:
+        yield
     except OSError as error:
         raise UserError(f"--output {folder} cannot be written: {reason(error)}.") from error
-    return Exported(file, found, problem)
 
 
 def _write(student: Student, path: Path, options: Options) -> None:
@@ -99,7 +109,8 @@ def _write(student: Student, path: Path, options: Options) -> None:
     if options.half:
         network = copy.deepcopy(network)
         halved(network, student.half_parts(network))
-    write(network, student.signature, options.format, path)
+    with _writing(path.parent):
+        write(network, student.signature, options.format, path)
     if options.int8:
         from d2_mgd.export.quantization import quantize  # imports ONNX Runtime
 

@@ -142,6 +142,18 @@ def test_a_file_that_answers_differently_has_another_name(onnx: Any, tmp_path: P
     assert not (tmp_path / "rejected_student.onnx").exists()
 
 
+def test_an_image_that_cannot_be_read_is_not_an_error_of_the_output_folder(tmp_path: Path) -> None:
+    class Unreadable(Toy):
+        def validation(self, count: int | None) -> Iterator[tuple[Tensor, None]]:
+            raise PermissionError(13, "Permission denied", "image.png")
+
+    with pytest.raises(PermissionError, match=r"image\.png"):
+        export(Unreadable(tmp_path), tmp_path / "out", Options(format="torchscript"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--output .*file cannot be written: "):
+        export(Toy(tmp_path), tmp_path / "file", Options(format="torchscript"))
+
+
 def test_int8_quantises_convolutions_and_products(onnx: Any, tmp_path: Path) -> None:
     done = export(Toy(tmp_path), tmp_path / "out", Options(int8=4, tolerance=100))
     model = onnx.load(str(done.file))
