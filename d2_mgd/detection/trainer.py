@@ -229,11 +229,12 @@ class Trainer(EvaluatingTrainer):
         if not (self.distilled and self.cfg.MGD.TEACHER.EVALUATE):
             return
         teacher = self.detector.teacher
-        metrics = evaluate_once(self.cfg, teacher, lambda: self.test_teacher(self.cfg, teacher))
+        resumed = self.start_iter > 0
+        metrics = evaluate_once(self.cfg, teacher, lambda: self.test_teacher(self.cfg, teacher), resumed)
         self.verdict = TeacherVerdict(metrics, self.cfg.MGD.EARLY_STOP.METRIC)
         if self.best is not None:
             self.verdict.measured(self.best.best)
-        if metrics and self._student_is_trained and self.start_iter == 0:
+        if metrics and self._student_is_trained and not resumed:
             logger.info("Evaluating the student before the first step")
             self.verdict.measured(flatten_results_dict(from_main(self.test(self.cfg, self.detector))))
 

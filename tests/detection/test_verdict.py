@@ -136,6 +136,11 @@ def test_a_bad_teacher_is_a_warning_before_the_first_step_and_in_the_last_lines(
     resumed._judge_teacher()
     assert "is not better than the student (31.00)" in messages.text
 
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "empty"))  # as for data whose metrics are not kept
+    evaluated = measured_as(monkeypatch, [])
+    resumed._judge_teacher()
+    assert not evaluated and "The teacher is not evaluated again in a resumed training" in messages.text
+
 
 def test_the_verdict_on_numbers() -> None:
     assert "hardly better than chance" in verdict("AP", 1.0, None, chance=1.0)
