@@ -147,6 +147,7 @@ class BestStudentHook(hooks.BestCheckpointer):
         self.patience = patience
         self.wanted = wanted
         self.worse = 0  # evaluations since the best one
+        self._warned = False
         self._counted = 0  # finished iterations at the newest of them
 
     @property
@@ -177,6 +178,13 @@ class BestStudentHook(hooks.BestCheckpointer):
 
     def _best_checking(self) -> None:
         metric = self.metric
+        if metric is None and self.patience > 0 and self.evaluation.metrics and not self._warned:
+            self._warned = True
+            logger.warning(
+                "MGD.EARLY_STOP.PATIENCE does not end this training: the evaluation has none of %s. Set "
+                "MGD.EARLY_STOP.METRIC to one of: %s",
+                ", ".join(_MAIN), ", ".join(self.evaluation.metrics),
+            )  # fmt: skip
         if metric is None or self.evaluation.evaluated == self._counted:
             return
         self._counted, self._val_metric, best = self.evaluation.evaluated, metric, self.best_iter

@@ -179,6 +179,15 @@ def test_a_training_ends_when_it_stops_improving_and_stays_ended(
     assert len(evaluated) == 6 and longer.best.best_metric == 9.0
 
 
+def test_patience_without_a_main_metric_is_one_warning(
+    workplace: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, messages: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(Trainer, "test", classmethod(lambda cls, cfg, model: {"box_proposals": {"AR@100": 3.0}}))
+    in_process_trainer(workplace, tmp_path, *OFTEN, "SOLVER.MAX_ITER", "3", "SOLVER.STEPS", "()").train()
+    assert messages.text.count("PATIENCE does not end this training") == 1
+    assert "Set MGD.EARLY_STOP.METRIC to one of: box_proposals/AR@100" in messages.text
+
+
 def test_a_resumed_training_counts_as_one_that_was_not_stopped(
     workplace: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
