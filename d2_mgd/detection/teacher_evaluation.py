@@ -1,7 +1,8 @@
 """Evaluating a teacher on the student's data: whether it is possible, with which config, and only once.
 
 Metrics are kept in Detectron2's cache folder (``$FVCORE_CACHE``, by default ``~/.torch/iopath_cache``), by the digests
-of the weights, of the data sets' json files, and of the model and the input sizes in the teacher's config.
+of the weights, of the data sets' json files, of a python config's file, and of what else the metrics depend on in the
+teacher's config: the model, the input sizes, the number of detections, the sigmas of keypoints.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def evaluate_once(cfg: CfgNode, teacher: Any, test: Callable[[], Any], resumed: 
         one whose metrics are not in the cache of a resumed training.
 
     Raises:
-        CommonError: the ground truth cannot be read.
+        CommonError: the ground truth or the python config cannot be read.
     """
     if not cfg.DATASETS.TEST:
         return None
@@ -134,7 +135,7 @@ def cache_path(cfg: CfgNode, weights: str) -> str | None:
         weights: SHA-256 of its weights.
 
     Raises:
-        UserError: the ground truth cannot be read.
+        UserError: the ground truth or the python config cannot be read.
     """
     sets = [MetadataCatalog.get(name) for name in cfg.DATASETS.TEST]
     if not weights or not all(known.get("json_file") for known in sets):
@@ -145,6 +146,8 @@ def cache_path(cfg: CfgNode, weights: str) -> str | None:
         "model": {key: value for key, value in model.items() if key not in ("WEIGHTS", "DEVICE")},
         "input": [cfg.INPUT[key] for key in _INPUT],
         "detections": cfg.TEST.DETECTIONS_PER_IMAGE,
+        "keypoints": cfg.TEST.KEYPOINT_OKS_SIGMAS,
+        "program": _digest(model["LAZY_CONFIG"], "the python config") if "LAZY_CONFIG" in model else "",
         "data": [[known.get("evaluator_type", "coco"), known.get("image_root", ""), *_truth(known)] for known in sets],
     }
     digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()

@@ -78,6 +78,21 @@ def test_a_teacher_is_evaluated_with_its_own_settings_on_the_real_data(workplace
     assert not trainer.detector.teacher.model.training
 
 
+def test_metrics_are_kept_by_all_that_they_depend_on(workplace: Any, tmp_path: Path) -> None:
+    cfg = in_process_trainer(workplace, tmp_path).cfg.clone()
+    cfg.defrost()
+    program = tmp_path / "teacher.py"
+    program.write_text("depth = 50")
+    paths = [cache_path(cfg, "digest")]
+    cfg.TEST.KEYPOINT_OKS_SIGMAS = [0.1]
+    paths.append(cache_path(cfg, "digest"))
+    cfg.MODEL.LAZY_CONFIG = str(program)
+    paths.append(cache_path(cfg, "digest"))
+    program.write_text("depth = 18")
+    paths += [cache_path(cfg, "digest"), cache_path(cfg, "other")]
+    assert None not in paths and len(set(paths)) == len(paths)
+
+
 def test_a_set_without_evaluator_type_is_kept_and_a_missing_json_file_is_an_error_of_all_ranks(
     workplace: Any, tmp_path: Path
 ) -> None:
