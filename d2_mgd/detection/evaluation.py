@@ -150,7 +150,7 @@ def check_evaluators(cfg: CfgNode) -> None:
 
 
 def _evaluation(cfg: CfgNode, dataset_name: str) -> _Evaluation:
-    """Of a data set that has the ground truth for it, with a package that is installed."""
+    """How a data set is evaluated; checks that it has the ground truth and that the package is installed."""
     known = MetadataCatalog.get(dataset_name)
     kind = known.get("evaluator_type", "coco")
     if kind not in _EVALUATIONS:

@@ -201,8 +201,8 @@ def _check_same_predictions(student: DenseHead, teacher: DenseHead) -> None:
     classes = [head.model.num_classes for head in (student, teacher)]
     if classes[0] != classes[1]:
         raise UserError(
-            f"the student tells {classes[0]} classes apart and the teacher {classes[1]}: predictions can be distilled "
-            "between detectors of the same classes alone, features between any."
+            f"the student has {classes[0]} classes and the teacher {classes[1]}: predictions can be distilled "
+            "only between detectors of the same classes, features between any."
         )
     if student.strides != teacher.strides:
         raise UserError(

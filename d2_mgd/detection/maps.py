@@ -22,14 +22,14 @@ from d2_mgd.errors import UserError
 class WatchedMaps:
     """Maps of a model's own forward, and the batch that went into its backbone.
 
-    Hooks come with the first forward whose maps are wanted. A forward that was not asked for through this class, as in
-    evaluation, takes them off again, so the plain model runs as if nobody had ever looked.
+    Hooks are registered before the first forward whose maps are wanted. Other forwards, as in an evaluation, first remove
+    the hooks.
 
     Args:
         model: has a ``backbone``.
         features: of that model, by name.
-        plain: the module whose other forwards take the hooks off; ``model`` by default.
-        also: puts hooks of its own on the model and returns their handles; they come and go with the others.
+        plain: the module whose other forwards remove the hooks; ``model`` by default.
+        also: registers further hooks and returns their handles, which are removed with the others.
     """
 
     def __init__(

@@ -165,8 +165,8 @@ class StepTrainer(SimpleTrainer):
 class _GuardedLosses(nn.Module):
     """A model's losses or, on a rank that has none, a NaN that every parameter takes part in.
 
-    The other ranks wait in DDP's backward pass for the gradients of all ranks, so each has to run one. After it all
-    ranks learn from :meth:`Stepper.agree` that the step does not count.
+    The other ranks wait in DDP's backward pass for the gradients of all ranks, so each has to run one. After it,
+    :meth:`Stepper.agree` reports the NaN on all ranks, and no rank applies the step.
 
     Args:
         model: raises ``FloatingPointError`` where Detectron2 finds predictions that are not finite.

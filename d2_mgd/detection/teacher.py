@@ -60,7 +60,7 @@ class FrozenTeacher:
 
     Raises:
         UserError: no such weights, or they cannot be fetched; weights whose names or shapes do not match the model; a
-            model that does not say its normalisation.
+            model without ``pixel_mean`` or ``pixel_std`` where they are not given.
     """
 
     def __init__(

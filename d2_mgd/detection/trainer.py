@@ -212,7 +212,7 @@ class Trainer(EvaluatingTrainer):
         except StoppedEarly:
             pass
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):  # torch tells of it wherever the training is
+            if "DataLoader worker" not in str(error):  # from a signal handler of torch, so at any line
                 raise
             reason = " ".join(str(error).split()).rstrip(".")
             raise SampleError(
@@ -265,7 +265,7 @@ class Trainer(EvaluatingTrainer):
         return export_student_state(self.student) if self.distilled else self.student.state_dict()
 
     def save_checkpoint(self, name: str) -> None:
-        """Save everything to ``OUTPUT_DIR/<name>.pth``. A collective: every process has a random state of its own."""
+        """Save everything to ``OUTPUT_DIR/<name>.pth``. A collective: it gathers the random state of every rank."""
         self.checkpointer.save(name, **self._state(self.iter, random_state()))
 
     def _state_before_step(self, random: dict[str, Any]) -> dict[str, Any]:

@@ -83,7 +83,7 @@ class _TransportProblem(NamedTuple):
     """Every source goes to one sink; sink ``j`` takes ``least[j]`` to ``most[j]`` sources.
 
     Sources are teacher channels and sinks student channels, or the other way round where T < S. With ``leaves_out`` a
-    last sink, which costs nothing, takes the sources that guide nobody.
+    last sink, which costs nothing, takes the sources that are left out.
     """
 
     teacher_is_source: bool

@@ -293,7 +293,7 @@ class TestErrors:
             built(student, teacher, *method)
 
     @pytest.mark.parametrize(("overrides", "message"), [
-        (["MODEL.RETINANET.NUM_CLASSES", 4], "the student tells 4 classes apart and the teacher 3"),
+        (["MODEL.RETINANET.NUM_CLASSES", 4], "the student has 4 classes and the teacher 3"),
         (["MODEL.RETINANET.IN_FEATURES", ["p3", "p4"], "MODEL.ANCHOR_GENERATOR.SIZES", [[32], [64]]],
          r"levels of strides \[8, 16\], the teacher at \[8, 16, 32"),
         (["MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [[1.0]]],
