@@ -22,8 +22,8 @@ from d2_mgd.errors import UserError
 class WatchedMaps:
     """Maps of a model's own forward, and the batch that went into its backbone.
 
-    Hooks are registered before the first forward whose maps are wanted. Other forwards, as in an evaluation, first remove
-    the hooks.
+    Hooks are registered before the first forward whose maps are wanted. Other forwards, as in an evaluation,
+    first remove the hooks.
 
     Args:
         model: has a ``backbone``.
