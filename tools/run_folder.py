@@ -146,7 +146,9 @@ class Run:
             distilled, align = settings.get("MGD.ENABLED", False), settings.get("MGD.ALIGN")
         if not distilled:
             return "it was trained without a teacher's features"
-        return "it has not been matched yet" if align in MATCHED_ALIGNMENTS else f"its channels are aligned by {align}"
+        if align not in MATCHED_ALIGNMENTS:
+            return f"its channels are aligned by {align}"
+        return "it has not been matched yet, or its trainer lacks the hooks of distillation_hooks, which write it"
 
 
 def open_run(folder: str | os.PathLike[str]) -> Run:

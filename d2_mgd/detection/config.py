@@ -51,8 +51,8 @@ def add_mgd_config(cfg: CfgNode) -> None:
     # Precision of its forward: "student" (that of the student), "float32", "bfloat16", "float16", or "auto": bfloat16
     # where the device has instructions for it, else "student".
     cfg.MGD.TEACHER.PRECISION = "student"
-    # Compile its forward with torch.compile, which takes half a minute for each size of a padded batch: for images of
-    # few sizes.
+    # Compile its forward with torch.compile, which takes a minute for each size of a padded batch: for images of few
+    # sizes.
     cfg.MGD.TEACHER.COMPILE = False
     # Evaluate the teacher on DATASETS.TEST before training, once for each data set and file of weights. A teacher that
     # is hardly better than chance, or not better than its student, is a warning.

@@ -57,7 +57,8 @@ class TeacherStudentDetector(nn.Module):
         distiller: compares the maps of ``features``, or its options, from which one is made; None without features.
         features: where to distil: FPN levels and backbone stages that both have.
         before_activation: take backbone stages before their last activation.
-        input_format: channel order of the images that the student gets, as INPUT.FORMAT says it.
+        input_format: channel order of the images that the student gets, as INPUT.FORMAT says it; by default the
+            student's own ``input_format``, where it has one, else BGR.
         train_last_norm: what becomes of the last, frozen norm of each distilled backbone stage of the student:
             ``affine`` trains scale and shift, ``sync_bn`` the statistics too, ``none`` nothing.
         schedule: factor of the distillation losses by the iteration; None is always 1.
@@ -78,13 +79,14 @@ class TeacherStudentDetector(nn.Module):
         distiller: MatchingGuidedDistiller | Mapping[str, Any] | None,
         features: Sequence[str],
         before_activation: bool = True,
-        input_format: str = "BGR",
+        input_format: str | None = None,
         train_last_norm: str = "affine",
         schedule: WeightSchedule | None = None,
         heads: HeadDistiller | Mapping[str, Any] | None = None,
         rematcher: Rematcher | None = None,
     ) -> None:
         super().__init__()
+        input_format = input_format or getattr(student, "input_format", None) or "BGR"
         teacher.check_format(input_format)
         self.pairs = pair_features(student, teacher.model, features, before_activation)
         _warn_of_strides(self.pairs)

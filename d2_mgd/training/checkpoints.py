@@ -246,7 +246,7 @@ def check_same_teacher(path: str | os.PathLike[str], recorded: Mapping[str, str]
     precision = recorded.get("precision", "as the student")  # what it was before it was written
     if precision != teacher["precision"]:
         logger.warning(
-            "The teacher's forward runs in another precision (%s) than before %s (%s), so the training does not "
-            "continue exactly.",
+            "The teacher's forward runs in another way (%s) than before %s (%s), so the training does not continue "
+            "exactly.",
             teacher["precision"], os.fspath(path), precision,
         )  # fmt: skip

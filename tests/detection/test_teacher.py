@@ -241,6 +241,15 @@ class TestWeights:
             FrozenTeacher(model)
 
 
+def test_a_student_says_the_channel_order_of_its_images() -> None:
+    student = tiny("retinanet", 16, "INPUT.FORMAT", "RGB")
+    assert student.input_format == "RGB"
+    teacher = FrozenTeacher(tiny("retinanet", 32), input_format="BGR")
+    options = {"student": student, "teacher": teacher, "distiller": {"loss": "mse"}, "features": ["p3"]}
+    assert TeacherStudentDetector(**options).input_format == "RGB"
+    assert TeacherStudentDetector(**options, input_format="BGR").input_format == "BGR"
+
+
 def test_model_zoo_name_and_overrides() -> None:
     teacher = build_teacher(distilled_config("retinanet", "cascade"))
     assert type(teacher.model.roi_heads).__name__ == "CascadeROIHeads"

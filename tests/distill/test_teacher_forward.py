@@ -142,4 +142,4 @@ def test_resuming_in_another_precision_is_a_warning(caplog: pytest.LogCaptureFix
         check_same_teacher("checkpoint.pth", recorded, recorded)
         assert not caplog.records
         check_same_teacher("checkpoint.pth", recorded, {**recorded, "precision": "float32"})
-    assert "another precision (float32) than before checkpoint.pth (bfloat16)" in caplog.text
+    assert "another way (float32) than before checkpoint.pth (bfloat16)" in caplog.text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def checked(folder: Path) -> dict:
     return json.loads((folder / "check.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(autouse=True)
+def _other_data_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other tests of this process have registered other files under the same names."""
+    data = sys.modules.get("detectron2.data")
+    for catalog in () if data is None else (data.DatasetCatalog, data.MetadataCatalog):
+        monkeypatch.setattr(catalog, "data", {k: v for k, v in catalog.data.items() if not k.startswith("tiny_")})
 
 
 @pytest.mark.parametrize("words", [[], ["--int8", "6", "--tolerance", "100"], ["--size", "dynamic", "--half"]])
