@@ -141,7 +141,8 @@ def make_trainer(
     if teacher is not None and options.method != "base":
         images = renormalize(statistics, image_statistics(teacher.network))
         runs = TeacherForward(options.teacher_precision, bool(options.teacher_compile))
-        frozen = Teacher(teacher.network, teacher_taps, options.with_kd, runs, images).to(process.device)
+        guide = teacher.network.to(memory_format=torch.channels_last)
+        frozen = Teacher(guide, teacher_taps, options.with_kd, precision, images, runs).to(process.device)
         teacher.record["precision"] = runs.describe(process.device)
     elif teacher is not None:
         teacher.network.to(process.device)

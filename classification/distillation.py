@@ -70,8 +70,9 @@ class Teacher(nn.Module):
         network: the teacher.
         taps: feature name -> tap; empty to distil logits only.
         with_logits: also run the head.
-        runs: precision and memory format of the forward pass.
+        precision: of the student's forward pass; float32 by default.
         renormalize: converts the student's images to the teacher's normalisation.
+        runs: precision and memory format of the forward pass; by default those of the student.
     """
 
     def __init__(
@@ -79,10 +80,12 @@ class Teacher(nn.Module):
         network: nn.Module,
         taps: Mapping[str, Tap],
         with_logits: bool,
-        runs: TeacherForward | None = None,
+        precision: Precision | None = None,
         renormalize: nn.Module | None = None,
+        runs: TeacherForward | None = None,
     ) -> None:
         super().__init__()
+        self.precision = precision or Precision()
         self.runs = runs or TeacherForward()
         self.network = self.runs.prepare(network)
         self.taps = FeatureTaps(network, taps) if taps else None
@@ -101,7 +104,8 @@ class Teacher(nn.Module):
             with_logits: overrides the constructor's.
         """
         with_logits = self.with_logits if with_logits is None else with_logits
-        found = self.runs(self._maps_and_logits if with_logits else self._maps, self.renormalize(images))
+        with self.precision.autocast():
+            found = self.runs(self._maps_and_logits if with_logits else self._maps, self.renormalize(images))
         return found, found.pop(_LOGITS, None)
 
     def _maps(self, images: Tensor) -> Maps:

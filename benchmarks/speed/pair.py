@@ -52,7 +52,7 @@ class Pair:
         self.plain_optimizer = _sgd(self.plain_student)
         pairs = pair_features("mobilenet_v1", "resnet50")
         taps = {name: pair.teacher for name, pair in pairs.items()}
-        self.teacher = Teacher(teacher, taps, with_logits=False, runs=runs)
+        self.teacher = Teacher(teacher, taps, with_logits=False, precision=self.precision, runs=runs)
         self.student = Student(student, {name: pair.student for name, pair in pairs.items()}, precision=self.precision)
         with torch.no_grad():
             student_maps, (teacher_maps, _) = self.student.maps(self.images[:2]), self.teacher(self.images[:2])

@@ -98,6 +98,8 @@ class Distillation(nn.Module):
     ) -> None:
         super().__init__()
         student, teacher = _unwrapped(student), _unwrapped(teacher)
+        if student is teacher:
+            raise UserError("student and teacher are the same network: give a copy of it as the teacher.")
         images_of = [example_image(network) if images is None else images for network in (student, teacher)]
         if features is None:
             features = common_stages(("the student", "the teacher"), (student, teacher), images_of)

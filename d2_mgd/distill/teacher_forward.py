@@ -39,8 +39,9 @@ class TeacherForward:
     The memory format is channels_last. It is no choice by a timing, because a resumed run has to choose the same.
 
     Args:
-        precision: ``student`` follows the autocast of the caller, as the student does; ``float32``, ``bfloat16`` and
-            ``float16`` do not; ``auto`` is bfloat16 where the device has instructions for it, else ``student``.
+        precision: ``student`` follows the autocast of the caller and keeps the memory format, so that its maps are
+            those of the plain network to the bit; ``float32``, ``bfloat16`` and ``float16`` do not; ``auto`` is
+            bfloat16 where the device has instructions for it, else the autocast of the caller.
         compile: compile the forward with ``torch.compile``, once for each size of images. Without a compiler, or for a
             network that cannot be compiled, it runs eagerly, and a warning says so.
 
@@ -62,9 +63,9 @@ class TeacherForward:
         return f"{name}, compiled" if self.compile else name
 
     def prepare(self, network: nn.Module) -> nn.Module:
-        """Freeze a network, in eval mode and, if its convolutions are of two dimensions, channels_last; returns it."""
+        """Freeze a network, in eval mode and, if its convolutions are of two dimensions, channels_last; return it."""
         network.requires_grad_(False).eval()
-        if all(parameter.ndim < 5 for parameter in network.parameters()):
+        if self.precision != "student" and all(parameter.ndim < 5 for parameter in network.parameters()):
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return network
 
@@ -99,7 +100,8 @@ class TeacherForward:
             forward: (N, 3, H, W) -> feature name -> map. The same object in all calls: graphs are stored by it.
             images: (N, 3, H, W) for the network.
         """
-        images = images.contiguous(memory_format=torch.channels_last)
+        if self.precision != "student":
+            images = images.contiguous(memory_format=torch.channels_last)
         with self.autocast(images.device):
             graph = self._graph(forward, images) if self.compile else None
             return forward(images) if graph is None else graph(images)

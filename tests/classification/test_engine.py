@@ -63,7 +63,7 @@ def test_published_defaults() -> None:
         assert {name: getattr(options, name) for name in common} == common
     assert (base.nesterov, base.lr_drop_epochs, mgd.nesterov, mgd.lr_drop_epochs) == (0, [30, 60, 90], 1, [31, 61, 81])
     assert (mgd.mgd_reducer, mgd.mgd_update_freq, mgd.mgd_update_images, mgd.loss_factor) == ("amp", 2, 20000, 1e4)
-    assert (mgd.kd_temperature, mgd.with_kd, mgd.loss, mgd.mgd_metric) == (1.5, False, "partial_l2", "cosine")
+    assert (mgd.kd_temperature, mgd.with_kd, mgd.loss, mgd.mgd_metric) == (1.5, False, None, None)  # by the networks
     given = parse_mgd(["data", "--mgd-with-kd", "1", "--learning-rate", "0.2", "--kd-weight", "0"])
     assert (given.method, given.lr, given.kd_weight, given.kd_temperature) == ("mgd-amp-kd", 0.2, 0.0, 1.5)
 

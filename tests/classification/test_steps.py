@@ -49,7 +49,7 @@ class Small:
         precision = Precision("cpu", dtype)
         distiller = MatchingGuidedDistiller({"a": (4, 8)}, norm="none", loss="mse", reduction="image_sum")
         self.student = Student(network(4), {"a": Tap("0")}, distiller, LogitLoss("kd", temperature=2.0), precision)
-        teacher = Teacher(network(8), {"a": Tap("0")}, True)
+        teacher = Teacher(network(8), {"a": Tap("0")}, True, precision)
         self.intake = Intake(CPU, skip_broken=True)
         self.accumulate = accumulate
         maps = DistillationStep(self.student, teacher)(self.intake(batch_of(6))[0])

@@ -367,10 +367,13 @@ def test_checkpoints_that_cannot_be_resumed_say_why(tmp_path: Path) -> None:
 def test_a_moved_teacher_is_the_same_and_another_is_refused(tmp_path: Path) -> None:
     for name, content in (("a.pth", b"one"), ("b.pth", b"one"), ("c.pth", b"two")):
         (tmp_path / name).write_bytes(content)
-    recorded = {"weights": "a.pth", "digest": file_digest(str(tmp_path / "a.pth"))}
-    check_same_teacher("model.pth", recorded, {"weights": "b.pth", "digest": file_digest(tmp_path / "b.pth")})
+
+    def record(name: str) -> dict[str, str]:
+        return {"weights": name, "digest": file_digest(str(tmp_path / name)), "precision": "float32"}
+
+    check_same_teacher("model.pth", record("a.pth"), record("b.pth"))
     with pytest.raises(ValueError, match=r"trained with the teacher a\.pth .* but c\.pth differs"):
-        check_same_teacher("model.pth", recorded, {"weights": "c.pth", "digest": file_digest(tmp_path / "c.pth")})
+        check_same_teacher("model.pth", record("a.pth"), record("c.pth"))
 
 
 def test_a_tiny_detector_round_trips_through_detectron2s_names(workplace: Any) -> None:
