@@ -76,6 +76,8 @@ def run(args: argparse.Namespace) -> Exported:
     if (args.run is None) == (args.config_file is None or args.weights is None):
         raise UserError("name the folder of a RUN, or --config-file and --weights.")
     found = open_run(args.run) if args.run else None
+    if found is not None and found.kind == "classification" and (args.weights or args.config_file):
+        raise UserError("--weights and --config-file are not used with a classification RUN: leave them out.")
     folder = args.output or (args.run or Path(args.weights).parent) / "export" / options.name
     size = _size(args.size)
     student: Student = (

@@ -34,9 +34,10 @@ Forward = Callable[[Tensor], dict[str, Tensor]]
 
 
 class TeacherForward:
-    """Runs a frozen network in a precision and memory format that cost less than those of training.
+    """Runs a frozen network, in a precision and memory format that may cost less than those of training.
 
-    The memory format is channels_last. It is no choice by a timing, because a resumed run has to choose the same.
+    The memory format is channels_last, but for ``student``. It is no choice by a timing, because a resumed run has to
+    choose the same.
 
     Args:
         precision: ``student`` follows the autocast of the caller and keeps the memory format, so that its maps are

@@ -49,7 +49,7 @@ class Options:
 
     @property
     def name(self) -> str:
-        """Of the export's folder, such as ``onnx_int8``."""
+        """Name of the export's folder, such as ``onnx_int8``."""
         return f"{self.format}{'_int8' if self.int8 else '_half' if self.half else ''}"
 
 

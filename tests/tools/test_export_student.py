@@ -76,6 +76,7 @@ def test_bad_input_is_one_sentence(
         "has no student yet: its training has not finished an epoch.": [tmp_path / classification_runs.name, *ts],
         "is not the folder of a training": [tmp_path, *ts],
         "name the folder of a RUN, or --config-file and --weights.": ["--config-file", "student.yaml", *ts],
+        "--weights and --config-file are not used": [classification_runs / "alone", "--weights", "other.pth", *ts],
         "argument --check: must be 1 or more, not 0": [classification_runs / "alone", "--check", "0", *ts],
         "is not of this student: ": [
             *(detection_runs / "alone", "--weights", detection_runs / "teacher.pth", *ts, "--output", tmp_path / "out")
