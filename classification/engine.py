@@ -105,6 +105,7 @@ class Trainer(Run):
         average_buffers(self.student)
         found = self.evaluate()
         line.update(err1=found.err1, err5=found.err5, loss=found.loss)
+        self.compare_with_teacher(found.err1)
         if self.schedules.rematch_due(epoch + 1):
             if self.options.mgd_update_source == "pass" or not self.distiller.matched:
                 self._observe_pass(epoch + 1)
@@ -227,6 +228,14 @@ class Trainer(Run):
 
     # ---- evaluation and rematching
 
+    def compare_with_teacher(self, err1: float) -> None:
+        """Under the balance ``auto``, train a student alone from now on whose top-1 error is below its teacher's."""
+        teacher, weight = self.progress.teacher, self.schedules.weight
+        if teacher is None or weight.stopped or self.options.balance != "auto" or err1 >= teacher["err1"]:
+            return
+        self.progress.stopped = weight.stopped = True
+        logger.info("the student is better than its teacher: the distillation stops (--balance auto)")
+
     def evaluate(self, network: nn.Module | None = None) -> Evaluation:
         """Evaluate a network, by default the student, on the evaluation split (collective)."""
         network = self.student.network if network is None else network
@@ -287,3 +296,4 @@ class Trainer(Run):
         """
         with located("the checkpoint does not fit these options: "):
             restore_training(self, state)
+        self.schedules.weight.stopped = self.progress.stopped

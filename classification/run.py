@@ -311,6 +311,7 @@ def _evaluate_before(trainer: Trainer, teacher: TeacherNetwork | None, num_class
     except Interrupted as stopped:
         trainer.leave(stopped.number)
     logger.info("student before training: error top-1 %.3f, top-5 %.3f", found.err1, found.err5)
+    trainer.compare_with_teacher(found.err1)
     _judge_teacher(trainer, found.err1)
 
 

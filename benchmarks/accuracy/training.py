@@ -135,6 +135,10 @@ class _Training:
 
     def all_epochs(self) -> None:
         recipe = self.run.recipe
+        auto = self.distillation if self.run.distil is not None and self.run.distil.balance == "auto" else None
+        goal = math.inf if auto is None else accuracy(auto.teacher, self.split.test)
+        if auto is not None:
+            auto.schedule.stopped = accuracy(self.network, self.split.test) > goal
         self.rematch(0)
         for epoch in range(recipe.epochs):
             for group in self.optimizer.param_groups:
@@ -142,10 +146,13 @@ class _Training:
                     group["lr"] = rate(recipe, epoch)
                     self.step.changed()
             self._epoch(epoch)
-            if epoch + 1 < recipe.epochs:
-                self.rematch(epoch + 1)
             self.outcome.accuracy.append(round(accuracy(self.network, self.split.test), 4))
             logger.info("epoch %d: %.2f", epoch + 1, self.outcome.accuracy[-1])
+            if auto is not None and self.outcome.accuracy[-1] > goal and not auto.schedule.stopped:
+                auto.schedule.stopped = True  # as the trainers do
+                self.outcome.metrics["stopped"] = epoch + 1
+            if epoch + 1 < recipe.epochs:
+                self.rematch(epoch + 1)
 
     def _epoch(self, epoch: int) -> None:
         self.network.train()

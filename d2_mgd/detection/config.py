@@ -78,8 +78,9 @@ def add_mgd_config(cfg: CfgNode) -> None:
     cfg.MGD.LOSS = "mse"
     # "mean" over real elements, or "image_sum", the published sum over elements divided by images.
     cfg.MGD.REDUCTION = "mean"
-    # "fixed": MGD.WEIGHTS weigh the losses. "auto": each loss is divided by its running mean, and MGD.WEIGHTS are
-    # not used.
+    # "fixed": MGD.WEIGHTS weigh the losses. "auto": each loss is divided by its running mean, MGD.WEIGHTS are not used,
+    # and the distillation stops at the first evaluation (TEST.EVAL_PERIOD) in which the student is better than its
+    # teacher.
     cfg.MGD.BALANCE = "fixed"
     # Which pixels count how much in the loss: "all" alike, ground-truth "boxes" and background in balance, or by the
     # teacher's "attention".

@@ -123,8 +123,8 @@ def rematch_schedule(cfg: CfgNode) -> RematchSchedule:
         return RematchSchedule(start=rematch.START, at=[*rematch.AT, *spaced])
 
 
-def weight_schedule(cfg: CfgNode) -> WeightSchedule | None:
-    """The factor of the distillation losses by finished iterations, as MGD.SCHEDULE says it; None where it is always 1.
+def weight_schedule(cfg: CfgNode) -> WeightSchedule:
+    """The factor of the distillation losses by finished iterations, from MGD.SCHEDULE.
 
     Raises:
         UserError: numbers that do not fit together, or a distillation that would never begin.
@@ -135,7 +135,7 @@ def weight_schedule(cfg: CfgNode) -> WeightSchedule | None:
     with located("MGD.SCHEDULE: "):
         schedule = WeightSchedule(node.DECAY, node.START, node.STOP or last, node.WARMUP, node.END)
     always = node.DECAY == "constant" and not node.START and not node.WARMUP and not 0 < node.STOP < last
-    return None if always else schedule
+    return WeightSchedule() if always else schedule
 
 
 def _check_margin(feature: str, loss: str, before_activation: bool) -> None:

@@ -19,7 +19,7 @@ from d2_mgd.detection.config_loaders import build_pass_loader, training_records
 from d2_mgd.detection.loader import PassLoader
 from d2_mgd.detection.rematcher import Rematcher
 from d2_mgd.detection.steps import precision_of
-from d2_mgd.distill import MatchingGuidedDistiller, WeightSchedule, save_reports
+from d2_mgd.distill import MatchingGuidedDistiller, save_reports
 from d2_mgd.distill.rematching import observe_pass, rematch_due
 from d2_mgd.training import Interrupted
 from d2_mgd.training.processes import rank
@@ -155,8 +155,7 @@ class MatchingHook(HookBase):
             self.rematch(finished)
 
     def _due(self, finished: int) -> bool:
-        weight = self.model.schedule or WeightSchedule()
-        return self.rematcher.source == "pass" and rematch_due(self.rematcher.schedule, weight, finished)
+        return self.rematcher.source == "pass" and rematch_due(self.rematcher.schedule, self.model.schedule, finished)
 
     def rematch(self, finished: int) -> None:
         """Measure the costs on a pass, solve, and use the new matching (collective).

@@ -61,7 +61,7 @@ class TeacherStudentDetector(nn.Module):
             student's own ``input_format``, where it has one, else BGR.
         train_last_norm: what becomes of the last, frozen norm of each distilled backbone stage of the student:
             ``affine`` trains scale and shift, ``sync_bn`` the statistics too, ``none`` nothing.
-        schedule: factor of the distillation losses by the iteration; None is always 1.
+        schedule: factor of the distillation losses by the iteration; by default always 1.
         heads: compares the predictions of both networks' dense heads; or its options ``dense`` and ``cross``.
         rematcher: when to rematch, and on which maps; by default before the first step alone.
 
@@ -95,7 +95,7 @@ class TeacherStudentDetector(nn.Module):
         self.teacher = teacher
         self.distiller = make_distiller(distiller, self.pairs, teacher)
         self.input_format = input_format
-        self.schedule = schedule
+        self.schedule = schedule or WeightSchedule()
         self.heads = make_heads(heads, student, teacher.model)
         self.rematcher = rematcher or Rematcher()
         self.balanced = 0  # finished steps when the balance was updated
@@ -210,7 +210,7 @@ class TeacherStudentDetector(nn.Module):
         if self.distiller is None or not self.distiller.needs_matching:
             return False
         iteration, matched = self.rematcher.iteration(), self.distiller.matched
-        due = self.rematcher.due(iteration, self.schedule or WeightSchedule(), matched)
+        due = self.rematcher.due(iteration, self.schedule, matched)
         if due and self.rematcher.source == "pass":
             raise UserError(
                 f"iteration {iteration} has no matching: MGD.REMATCH.SOURCE 'pass' needs the hooks of "
@@ -246,8 +246,6 @@ class TeacherStudentDetector(nn.Module):
 
     def _factor(self, iteration: int) -> float:
         """Of the distillation losses in this step."""
-        if self.schedule is None:
-            return 1.0
         factor = self.schedule.factor(iteration)
         if has_event_storage():
             get_event_storage().put_scalar("distill_factor", factor, smoothing_hint=False)

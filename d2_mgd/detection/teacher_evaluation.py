@@ -87,18 +87,16 @@ def _predictions(model: nn.Module) -> tuple[str, ...]:
     return () if isinstance(model, (ImageNetwork, ProposalNetwork)) else ("instances",)
 
 
-def evaluate_once(cfg: CfgNode, teacher: Any, test: Callable[[], Any], resumed: bool = False) -> Metrics | None:
+def evaluate_once(cfg: CfgNode, teacher: Any, test: Callable[[], Any]) -> Metrics | None:
     """Metrics of a teacher by their full names, from the cache or by ``test`` (collective).
 
     Args:
         cfg: the training's config.
         teacher: a :class:`~d2_mgd.detection.teacher.FrozenTeacher`.
         test: evaluates the teacher; returns task -> metric -> number on rank 0.
-        resumed: whether the training continues, so that ``test`` is not called.
 
     Returns:
-        None, after a line in the log, for an untrained teacher, for one that cannot be evaluated on this data, and for
-        one whose metrics are not in the cache of a resumed training.
+        None, after a line in the log, for an untrained teacher and for one that cannot be evaluated on this data.
 
     Raises:
         CommonError: the ground truth or the python config cannot be read.
@@ -118,9 +116,6 @@ def evaluate_once(cfg: CfgNode, teacher: Any, test: Callable[[], Any], resumed: 
     if known is not None:
         logger.info("The teacher was evaluated before, see %s", path)
         return known
-    if resumed:
-        logger.info("The teacher is not evaluated again in a resumed training: --eval-teacher evaluates it alone")
-        return None
     found: Metrics = from_main(flatten_results_dict(test()))
     if rank() == 0:
         remember(path, found)

@@ -228,23 +228,30 @@ class Trainer(EvaluatingTrainer):
         """Evaluate the teacher, and a student whose weights are those of a whole detector (collective)."""
         if not (self.distilled and self.cfg.MGD.TEACHER.EVALUATE):
             return
+        if self.start_iter > 0:  # with the verdict of its checkpoint
+            self.verdict.measured({} if self.best is None else self.best.best)
+            return
         teacher = self.detector.teacher
-        resumed = self.start_iter > 0
-        metrics = evaluate_once(self.cfg, teacher, lambda: self.test_teacher(self.cfg, teacher), resumed)
+        metrics = evaluate_once(self.cfg, teacher, lambda: self.test_teacher(self.cfg, teacher))
         self.verdict = TeacherVerdict(metrics, self.cfg.MGD.EARLY_STOP.METRIC)
-        if self.best is not None:
-            self.verdict.measured(self.best.best)
-        if metrics and self._student_is_trained and not resumed:
+        if metrics and self._student_is_trained:
             logger.info("Evaluating the student before the first step")
-            self.verdict.measured(flatten_results_dict(from_main(self.test(self.cfg, self.detector))))
+            self._judge(from_main(self.test(self.cfg, self.detector)))
 
     def _evaluate(self) -> dict[str, Any]:
         try:
             self._last_eval_results = from_main(self.test(self.cfg, self.detector))
         except Interrupted as stopped:
             self.preemption.leave(stopped.number)
-        self.verdict.measured(flatten_results_dict(self._last_eval_results))
+        self._judge(self._last_eval_results)
         return self._last_eval_results
+
+    def _judge(self, results: dict[str, Any]) -> None:
+        """Compare the student with its teacher; under MGD.BALANCE auto a better student trains alone from now on."""
+        self.verdict.measured(flatten_results_dict(results))
+        if self.cfg.MGD.BALANCE == "auto" and self.verdict.surpassed and not self.detector.schedule.stopped:
+            self.detector.schedule.stopped = True
+            logger.info("The student is better than its teacher: the distillation stops (MGD.BALANCE auto)")
 
     def _conclude(self) -> None:
         """Log the best and the last student and the verdict on the teacher, and keep what was measured."""
@@ -288,6 +295,8 @@ class Trainer(EvaluatingTrainer):
                 "distiller": None if distiller is None else distiller.state_dict(),
                 "costs": None if distiller is None else distiller.cost_state_dict(),
                 "teacher": teacher.record,
+                "teacher_metrics": dict(self.verdict.metrics),
+                "stopped": self.detector.schedule.stopped,
             }
         return state
 
@@ -348,6 +357,8 @@ class Trainer(EvaluatingTrainer):
     def _resume_distillation(self, path: str, state: dict[str, Any]) -> None:
         teacher, distiller = self.detector.teacher, self.detector.distiller
         check_same_teacher(path, state["teacher"], teacher.record)
+        self.verdict = TeacherVerdict(state["teacher_metrics"], self.cfg.MGD.EARLY_STOP.METRIC)
+        self.detector.schedule.stopped = state["stopped"]
         if (distiller is None) != (state["distiller"] is None):
             raise KeyError("one of the two distils features and the other does not")
         if distiller is None:

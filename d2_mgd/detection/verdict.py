@@ -70,6 +70,11 @@ class TeacherVerdict:
             self._best = value if self._best is None else max(self._best, value)
             self._judge()
 
+    @property
+    def surpassed(self) -> bool:
+        """Whether the student was better than its teacher in an evaluation."""
+        return self._best is not None and self._best > self.metrics[self.metric or ""]
+
     def _judge(self) -> None:
         assert self.metric is not None
         before = self.warning

@@ -86,8 +86,9 @@ class WeightSchedule:
     along a line or half a cosine (Loshchilov and Hutter, "SGDR", ICLR 2017). ``warmup`` multiplies it by a line from 0
     to 1 over as many steps after ``start``, as DKD is published (Zhao et al., CVPR 2022).
 
-    Steps are whatever the training counts: iterations or epochs. The factor follows from their number alone, so a
-    resumed training goes on where it was.
+    Steps are whatever the training counts: iterations or epochs. The factor follows from their number and from
+    ``stopped``, which a checkpoint has to contain. Trainers set ``stopped`` under the balance ``auto`` at the first
+    evaluation in which the student is better than its teacher.
 
     Args:
         decay: ``constant``, ``linear`` or ``cosine``.
@@ -119,10 +120,11 @@ class WeightSchedule:
         self.stop = None if stop is None else int(stop)
         self.warmup = int(warmup)
         self.end = float(end)
+        self.stopped = False  # for good, before ``stop``
 
     def active(self, steps: float) -> bool:
-        """Whether ``steps`` finished steps lie between ``start`` and ``stop``."""
-        return steps >= self.start and (self.stop is None or steps < self.stop)
+        """Whether ``steps`` finished steps lie between ``start`` and ``stop``, and the distillation has not stopped."""
+        return not self.stopped and steps >= self.start and (self.stop is None or steps < self.stop)
 
     def factor(self, steps: float) -> float:
         """The factor, 0 to 1, after ``steps`` finished steps."""

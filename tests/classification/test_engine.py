@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from classification.assembly import TeacherNetwork, make_trainer
+from classification.checkpoint import CHECKPOINT, read_training_state
 from classification.data import IMAGENET
 from classification.distillation import DistillationStep, Forward
 from classification.engine import Trainer
@@ -154,6 +155,23 @@ def test_online_costs_are_those_of_the_last_steps_before_a_rematch(
     # three steps an epoch; matchings after epochs 2 and 4 on twelve images, which take two batches of eight
     assert [(epoch, step) for epoch, step, due in seen if due] == [(1, 1), (1, 2), (3, 1), (3, 2)]
     assert ["matching/stage3/changed" in line for line in progress.history] == [False, True, False, True, False]
+
+
+@pytest.mark.parametrize("balance", ["auto", "fixed"])
+def test_under_auto_a_student_better_than_its_teacher_trains_alone_also_after_a_resume(
+    data: Path, tmp_path: Path, balance: str
+) -> None:
+    arguments = ("--epochs", 3, "--balance", balance, "--mgd-update-freq", 1)
+    trainer = trainer_of(data, tmp_path, *arguments)
+    trainer.progress.teacher = {"err1": 100.0, "err5": 100.0}  # below it after any epoch
+    history = trainer.fit().history
+    alone = balance == "auto"
+    assert [line["train_loss_distill/stage4"] > 0 for line in history] == [True, not alone, not alone]
+    assert ["matching/stage4/changed" in line for line in history] == [not alone, not alone, False]
+
+    resumed = trainer_of(data, tmp_path, *arguments)
+    resumed.restore(read_training_state(tmp_path / CHECKPOINT, "shufflenet_v2_x0_5", list(CLASSES)))
+    assert resumed.schedules.distill_factor(resumed.finished_steps - 1) == (0.0 if alone else 1.0)
 
 
 def replicas(module: nn.Module, count: int) -> list[nn.Module]:

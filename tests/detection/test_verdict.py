@@ -153,8 +153,25 @@ def test_a_bad_teacher_is_a_warning_before_the_first_step_and_in_the_last_lines(
 
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "empty"))  # as for data whose metrics are not kept
     evaluated = measured_as(monkeypatch, [])
-    resumed._judge_teacher()
-    assert not evaluated and "The teacher is not evaluated again in a resumed training" in messages.text
+    in_process_trainer(workplace, tmp_path, *EVALUATE, *two, resume=True)._judge_teacher()
+    assert not evaluated and messages.text.count("is not better than the student (31.00)") == 2
+
+
+@pytest.mark.parametrize("balance", ["auto", "fixed"])
+def test_under_auto_a_student_better_than_its_teacher_trains_alone_also_after_a_resume(
+    workplace: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, balance: str
+) -> None:
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+    measured_as(monkeypatch, [30.0, 31.0, *[29.0] * 4], teacher=30.0)
+    settings = (*EVALUATE, *OFTEN, "MGD.EARLY_STOP.PATIENCE", "0", "MGD.BALANCE", balance, "SOLVER.STEPS", "()")
+    in_process_trainer(workplace, tmp_path, *settings, "SOLVER.MAX_ITER", "4").train()
+    in_process_trainer(workplace, tmp_path, *settings, "SOLVER.MAX_ITER", "5", resume=True).train()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
+    factors = {row["iteration"]: row["distill_factor"] for row in rows if "distill_factor" in row}
+    losses = {row["iteration"]: row["loss_distill/p4"] for row in rows if "loss_distill/p4" in row}
+    alone = balance == "auto"  # from the third step on
+    assert factors[3] == factors[4] == (0.0 if alone else 1.0)
+    assert (losses[4] == 0.0) is alone
 
 
 def test_the_verdict_on_numbers() -> None:
