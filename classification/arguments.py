@@ -12,6 +12,15 @@ from d2_mgd.matching import METRICS, MODES
 from d2_mgd.training.options import number, whole
 from d2_mgd.training.services import add_log_arguments
 
+# Defaults of --recipe published, where they differ.
+PUBLISHED = {
+    "mgd_align": "matching",
+    "balance": "fixed",
+    "distill_decay": "constant",
+    "mgd_update_freq": 2,
+    "mgd_update_images": 20000,
+}
+
 # fmt: off
 
 def add_common(parser: argparse.ArgumentParser, nesterov: int, drops: list[int]) -> None:
@@ -97,6 +106,10 @@ def add_distillation(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("distillation").add_argument
     add("--with-baseline", action="store_true", help="first train the student alone, in DIR/baseline; compare both")
     add("--distiller", choices=("mgd", "kd"), default="mgd", help="distil features (mgd), or only the logits (kd)")
+    add("--recipe", choices=("recommended", "published"),
+        help="defaults of the following options: recommended, as shown, or published: "
+        + " ".join(f"--{name.replace('_', '-')} {value}" for name, value in PUBLISHED.items())
+        + " (default: published with --mgd-reducer, --loss-factor or --distiller kd, else recommended)")
     add("--teacher-precision", choices=TEACHER_PRECISIONS, default="auto",
         help="of the teacher's forward; student: --mixed-precision; auto: bfloat16 if the device has it, else student")
     add("--teacher-compile", type=int, choices=(0, 1), default=0, help="1: torch.compile the teacher's forward")
@@ -108,26 +121,26 @@ def add_distillation(parser: argparse.ArgumentParser) -> None:
     add("--loss-factor", type=number(0.0, above=True), default=1e4,
         help="divisor of partial_l2 and mse, which are sums over an image (published: 1e4 for 224 px)")
     add("--loss-weight", type=number(0.0), default=1.0, help="weight of pearson and channel_kl, which are means")
-    add("--balance", choices=BALANCES, default="fixed",
-        help="weights of the features: fixed (--loss-factor, --loss-weight), or from the losses (auto), until the "
-        "student is better than its teacher")
+    add("--balance", choices=BALANCES, default="auto",
+        help="weights of the features: from the losses, until the student is better than its teacher (auto), or fixed "
+        "(--loss-factor, --loss-weight, which choose it)")
     add("--mgd-spatial", choices=[name for name in names(SPATIAL_WEIGHTS) if name != "boxes"], default="all",
         help="weights of the pixels in the feature loss: equal, or the teacher's attention")
     add = parser.add_argument_group("matching").add_argument
     add("--mgd-reducer", choices=names(REDUCERS), default="amp", help="reduces a group of teacher channels to one map")
-    add("--mgd-update-freq", type=whole(0), default=2, metavar="EPOCHS",
+    add("--mgd-update-freq", type=whole(0), default=0, metavar="EPOCHS",
         help="epochs between rematches; 0: keep the first matching")
     add("--mgd-update-at", type=whole(1), nargs="+", default=[], metavar="EPOCH",
         help="rematch after these epochs, instead of every --mgd-update-freq epochs")
     add("--mgd-update-log", type=whole(1), nargs=3, metavar=("FIRST", "LAST", "COUNT"),
         help="rematch after COUNT epochs from FIRST to LAST, spaced by a constant factor")
-    add("--mgd-update-images", type=whole(1), default=20000, metavar="N", help="number of images of a matching")
+    add("--mgd-update-images", type=whole(1), default=2000, metavar="N", help="number of images of a matching")
     add("--mgd-update-source", choices=("pass", "online"), default="pass",
         help="maps for a rematch: of a separate pass over training images, or of the last training steps")
     add("--mgd-mode", choices=MODES, help="constraint on the matching (default: balanced, for sm one_to_one)")
     add("--mgd-metric", choices=METRICS,
         help="distance between two channels (default: pearson with --loss pearson, else cosine)")
-    add("--mgd-align", choices=ALIGNMENTS, default="matching",
+    add("--mgd-align", choices=ALIGNMENTS, default="matched_projection",
         help="how channels are aligned: by the matching, by a learned 1x1 convolution that starts as the matching "
         "(matched_projection) or at random (conv1x1), or by index (none)")
     add = parser.add_argument_group("distillation of logits").add_argument
@@ -139,7 +152,7 @@ def add_distillation(parser: argparse.ArgumentParser) -> None:
     add("--kd-options", nargs="+", default=[], metavar="NAME=NUMBER",
         help="parameters of the logit loss: alpha and beta of dkd, beta and gamma of dist")
     add = parser.add_argument_group("weight of the distillation during training").add_argument
-    add("--distill-decay", choices=DECAYS, default="constant",
+    add("--distill-decay", choices=DECAYS, default="cosine",
         help="how the weight of distillation falls from --distill-start to --distill-stop")
     add("--distill-start", type=whole(0), default=0, metavar="EPOCH", help="first epoch with distillation, from 0")
     add("--distill-stop", type=whole(1), metavar="EPOCH", help="first epoch without distillation (default: --epochs)")

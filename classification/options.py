@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from classification.arguments import add_common, add_distillation
+from classification.arguments import PUBLISHED, add_common, add_distillation
 from classification.checkpoint import CHECKPOINT
 from d2_mgd.distill import MATCHED_ALIGNMENTS, LogitLoss, RematchSchedule, WeightSchedule
 from d2_mgd.errors import UserError, located
@@ -53,6 +53,7 @@ def parse_mgd(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add_common(parser, nesterov=1, drops=[31, 61, 81])
     add_distillation(parser)
     options, given = _parse(parser, arguments)
+    _set_recipe(options, given)
     options.with_kd = bool(options.mgd_with_kd) or options.distiller == "kd"
     if options.loss is None and "loss_factor" in given:
         options.loss = "partial_l2"  # published command lines with the factor of this loss do not name it
@@ -90,6 +91,17 @@ def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> 
     for name in defaults.keys() - set(given):
         setattr(options, name, defaults[name])
     return options, given
+
+
+def _set_recipe(options: argparse.Namespace, given: Sequence[str]) -> None:
+    """Set the defaults of the recipe, which published command lines choose by their reducer or loss factor."""
+    published = options.distiller == "kd" or not {"mgd_reducer", "loss_factor"}.isdisjoint(given)
+    options.recipe = options.recipe or ("published" if published else "recommended")
+    defaults: dict[str, Any] = PUBLISHED if options.recipe == "published" else {}
+    if "loss_weight" in given:
+        defaults = {**defaults, "balance": "fixed"}
+    for name in defaults.keys() - set(given):
+        setattr(options, name, defaults[name])
 
 
 def _check_in_vain(options: argparse.Namespace, given: Sequence[str]) -> None:

@@ -79,7 +79,7 @@ def test_mgd_with_kd_and_warm_up(mgd: Run, data: Path, tmp_path: Path, resnet18_
         1,
     ]
     teacher = ["--teacher-arch", "resnet18", "--teacher-resume", resnet18_file]
-    assert mgd(data, *arguments, "--mgd-with-kd", 1, *teacher) == 0
+    assert mgd(data, *arguments, "--mgd-with-kd", 1, "--recipe", "published", *teacher) == 0
     history = lines(tmp_path / "run")
     assert [line["lr"] for line in history] == pytest.approx([0.01, 0.1])
     assert all(line["train_loss_kd"] > 0 for line in history)
@@ -135,7 +135,7 @@ def test_every_reducer(mgd: Run, data: Path, tmp_path: Path, resnet18_file: Path
     "arguments",
     [
         ["--loss", "pearson", "--mgd-metric", "pearson", "--loss-weight", 2],
-        ["--loss", "channel_kl", "--mgd-mode", "even", "--mgd-update-source", "online", "--mgd-update-freq", 1],
+        ["--loss", "channel_kl", "--mgd-reducer", "max", "--mgd-mode", "even", "--mgd-update-source", "online"],
         ["--loss", "mse", "--mgd-align", "conv1x1", "--features", "stage3", "stage4"],
         ["--distiller", "kd", "--kd-temperature", 4, "--kd-weight", 0.5],
         ["--distiller", "kd", "--kd-loss", "dkd", "--kd-standardize", 1, "--kd-options", "beta=2", "alpha=0.5"],
@@ -291,7 +291,7 @@ MISTAKES = [
     (["--student-resume", "none.pth"], "none.pth does not exist"),
     (["--features", "stage9"], "has no such feature"),
     (["--teacher-arch", "resnet50", "--features", "stage9"], "has no such feature"),  # before a download
-    (["--mgd-mode", "one_to_one", "--arch", "wide_resnet50_2"], "needs T >= S"),
+    (["--mgd-mode", "one_to_one", "--mgd-reducer", "amp", "--arch", "wide_resnet50_2"], "needs T >= S"),
     (["--resume", "none/checkpoint.pth", "--output-dir", "elsewhere"], "continues in that folder"),
     (["--world-size", "3", "--rank", "5", "--dist-url", "tcp://localhost:1"], "--rank 5 must be 0 to 2"),
     (["--world-size", "2", "--rank", "1"], "several machines need --dist-url"),

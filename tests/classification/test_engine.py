@@ -49,8 +49,9 @@ def test_learning_rate_is_the_published_one() -> None:
     assert starts == pytest.approx([0.1 + 0.09 * epoch for epoch in range(11)])
 
 
-def test_published_defaults() -> None:
-    mgd, base = parse_mgd(["data"]), parse_base(["data"])
+@pytest.mark.parametrize("published", [["--recipe", "published"], ["--mgd-reducer", "amp"], ["--loss-factor", "1e4"]])
+def test_published_defaults(published: list[str]) -> None:
+    mgd, base = parse_mgd(["data", *published]), parse_base(["data"])
     common = {
         "arch": "resnet18",
         "epochs": 100,
@@ -64,9 +65,16 @@ def test_published_defaults() -> None:
         assert {name: getattr(options, name) for name in common} == common
     assert (base.nesterov, base.lr_drop_epochs, mgd.nesterov, mgd.lr_drop_epochs) == (0, [30, 60, 90], 1, [31, 61, 81])
     assert (mgd.mgd_reducer, mgd.mgd_update_freq, mgd.mgd_update_images, mgd.loss_factor) == ("amp", 2, 20000, 1e4)
-    assert (mgd.kd_temperature, mgd.with_kd, mgd.loss, mgd.mgd_metric) == (1.5, False, None, None)  # by the networks
+    assert (mgd.mgd_align, mgd.balance, mgd.distill_decay) == ("matching", "fixed", "constant")
+    assert (mgd.kd_temperature, mgd.with_kd, mgd.mgd_metric) == (1.5, False, None)  # by the networks
+
+
+def test_recommended_defaults() -> None:
     given = parse_mgd(["data", "--mgd-with-kd", "1", "--learning-rate", "0.2", "--kd-weight", "0"])
-    assert (given.method, given.lr, given.kd_weight, given.kd_temperature) == ("mgd-amp-kd", 0.2, 0.0, 1.5)
+    assert (given.method, given.lr, given.kd_weight, given.kd_temperature) == ("matched_projection-kd", 0.2, 0.0, 1.5)
+    assert (given.mgd_align, given.balance, given.distill_decay) == ("matched_projection", "auto", "cosine")
+    fixed = parse_mgd(["data", "--loss", "pearson", "--loss-weight", "2", "--mgd-align", "conv1x1"])
+    assert (fixed.mgd_align, fixed.balance, fixed.distill_decay) == ("conv1x1", "fixed", "cosine")
 
 
 @pytest.mark.parametrize("classes", [3, 5, 12])
@@ -161,7 +169,7 @@ def test_online_costs_are_those_of_the_last_steps_before_a_rematch(
 def test_under_auto_a_student_better_than_its_teacher_trains_alone_also_after_a_resume(
     data: Path, tmp_path: Path, balance: str
 ) -> None:
-    arguments = ("--epochs", 3, "--balance", balance, "--mgd-update-freq", 1)
+    arguments = ("--epochs", 3, "--mgd-reducer", "amp", "--balance", balance, "--mgd-update-freq", 1)
     trainer = trainer_of(data, tmp_path, *arguments)
     trainer.progress.teacher = {"err1": 100.0, "err5": 100.0}  # below it after any epoch
     history = trainer.fit().history

@@ -20,7 +20,8 @@ from d2_mgd.training.steps import Stepper
 from tests.classification.conftest import SMALL, Run, assert_same_run, command
 from tests.ranks import in_processes
 
-METHOD = ["--arch", "shufflenet_v2_x0_5", "--mgd-update-freq", 1, "--epochs", 3, "--lr", 0.01, "--print-freq", 1]
+METHOD = ["--arch", "shufflenet_v2_x0_5", "--mgd-reducer", "amp", "--mgd-update-freq", 1]
+METHOD += ["--epochs", 3, "--lr", 0.01, "--print-freq", 1]
 
 
 @pytest.fixture(scope="module")

@@ -44,6 +44,7 @@ def test_distillation_from_one_epoch_to_another(
     monkeypatch.setattr(Teacher, "forward", watch_teacher)
     words: list[object] = ["--arch", "shufflenet_v2_x0_5", "--teacher-arch", "resnet18"]
     words += ["--teacher-resume", resnet18_file, "--mgd-with-kd", 1, "--mgd-update-at", 2, "--epochs", 4, "--lr", 0.01]
+    words += ["--recipe", "published"]
     words += ["--distill-decay", "linear", "--distill-start", 1, "--distill-stop", 3, "--distill-end", 0.4]
     assert mgd(data, *words) == 0
     # three steps an epoch; the weight falls step by step
@@ -63,7 +64,8 @@ def test_a_run_goes_on_in_the_middle_of_a_falling_weight(
     words: list[object] = [data, *SMALL, "--arch", "shufflenet_v2_x0_5", "--teacher-arch", "resnet18"]
     words += ["--teacher-resume", resnet18_file, "--epochs", 3, "--lr", 0.01, "--checkpoint-freq", 1]
     words += ["--mgd-update-source", source, "--distill-decay", "cosine", "--distill-start", 1]
-    words += ["--mgd-align", "matched_projection", "--balance", "auto"] if source == "pass" else []
+    words += ["--recipe", "recommended" if source == "pass" else "published"]
+    monkeypatch.setattr(Trainer, "compare_with_teacher", lambda *_: None)  # the teacher was never trained
 
     class Stopped(Exception):
         pass
@@ -76,10 +78,9 @@ def test_a_run_goes_on_in_the_middle_of_a_falling_weight(
             raise Stopped
 
     assert mgd(*words, "--output-dir", tmp_path / "undisturbed", small=False) == 0
-    monkeypatch.setattr(Trainer, "save", stop)
-    with pytest.raises(Stopped):
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(Trainer, "save", stop)
         mgd(*words, "--output-dir", tmp_path / "stopped", small=False)
-    monkeypatch.undo()
     assert mgd(*words, "--output-dir", tmp_path / "stopped", "--resume", "auto", small=False) == 0
     assert_same_run(tmp_path / "undisturbed", tmp_path / "stopped")
 
@@ -101,8 +102,9 @@ def test_options_say_when() -> None:
     assert epochs("--mgd-update-at", "3", "50") == [0, 3, 50]
     assert epochs("--mgd-update-log", "1", "64", "4") == [0, 1, 4, 16, 64]
     assert epochs("--mgd-update-log", "1", "4", "2", "--mgd-update-at", "9") == [0, 1, 4, 9]
-    default = weight_schedule(parse_mgd(["data"]))
-    assert [default.factor(epoch) for epoch in (0, 50.5, 99.9)] == [1.0, 1.0, 1.0]
+    published, default = (weight_schedule(parse_mgd(["data", *words])) for words in (["--recipe", "published"], []))
+    assert [published.factor(epoch) for epoch in (0, 50.5, 99.9)] == [1.0, 1.0, 1.0]
+    assert [default.factor(epoch) for epoch in (0, 50, 100)] == pytest.approx([1.0, 0.5, 0.0])
     warm = weight_schedule(parse_mgd(["data", "--warmup", "1", "--distill-decay", "linear"]))
     assert warm.factor(55) == pytest.approx(0.5)  # to the last epoch, those of the warm-up included
 
@@ -126,7 +128,7 @@ def test_options_that_do_not_fit(words: list[str], message: str) -> None:
 @pytest.mark.parametrize("page", ["methods.md", "choosing.md"])
 def test_the_docs_name_options_that_exist(page: str) -> None:
     text = (REPOSITORY / "docs" / page).read_text(encoding="utf-8")
-    named = set(re.findall(r"--(?:mgd|kd|distill)[a-z-]*", text))
+    named = set(re.findall(r"--(?:mgd|kd|distill|balance)[a-z-]*", text))
     with pytest.raises(SystemExit), contextlib.redirect_stdout(io.StringIO()) as shown:
         parse_mgd(["--help"])
     existing = set(re.findall(r"--[a-z-]+", shown.getvalue()))

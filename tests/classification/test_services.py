@@ -26,7 +26,17 @@ def test_numbers_options_matchings_and_student(
     monkeypatch.setattr(services.logger, "warning", lambda text, *values: warnings.append(text % values))
     monkeypatch.setattr(run, "check_services", lambda *_: None)
     words = [data, *SMALL, "--arch", "resnet18", "--teacher-arch", "resnet18", "--teacher-resume", resnet18_file]
-    words += ["--output-dir", tmp_path / "run", "--mgd-update-freq", 1, "--log", "mlflow", "--log-student"]
+    words += [
+        "--output-dir",
+        tmp_path / "run",
+        "--mgd-reducer",
+        "amp",
+        "--mgd-update-freq",
+        1,
+        "--log",
+        "mlflow",
+        "--log-student",
+    ]
     assert main_mgd.main([str(word) for word in words]) == 0
     shown = "".join(capfd.readouterr())
     assert "images/s; 0:00:0" in shown and " left" in shown

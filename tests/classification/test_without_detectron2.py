@@ -33,5 +33,9 @@ def test_distilling_needs_no_detectron2(data: Path, resnet18_file: Path, tmp_pat
     assert "shufflenet_v2_x0_5 (best)" in done.stdout
     # without --output-dir, the published way: named after data, network and method, below where it was started
     assert (
-        tmp_path / "output" / "classification" / f"{data.name}.shufflenet_v2_x0_5.mgd-amp-kd" / "metrics.json"
+        tmp_path
+        / "output"
+        / "classification"
+        / f"{data.name}.shufflenet_v2_x0_5.matched_projection-kd"
+        / "metrics.json"
     ).exists()

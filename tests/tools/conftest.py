@@ -44,7 +44,8 @@ def classification_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save({"state_dict": teacher.state_dict(), "arch": "resnet18"}, folder / "teacher.pth")
     small = f"--image-size 32 --epochs 2 --batch-size 6 --lr 0.01 --workers 0 --device cpu {data.name}".split()
     base = [*small, "--arch", "shufflenet_v2_x0_5"]
-    distil = ["--teacher-arch", "resnet18", "--teacher-resume", str(folder / "teacher.pth"), "--mgd-update-freq", "1"]
+    distil = ["--teacher-arch", "resnet18", "--teacher-resume", str(folder / "teacher.pth"), "--mgd-reducer", "amp"]
+    distil += ["--mgd-update-freq", "1"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         assert main_base.main([*base, "--output-dir", str(folder / "alone")]) == 0

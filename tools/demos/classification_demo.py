@@ -32,8 +32,7 @@ from demos import beetles, running
 from demos.results import start_report, terminal_table
 
 TEACHER, STUDENT = "resnet18", "shufflenet_v2_x0_5"
-_MGD = ("--distiller", "mgd", "--mgd-reducer", "amp", "--mgd-update-freq", "1")
-DISTILLED = {"KD": ("--distiller", "kd"), "MGD": _MGD, "MGD + KD": (*_MGD, "--mgd-with-kd", "1")}
+DISTILLED: dict[str, tuple[str, ...]] = {"KD": ("--distiller", "kd"), "MGD": (), "MGD + KD": ("--mgd-with-kd", "1")}
 TITLES = ("teacher", "student alone", *DISTILLED)
 _HEADER = ("network", "accuracy, %", "best epoch's, %", "epochs", "seconds")
 
@@ -65,19 +64,16 @@ def folder_name(title: str) -> str:
 
 def arguments(title: str, output: Path, budget: Budget, seed: int, device: str) -> list[str]:
     """The script and the arguments that train the network of that title."""
-    is_teacher, options = title == "teacher", DISTILLED.get(title, ())
-    words = ["--arch", TEACHER if is_teacher else STUDENT, *options]
-    if options:
+    is_teacher, is_distilled = title == "teacher", title in DISTILLED
+    words = ["--arch", TEACHER if is_teacher else STUDENT, *DISTILLED.get(title, ())]
+    if is_distilled:
         words += ["--teacher-arch", TEACHER, "--teacher-resume", str(output / "teacher" / "student_last.pth")]
-    if "mgd" in options:
-        # The published factor is for 224 px: the loss is summed over a map, whose area shrinks with the image's.
-        words += ["--loss-factor", f"{1e4 * (budget.image_size / 224) ** 2:.1f}"]
     epochs = budget.teacher_epochs if is_teacher else budget.student_epochs
     words += f"--image-size {budget.image_size} --epochs {epochs} --batch-size {budget.batch_size}".split()
     words += f"--learning-rate {budget.learning_rate} --warmup 1 --warmup-epochs 1 --nesterov 1".split()
     words += f"--lr-drop-epochs {round(0.7 * epochs)} {round(0.9 * epochs)} --workers 1 --seed {seed}".split()
     words += ["--device", device, "--output-dir", str(output / folder_name(title)), "--resume", "auto"]
-    script = ROOT / "classification" / ("main_mgd.py" if options else "main_base.py")
+    script = ROOT / "classification" / ("main_mgd.py" if is_distilled else "main_base.py")
     return [str(script), str(output / "beetles"), *words]
 
 
