@@ -78,6 +78,7 @@ def run(args: argparse.Namespace) -> Exported:
     found = open_run(args.run) if args.run else None
     if found is not None and found.kind == "classification" and (args.weights or args.config_file):
         raise UserError("--weights and --config-file are not used with a classification RUN: leave them out.")
+    baseline = _baseline(args.baseline, found) if args.baseline else None
     folder = args.output or (args.run or Path(args.weights).parent) / "export" / options.name
     size = _size(args.size)
     student: Student = (
@@ -85,8 +86,8 @@ def run(args: argparse.Namespace) -> Exported:
         if found is not None and found.kind == "classification"
         else _detector(args, found, size, folder)
     )
-    if args.baseline:
-        student.facts["the student trained alone"] = _baseline(args.baseline)
+    if baseline is not None:
+        student.facts["the student trained alone"] = baseline
     student.facts["exported by"] = f"`{shlex.join(['python', *sys.argv])}`"
     return export(student, folder, options)
 
@@ -123,12 +124,31 @@ def _detector(args: argparse.Namespace, found: Run | None, size: tuple[int, int]
     return student
 
 
-def _baseline(folder: Path) -> str:
-    """The last accuracy of a run, as text."""
-    found = open_run(folder)
-    compared = Compared({"": found}, {"": found.metrics()})
+def _baseline(folder: Path, student: Run | None) -> str:
+    """The last accuracy of a run, as text.
+
+    Args:
+        folder: of the run.
+        student: the run of the student; None: a detector without a run.
+
+    Raises:
+        UserError: the run is of another task, or was evaluated on other data or not at all.
+    """
+    alone = open_run(folder)
+    kind = "detection" if student is None else student.kind
+    if alone.kind != kind:
+        raise UserError(f"--baseline {folder} is a {alone.kind} run, and the student is of {kind}: name a {kind} run.")
+    if student is not None and alone.evaluated_on != student.evaluated_on:
+        raise UserError(
+            f"--baseline {folder} was evaluated on {alone.evaluated_on}, and {student.folder} on "
+            f"{student.evaluated_on}: name a run on the same data."
+        )
+    compared = Compared({"": alone}, {"": alone.metrics()})
     last = [(measure, measure.last(compared.rows[""])) for measure in compared.measures()]
-    return ", ".join(f"{measure.title} {row[measure.key]:.2f}" for measure, row in last if row is not None)
+    found = [f"{measure.title} {row[measure.key]:.2f}" for measure, row in last if row is not None]
+    if not found:
+        raise UserError(f"--baseline {folder} has not been evaluated yet.")
+    return ", ".join(found)
 
 
 @lasting_output()

@@ -101,6 +101,14 @@ class Run:
         return group != "MGD" or self.settings.get("MGD.ENABLED", False) or name.split(".")[0] in _WITHOUT_TEACHER
 
     @property
+    def evaluated_on(self) -> str:
+        """The data of its evaluations, as its settings name them."""
+        settings = self.settings
+        if self.kind == "classification":
+            return " ".join(str(settings[key]) for key in ("data", "val_split") if settings.get(key))
+        return ", ".join(settings.get("DATASETS.TEST", ()))
+
+    @property
     def reducer(self) -> str:
         return str(self.settings["mgd_reducer" if self.kind == "classification" else "MGD.REDUCER"])
 

@@ -70,8 +70,21 @@ def test_bad_input_is_one_sentence(
     for source, kept in ((detection_runs, "config.yaml"), (classification_runs, "run.json")):
         (tmp_path / source.name).mkdir()
         shutil.copy(source / "distilled" / kept, tmp_path / source.name / kept)
+    shutil.copytree(classification_runs / "alone", tmp_path / "elsewhere")
+    record = json.loads((tmp_path / "elsewhere" / "run.json").read_text(encoding="utf-8"))
+    record["options"]["data"] = "/data/birds"
+    (tmp_path / "elsewhere" / "run.json").write_text(json.dumps(record), encoding="utf-8")
     ts = ["--format", "torchscript"]
     lines = {
+        "alone is a detection run, and the student is of classification: name a classification run.": [
+            *(classification_runs / "distilled", "--baseline", detection_runs / "alone", *ts)
+        ],
+        "alone is a classification run, and the student is of detection: name a detection run.": [
+            *(detection_runs / "distilled", "--baseline", classification_runs / "alone", *ts)
+        ],
+        "elsewhere was evaluated on /data/birds, and ": [
+            *(classification_runs / "distilled", "--baseline", tmp_path / "elsewhere", *ts)
+        ],
         "has no student yet: its training has written no checkpoint.": [tmp_path / detection_runs.name, *ts],
         "has no student yet: its training has not finished an epoch.": [tmp_path / classification_runs.name, *ts],
         "is not the folder of a training": [tmp_path, *ts],
