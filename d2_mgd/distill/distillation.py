@@ -56,9 +56,12 @@ class Distillation(nn.Module):
     :class:`~d2_mgd.distill.WeightSchedule`; with 0 the teacher does not run and no step is counted. The balance would
     undo a factor by which the result is multiplied.
 
+    ``losses`` has the losses of the newest call, and ``reports`` a report per feature of the newest rematch. Both are
+    empty before, also after ``load_state_dict()``, which restores the matchings.
+
     ``parameters()`` and ``state_dict()`` contain neither of the networks. With DDP, wrap the student before or after,
     and do not wrap the distillation: it averages its own gradients over ranks. ``remove()``, or the end of a ``with``
-    block, removes the hooks from both networks.
+    block, removes the hooks from both networks; the distillation cannot be called afterwards.
 
     Args:
         student: on its device.
@@ -146,7 +149,7 @@ class Distillation(nn.Module):
 
         Raises:
             UserError: the student has not run since the last call, or ran without gradients; the teacher cannot run on
-                the images; or the first matching cannot be found.
+                the images; the first matching cannot be found; or the hooks are removed.
         """
         student_maps = self._student_maps()
         if self.factor:
@@ -165,6 +168,11 @@ class Distillation(nn.Module):
         return self.training and torch.is_grad_enabled()
 
     def _student_maps(self) -> dict[str, Tensor]:
+        if self._student.removed:
+            raise UserError(
+                "the hooks of this distillation are removed, by remove() or the end of its with block: make a new one, "
+                "and load this one's state_dict() into it."
+            )
         if not self._student.hold_maps:
             raise UserError(
                 "the student has not run since the last call of the distillation: call student(images) before "

@@ -201,6 +201,9 @@ def test_no_hook_is_left_after_a_with_block_or_by_a_forgotten_distillation() -> 
     student, teacher = network(4), network(8)
     with Distillation(student, teacher) as distillation:
         student(torch.rand(2, 3, 16, 16)), distillation(torch.rand(2, 3, 16, 16))
+    student(torch.rand(2, 3, 16, 16))
+    with pytest.raises(UserError, match="the hooks of this distillation are removed, by remove"):
+        distillation(torch.rand(2, 3, 16, 16))
     forgotten = Distillation(student, teacher)
     del distillation, forgotten
     gc.collect()
