@@ -75,7 +75,7 @@ class Distillation(nn.Module):
         schedule: in calls; by default a rematch at the start, after 16 steps, and whenever their number has doubled.
         observed: number of steps before each rematch whose maps count.
         precision: of the teacher's forward, in ``TEACHER_PRECISIONS``; ``auto`` is bfloat16 where the device has
-            instructions for it.
+            instructions for it. All but ``student`` set the teacher to channels_last.
         images: (N, C, H, W), from which sizes and strides are measured; by default one empty image for each network, of
             the size that timm or torchvision made it for, else of 224 px.
         options: of :class:`MatchingGuidedDistiller`, such as ``reducer`` and ``align``.
@@ -131,7 +131,7 @@ class Distillation(nn.Module):
         self._student = FeatureTaps(student, student_taps)
         self._forward = TeacherForward(precision)
         self._forward.autocast(next(teacher.parameters()).device)  # an error before the training
-        self._teacher = FeatureTaps(teacher.eval(), teacher_taps)
+        self._teacher = FeatureTaps(self._forward.prepare(teacher), teacher_taps)
         weakref.finalize(self, _remove, self._student, self._teacher).atexit = False
         for name in features:
             logger.info(
@@ -186,11 +186,10 @@ class Distillation(nn.Module):
             )
         return maps
 
-    @torch.no_grad()
     def _teacher_maps(self, *inputs: Any, **named: Any) -> dict[str, Tensor]:
         try:
-            with self._forward.autocast(next(self._teacher.model.parameters()).device):
-                return self._teacher.run(*inputs, **named)
+            device = next(self._teacher.model.parameters()).device
+            return self._forward.run(device, self._teacher.run, *inputs, **named)
         except AssertionError as error:  # vision transformers of timm and torchvision check the image size so
             images = inputs[0] if inputs else None
             raise UserError(cannot_run("the teacher", self._teacher.model, images, error)) from error

@@ -219,6 +219,19 @@ def test_the_teacher_in_bfloat16_gives_nearly_the_same_loss() -> None:
     assert fast.step(images, labels) != plain.step(images, labels)
 
 
+def test_the_teacher_is_channels_last_only_in_a_precision_of_its_own_and_may_be_trained() -> None:
+    for precision, last in (("student", False), ("float32", True)):
+        training = Training(precision=precision)
+        seen: list[Tensor] = []
+        training.teacher[0][0].register_forward_pre_hook(lambda module, args, seen=seen: seen.extend(args))
+        ((images, labels),) = batches(1)
+        training.step(images, labels)
+        weight = training.teacher[1][0].weight
+        for tensor in (*seen, weight):
+            assert tensor.is_contiguous(memory_format=torch.channels_last) == last
+        assert len(seen) == 1 and weight.requires_grad and weight.grad is None
+
+
 def test_under_autocast_the_losses_are_float32() -> None:
     training = Training()
     ((images, _),) = batches(1)
