@@ -171,7 +171,8 @@ def open_run(folder: str | os.PathLike[str]) -> Run:
     with reading(f"{path} is not readable as a run"):
         if (path / RECORD).is_file():
             record = json.loads((path / RECORD).read_text(encoding="utf-8"))
-            if not isinstance(record, dict) or not isinstance(record.get("options"), dict):
+            options = record.get("options") if isinstance(record, dict) else None
+            if not isinstance(options, dict) or not {"arch", "data", "method"} <= options.keys():
                 raise UserError(f"{path / RECORD} was not written by classification/main_base.py or main_mgd.py.")
             return Run(path, "classification", record)
         if (path / CONFIG).is_file():
