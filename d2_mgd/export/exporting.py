@@ -14,7 +14,7 @@ from d2_mgd.errors import UserError, reason
 from d2_mgd.export.cards import CARD, HUB_FILES, card_text, versions, write_hub_folder, write_text
 from d2_mgd.export.checking import Check, check
 from d2_mgd.export.formats import FORMATS, Runtime, check_installed, halved, write
-from d2_mgd.export.sizes import check_network, check_sizes
+from d2_mgd.export.sizes import check_sizes, network_answers
 from d2_mgd.export.students import Student
 from d2_mgd.training import file_digest
 
@@ -126,7 +126,7 @@ def _writing(folder: Path) -> Iterator[None]:
 
 
 def _write(student: Student, path: Path, options: Options) -> None:
-    check_network(student)
+    answers = network_answers(student)
     network = student.network
     if options.half:
         network = copy.deepcopy(network)
@@ -134,7 +134,7 @@ def _write(student: Student, path: Path, options: Options) -> None:
     with _writing(path.parents[1]):
         write(network, student.signature, options.format, path)
     if student.signature.dynamic_size:
-        check_sizes(student, Runtime(path, options.format, student.signature))
+        check_sizes(student, answers, Runtime(path, options.format, student.signature))
     if options.int8:
         from d2_mgd.export.quantization import quantize  # imports ONNX Runtime
 

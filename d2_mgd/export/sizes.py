@@ -16,34 +16,38 @@ from d2_mgd.export.students import Student
 _DIFFERENT = 0.1  # relative difference of an output; float16 causes less
 
 
-def check_network(student: Student) -> None:
-    """Run the network on the example and, if the size is dynamic, on images of two other sizes.
+Answers = list[tuple[Tensor, Sequence[Tensor]]]
+
+
+def network_answers(student: Student) -> Answers:
+    """The example and, if the size is dynamic, images of two other sizes, each with the outputs of the network.
 
     Raises:
-        UserError: PyTorch cannot run it.
+        UserError: PyTorch cannot run the network on one of them.
     """
+    found: Answers = []
     for images in student.signature.examples():
         try:
             with torch.no_grad():
-                student.network(images)
+                found.append((images, student.network(images)))
         except (AssertionError, RuntimeError) as error:  # vision transformers assert their size
             advice = "leave --size out, or name one size" if student.signature.dynamic_size else "name another --size"
             raise UserError(f"{_name(student)} cannot run on {_size(images)}: {reason(error)}; {advice}.") from error
+    return found
 
 
-def check_sizes(student: Student, run: Callable[[Tensor], Sequence[Tensor]]) -> None:
-    """Compare the file with the network on images of three sizes, where the number of answers is fixed.
+def check_sizes(student: Student, answers: Answers, run: Callable[[Tensor], Sequence[Tensor]]) -> None:
+    """Compare the file with :func:`network_answers`, where the number of outputs does not depend on the image.
 
     Args:
-        student: has the network.
+        student: has the signature.
+        answers: of the network.
         run: runs the file.
 
     Raises:
         UserError: the file fails, or answers differently.
     """
-    for images in student.signature.examples():
-        with torch.no_grad():
-            expected = student.network(images)
+    for images, expected in answers:
         try:
             found = run(images)
         except Exception as error:  # the errors of ONNX Runtime have no type in common
