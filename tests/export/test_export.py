@@ -187,43 +187,42 @@ def test_the_folder_of_an_accepted_file(onnx: Any, tmp_path: Path) -> None:
     assert weights.keys() == own.keys() and all(torch.equal(weights[name], own[name]) for name in own)
 
 
-def test_a_file_that_answers_differently_has_another_name(onnx: Any, tmp_path: Path) -> None:
-    done = export(Toy(tmp_path, worst=True), tmp_path / "out", Options())
+def test_a_file_that_answers_differently_has_another_name(tmp_path: Path) -> None:
+    done = export(Toy(tmp_path, worst=True), tmp_path / "out", Options("torchscript"))
     assert done.problem == "agreement, % of the file is 0.00 and PyTorch's 100.00, which --tolerance 0.1 does not allow"
-    assert done.file == tmp_path / "out" / "rejected_student.onnx"
-    rejected = ["rejected_check.json", "rejected_student.onnx"]
+    assert done.file == tmp_path / "out" / "rejected_student.ts"
+    rejected = ["rejected_check.json", "rejected_student.ts"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == rejected
-    assert not export(Toy(tmp_path, worst=True), tmp_path / "out", Options(tolerance=100)).problem
+    assert not export(Toy(tmp_path, worst=True), tmp_path / "out", Options("torchscript", tolerance=100)).problem
     assert not [path for name in rejected if (path := tmp_path / "out" / name).exists()]
 
 
-def test_an_earlier_export_stays_until_the_new_one_is_accepted(onnx: Any, tmp_path: Path) -> None:
+class Unreadable(Toy):
+    def validation(self, count: int | None) -> Iterator[tuple[Tensor, None]]:
+        raise PermissionError(13, "Permission denied", "image.png")
+
+
+def test_an_earlier_export_stays_until_the_new_one_is_accepted(tmp_path: Path) -> None:
     def files() -> dict[str, bytes]:
         found = [path for path in out.rglob("*") if path.is_file() and not path.name.startswith("rejected_")]
         return {str(path.relative_to(out)): path.read_bytes() for path in found}
 
     out = tmp_path / "out"
-    export(Toy(tmp_path), out, Options(safetensors=True))
+    export(Toy(tmp_path), out, Options("torchscript", safetensors=True))
     earlier = files()
-    assert export(Toy(tmp_path, worst=True), out, Options()).problem and (out / "rejected_check.json").is_file()
-    assert files() == earlier
-    unable = Toy(tmp_path)
-    unable.network = Spectrum()
-    with pytest.raises(UserError, match="ONNX cannot express"):
-        export(unable, out, Options())
+    assert export(Toy(tmp_path, worst=True), out, Options("torchscript")).problem
+    assert (out / "rejected_check.json").is_file() and files() == earlier
+    with pytest.raises(PermissionError):
+        export(Unreadable(tmp_path), out, Options("torchscript"))
     assert files() == earlier and len(earlier) == 6
     other = Toy(tmp_path)
     nn.init.ones_(other.network.get_submodule("body.0").weight)
-    assert not export(other, out, Options()).problem
-    assert sorted(path.name for path in out.rglob("*")) == ["check.json", "hub", "model_card.md", "student.onnx"]
-    assert files()["student.onnx"] != earlier["student.onnx"]
+    assert not export(other, out, Options("torchscript")).problem
+    assert sorted(path.name for path in out.rglob("*")) == ["check.json", "hub", "model_card.md", "student.ts"]
+    assert files()["student.ts"] != earlier["student.ts"]
 
 
 def test_an_image_that_cannot_be_read_is_not_an_error_of_the_output_folder(tmp_path: Path) -> None:
-    class Unreadable(Toy):
-        def validation(self, count: int | None) -> Iterator[tuple[Tensor, None]]:
-            raise PermissionError(13, "Permission denied", "image.png")
-
     with pytest.raises(PermissionError, match=r"image\.png"):
         export(Unreadable(tmp_path), tmp_path / "out", Options(format="torchscript"))
     (tmp_path / "file").write_text("")
