@@ -87,7 +87,7 @@ class Teacher(nn.Module):
         super().__init__()
         self.precision = precision or Precision()
         self.runs = runs or TeacherForward()
-        self.network = self.runs.prepare(network)
+        self.network = self.runs.prepare(network.requires_grad_(False))
         self.taps = FeatureTaps(network, taps) if taps else None
         self.with_logits = with_logits
         self.renormalize = renormalize or nn.Identity()

@@ -7,10 +7,13 @@ from pathlib import Path
 
 from d2_mgd.errors import UserError
 
-__all__ = ["FOLDER", "find", "get", "names"]
+__all__ = ["FOLDER", "WITHOUT_TEACHER", "find", "get", "names"]
 
 _IN_WHEEL = Path(__file__).resolve().parent / "_configs"
 FOLDER = _IN_WHEEL if _IN_WHEEL.is_dir() else Path(__file__).resolve().parents[1] / "configs"
+
+# keys of the MGD node that have an effect in a training without a teacher too
+WITHOUT_TEACHER = ("DATA", "ACCUMULATE", "PRECISION", "NONFINITE", "CHECKPOINT", "EARLY_STOP")
 
 _NEAREST = 3
 

@@ -77,6 +77,9 @@ def read_classifier(run: Run) -> Classifier:
     path = run.folder / STUDENT_LAST
     with located(f"the student of {run.folder} cannot be had: "):
         content = read_checkpoint(path, "its file")
+        lacking = [key for key in ("arch", "classes", "image_size") if key not in content]
+        if lacking:
+            raise UserError(f"its file {path} lacks {', '.join(lacking)}, so no training has written it.")
         name, classes = content["arch"], list(content["classes"])
         network = build(name, len(classes), int(content["image_size"]))
         load_weights(network, load_file(path, name, "its file"), name, f"its file {path}")

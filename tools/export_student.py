@@ -29,7 +29,7 @@ from run_numbers import Compared
 from d2_mgd import configs
 from d2_mgd._warnings import ignore_deprecations
 from d2_mgd.data.formats import add_dataset_arguments, label_files
-from d2_mgd.errors import UserError
+from d2_mgd.errors import UserError, located
 from d2_mgd.export import FORMATS, Exported, Options, Student, export
 from d2_mgd.training import lasting_output
 from d2_mgd.training.options import Parser, number, whole
@@ -75,9 +75,10 @@ def run(args: argparse.Namespace) -> Exported:
     )
     if (args.run is None) == (args.config_file is None or args.weights is None):
         raise UserError("name the folder of a RUN, or --config-file and --weights.")
-    found = open_run(args.run) if args.run else None
-    if found is not None and found.kind == "classification" and (args.weights or args.config_file):
-        raise UserError("--weights and --config-file are not used with a classification RUN: leave them out.")
+    found = _open(args.run) if args.run else None
+    if found is not None:
+        _check_used(args, found)
+    baseline = _baseline(args.baseline, found) if args.baseline else None
     folder = args.output or (args.run or Path(args.weights).parent) / "export" / options.name
     size = _size(args.size)
     student: Student = (
@@ -85,10 +86,27 @@ def run(args: argparse.Namespace) -> Exported:
         if found is not None and found.kind == "classification"
         else _detector(args, found, size, folder)
     )
-    if args.baseline:
-        student.facts["the student trained alone"] = _baseline(args.baseline)
+    if baseline is not None:
+        student.facts["the student trained alone"] = baseline
     student.facts["exported by"] = f"`{shlex.join(['python', *sys.argv])}`"
     return export(student, folder, options)
+
+
+def _open(folder: Path) -> Run:
+    """The run in a folder; a UserError if there is no folder, or no run in it."""
+    found = open_run(folder)
+    if found.kind == "matchings":
+        raise UserError(f"{found.folder} is not the folder of a training: it has neither config.yaml nor run.json.")
+    return found
+
+
+def _check_used(args: argparse.Namespace, found: Run) -> None:
+    """Check that no option has been given that has no effect on this run."""
+    of_detectors = ("weights", "register_coco", "register_yolo", "register_voc")
+    for name in ("config_file", *(of_detectors if found.kind == "classification" else ())):
+        if getattr(args, name):
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"{option} has no effect on the {found.kind} run {found.folder}: leave it out.")
 
 
 def _size(text: str) -> tuple[int, int] | str:
@@ -100,8 +118,6 @@ def _size(text: str) -> tuple[int, int] | str:
 
 
 def _detector(args: argparse.Namespace, found: Run | None, size: tuple[int, int] | str, output: Path) -> Student:
-    if found is not None and found.kind != "detection":
-        raise UserError(f"{found.folder} is not the folder of a training: it has neither config.yaml nor run.json.")
     try:
         from d2_mgd.detection import export as detection
         from d2_mgd.detection.datasets import register_coco
@@ -123,12 +139,32 @@ def _detector(args: argparse.Namespace, found: Run | None, size: tuple[int, int]
     return student
 
 
-def _baseline(folder: Path) -> str:
-    """The last accuracy of a run, as text."""
-    found = open_run(folder)
-    compared = Compared({"": found}, {"": found.metrics()})
+def _baseline(folder: Path, student: Run | None) -> str:
+    """The last accuracy of a run, as text.
+
+    Args:
+        folder: of the run.
+        student: the run of the student; None: a detector without a run.
+
+    Raises:
+        UserError: the run is of another task, or was evaluated on other data or not at all.
+    """
+    with located("--baseline: "):
+        alone = _open(folder)
+    kind = "detection" if student is None else student.kind
+    if alone.kind != kind:
+        raise UserError(f"--baseline {folder} is a {alone.kind} run, and the student is of {kind}: name a {kind} run.")
+    if student is not None and alone.evaluated_on != student.evaluated_on:
+        raise UserError(
+            f"--baseline {folder} was evaluated on {alone.evaluated_on}, and {student.folder} on "
+            f"{student.evaluated_on}: name a run on the same data."
+        )
+    compared = Compared({"": alone}, {"": alone.metrics()})
     last = [(measure, measure.last(compared.rows[""])) for measure in compared.measures()]
-    return ", ".join(f"{measure.title} {row[measure.key]:.2f}" for measure, row in last if row is not None)
+    found = [f"{measure.title} {row[measure.key]:.2f}" for measure, row in last if row is not None]
+    if not found:
+        raise UserError(f"--baseline {folder} has not been evaluated yet.")
+    return ", ".join(found)
 
 
 @lasting_output()

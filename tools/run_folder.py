@@ -22,14 +22,13 @@ import numpy as np
 import torch
 import yaml
 
-from d2_mgd import visualize
+from d2_mgd import configs, visualize
 from d2_mgd._warnings import ignore_deprecations
 from d2_mgd.data.images import ImageError, read_rgb
 from d2_mgd.distill import MATCHED_ALIGNMENTS, RematchReport
 from d2_mgd.errors import UserError, reason
 from d2_mgd.visualize.report import Report
 
-_WITHOUT_TEACHER = ("ENABLED", "DATA", "ACCUMULATE", "PRECISION", "NONFINITE", "CHECKPOINT", "EARLY_STOP")  # of MGD
 BAD_INPUT = 2  # exit status, as in argparse
 CONFIG, RECORD = "config.yaml", "run.json"
 History = dict[int, dict[str, RematchReport]]  # finished iterations or epochs -> feature -> report
@@ -98,7 +97,16 @@ class Run:
         if self.kind == "classification":
             return key in self.settings or self.settings.get("method") != "base"
         group, _, name = key.partition(".")
-        return group != "MGD" or self.settings.get("MGD.ENABLED", False) or name.split(".")[0] in _WITHOUT_TEACHER
+        used = ("ENABLED", *configs.WITHOUT_TEACHER)
+        return group != "MGD" or self.settings.get("MGD.ENABLED", False) or name.split(".")[0] in used
+
+    @property
+    def evaluated_on(self) -> str:
+        """The data of its evaluations, as its settings name them."""
+        settings = self.settings
+        if self.kind == "classification":
+            return " ".join(str(settings[key]) for key in ("data", "val_split") if settings.get(key))
+        return ", ".join(settings.get("DATASETS.TEST", ()))
 
     @property
     def reducer(self) -> str:
@@ -163,7 +171,8 @@ def open_run(folder: str | os.PathLike[str]) -> Run:
     with reading(f"{path} is not readable as a run"):
         if (path / RECORD).is_file():
             record = json.loads((path / RECORD).read_text(encoding="utf-8"))
-            if not isinstance(record, dict) or not isinstance(record.get("options"), dict):
+            options = record.get("options") if isinstance(record, dict) else None
+            if not isinstance(options, dict) or not {"arch", "data", "method"} <= options.keys():
                 raise UserError(f"{path / RECORD} was not written by classification/main_base.py or main_mgd.py.")
             return Run(path, "classification", record)
         if (path / CONFIG).is_file():

@@ -20,7 +20,6 @@ from d2_mgd.errors import UserError
 META_ARCHITECTURE = "TeacherStudentDetector"
 UNTRAINED = "untrained"  # MGD.TEACHER.WEIGHTS of a teacher that is meant to stay as it was initialised
 
-_WITHOUT_TEACHER = ("DATA", "ACCUMULATE", "PRECISION", "NONFINITE", "CHECKPOINT", "EARLY_STOP")
 _PROJECT_CONFIGS = configs.FOLDER
 
 
@@ -203,7 +202,7 @@ def baseline_config(cfg: CfgNode) -> CfgNode:
     plain = student_config(cfg)
     plain.defrost()
     add_mgd_config(plain)
-    for key in _WITHOUT_TEACHER:
+    for key in configs.WITHOUT_TEACHER:
         plain.MGD[key] = cfg.MGD[key]
     plain.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "baseline")
     plain.freeze()

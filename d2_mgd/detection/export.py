@@ -36,8 +36,8 @@ from d2_mgd.detection.images import ImageMapper
 from d2_mgd.detection.lazy_network import load_lazy
 from d2_mgd.detection.loader import rematch_pass
 from d2_mgd.detection.networks import build_network
-from d2_mgd.detection.weights import load_weights, local_weights_file, read_model
-from d2_mgd.errors import UserError
+from d2_mgd.detection.weights import fresh_parameters, load_weights, local_weights_file, read_model
+from d2_mgd.errors import UserError, reason
 from d2_mgd.export import Comparison, Signature, Student, size_of
 from d2_mgd.export.formats import quiet
 from d2_mgd.training import file_digest
@@ -268,7 +268,10 @@ def _last_checkpoint(folder: Path) -> str:
 
 def _register(path: Path) -> None:
     """Register the data sets of a training's ``datasets.json``; those of the command line keep their place."""
-    places = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        places = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {reason(error)}; name the data sets by --register-coco.") from error
     for name, place in places.items():
         if name not in DatasetCatalog.list():
             register_coco(name, place["json_file"], place["image_root"])
@@ -284,9 +287,7 @@ def _load(model: nn.Module, weights: str) -> Path:
     """Load all weights of a model; returns the path of their file."""
     with quiet():  # Detectron2 warns of each weight that does not fit
         left = load_weights(model, weights)
-    absent = {*left.missing_keys, *(name for name, *_ in left.incorrect_shapes)}
-    fresh = [name for name, _ in model.named_parameters() if name in absent]
-    if fresh:
+    if fresh := fresh_parameters(model, left):
         raise UserError(
             f"{weights} is not of this student: {len(fresh)} of its weights are not there, first {fresh[0]}."
         )

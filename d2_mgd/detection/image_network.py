@@ -5,6 +5,7 @@ Shape shorthand: N images, C channels, (H, W) a batch, L = h w tokens of a map.
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
 import torch
@@ -128,7 +129,8 @@ def _fresh(name: str) -> nn.Module:
         bare = name.removeprefix(TORCHVISION)
         known = models.list_models(module=models)
         if bare not in known:
-            raise UserError(f"torchvision has no classifier {bare!r}; there are: {', '.join(known)}.")
+            near = ", ".join(difflib.get_close_matches(bare, known, 5) or known)
+            raise UserError(f"torchvision has no classifier {bare!r}. Nearest: {near}.")
         return models.get_model(bare)
     try:
         return timm_network(name, dynamic_img_size=True)  # of vision transformers, for images of any size

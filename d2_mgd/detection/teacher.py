@@ -87,7 +87,7 @@ class FrozenTeacher:
                     "[123.675, 116.28, 103.53] and [58.395, 57.12, 57.375] with MGD.TEACHER.FORMAT RGB."
                 )
         self._forward = TeacherForward(precision, compile)
-        self.model = self._forward.prepare(model)
+        self.model = self._forward.prepare(model.requires_grad_(False))
         self.cfg = cfg
         self.input_format = input_format
         self.weights_path, self.digest = "", ""

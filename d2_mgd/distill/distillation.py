@@ -56,9 +56,12 @@ class Distillation(nn.Module):
     :class:`~d2_mgd.distill.WeightSchedule`; with 0 the teacher does not run and no step is counted. The balance would
     undo a factor by which the result is multiplied.
 
+    ``losses`` has the losses of the newest call, and ``reports`` a report per feature of the newest rematch. Both are
+    empty before, also after ``load_state_dict()``, which restores the matchings.
+
     ``parameters()`` and ``state_dict()`` contain neither of the networks. With DDP, wrap the student before or after,
     and do not wrap the distillation: it averages its own gradients over ranks. ``remove()``, or the end of a ``with``
-    block, removes the hooks from both networks.
+    block, removes the hooks from both networks; the distillation cannot be called afterwards.
 
     Args:
         student: on its device.
@@ -72,7 +75,7 @@ class Distillation(nn.Module):
         schedule: in calls; by default a rematch at the start, after 16 steps, and whenever their number has doubled.
         observed: number of steps before each rematch whose maps count.
         precision: of the teacher's forward, in ``TEACHER_PRECISIONS``; ``auto`` is bfloat16 where the device has
-            instructions for it.
+            instructions for it. All but ``student`` set the teacher to channels_last.
         images: (N, C, H, W), from which sizes and strides are measured; by default one empty image for each network, of
             the size that timm or torchvision made it for, else of 224 px.
         options: of :class:`MatchingGuidedDistiller`, such as ``reducer`` and ``align``.
@@ -128,7 +131,7 @@ class Distillation(nn.Module):
         self._student = FeatureTaps(student, student_taps)
         self._forward = TeacherForward(precision)
         self._forward.autocast(next(teacher.parameters()).device)  # an error before the training
-        self._teacher = FeatureTaps(teacher.eval(), teacher_taps)
+        self._teacher = FeatureTaps(self._forward.prepare(teacher), teacher_taps)
         weakref.finalize(self, _remove, self._student, self._teacher).atexit = False
         for name in features:
             logger.info(
@@ -146,7 +149,7 @@ class Distillation(nn.Module):
 
         Raises:
             UserError: the student has not run since the last call, or ran without gradients; the teacher cannot run on
-                the images; or the first matching cannot be found.
+                the images; the first matching cannot be found; or the hooks are removed.
         """
         student_maps = self._student_maps()
         if self.factor:
@@ -165,6 +168,11 @@ class Distillation(nn.Module):
         return self.training and torch.is_grad_enabled()
 
     def _student_maps(self) -> dict[str, Tensor]:
+        if self._student.removed:
+            raise UserError(
+                "the hooks of this distillation are removed, by remove() or the end of its with block: make a new one, "
+                "and load this one's state_dict() into it."
+            )
         if not self._student.hold_maps:
             raise UserError(
                 "the student has not run since the last call of the distillation: call student(images) before "
@@ -178,11 +186,10 @@ class Distillation(nn.Module):
             )
         return maps
 
-    @torch.no_grad()
     def _teacher_maps(self, *inputs: Any, **named: Any) -> dict[str, Tensor]:
         try:
-            with self._forward.autocast(next(self._teacher.model.parameters()).device):
-                return self._teacher.run(*inputs, **named)
+            device = next(self._teacher.model.parameters()).device
+            return self._forward.run(device, self._teacher.run, *inputs, **named)
         except AssertionError as error:  # vision transformers of timm and torchvision check the image size so
             images = inputs[0] if inputs else None
             raise UserError(cannot_run("the teacher", self._teacher.model, images, error)) from error

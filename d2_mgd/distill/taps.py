@@ -103,6 +103,11 @@ class FeatureTaps:
     # ---- maps out
 
     @property
+    def removed(self) -> bool:
+        """Whether :meth:`remove` has taken the hooks off the model."""
+        return not self._handles
+
+    @property
     def hold_maps(self) -> bool:
         """Whether the model has run in this thread since the last :meth:`collect`."""
         return threading.get_ident() in self._calls

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_map_only
 
 from d2_mgd.errors import UserError
 
@@ -64,8 +65,8 @@ class TeacherForward:
         return f"{name}, compiled" if self.compile else name
 
     def prepare(self, network: nn.Module) -> nn.Module:
-        """Freeze a network, in eval mode and, if its convolutions are of two dimensions, channels_last; return it."""
-        network.requires_grad_(False).eval()
+        """Set a network to eval mode and, if its convolutions are of two dimensions, to channels_last; return it."""
+        network.eval()
         if self.precision != "student" and all(parameter.ndim < 5 for parameter in network.parameters()):
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return network
@@ -93,7 +94,6 @@ class TeacherForward:
             return torch.bfloat16 if has_bfloat16(device) else None
         return _DTYPES.get(self.precision)
 
-    @torch.no_grad()
     def __call__(self, forward: Forward, images: Tensor) -> dict[str, Tensor]:
         """Maps of a batch.
 
@@ -101,11 +101,25 @@ class TeacherForward:
             forward: (N, 3, H, W) -> feature name -> map. The same object in all calls: graphs are stored by it.
             images: (N, 3, H, W) for the network.
         """
+        return self.run(images.device, forward, images)
+
+    @torch.no_grad()
+    def run(
+        self, device: torch.device, forward: Callable[..., dict[str, Tensor]], *inputs: Any, **named: Any
+    ) -> dict[str, Tensor]:
+        """Maps of a batch, for a network of any inputs; only a forward of images alone is compiled.
+
+        Args:
+            device: of the network.
+            forward: inputs -> feature name -> map. The same object in all calls: graphs are stored by it.
+            *inputs: of the network.
+            **named: the same, by name.
+        """
         if self.precision != "student":
-            images = images.contiguous(memory_format=torch.channels_last)
-        with self.autocast(images.device):
-            graph = self._graph(forward, images) if self.compile else None
-            return forward(images) if graph is None else graph(images)
+            inputs, named = tree_map_only(Tensor, _channels_last, (inputs, named))
+        with self.autocast(device):
+            graph = self._graph(forward, *inputs, **named) if self.compile else None
+            return (graph or forward)(*inputs, **named)
 
     def _graph(self, forward: Forward, images: Tensor) -> Forward | None:
         """The compiled forward for images of this size; None where it runs eagerly."""
@@ -119,6 +133,10 @@ class TeacherForward:
                     "The teacher is compiled for %d sizes of images now. It runs eagerly for all others.", _MOST_GRAPHS
                 )
         return self._graphs[key]
+
+
+def _channels_last(value: Tensor) -> Tensor:
+    return value.contiguous(memory_format=torch.channels_last) if value.ndim == 4 else value
 
 
 def _compiled(forward: Forward, images: Tensor) -> Forward | None:

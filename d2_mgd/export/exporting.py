@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -13,8 +14,12 @@ from d2_mgd.errors import UserError, reason
 from d2_mgd.export.cards import CARD, HUB_FILES, card_text, versions, write_hub_folder, write_text
 from d2_mgd.export.checking import Check, check
 from d2_mgd.export.formats import FORMATS, Runtime, check_installed, halved, write
+from d2_mgd.export.sizes import check_sizes, network_answers
 from d2_mgd.export.students import Student
 from d2_mgd.training import file_digest
+
+_CHECK = "check.json"
+_REJECTED = "rejected_"  # before the names of a file that differs from PyTorch, and of its comparison
 
 
 @dataclass(frozen=True)
@@ -65,34 +70,50 @@ class Exported:
 def export(student: Student, folder: Path, options: Options) -> Exported:
     """Write the student to ``folder/student.*``, if it answers as PyTorch does, and the model card beside it.
 
-    ``check.json`` has the comparison. A file that answers differently is named ``rejected_student.*``. What an earlier
-    export wrote there is removed first.
+    ``check.json`` has the comparison. A file that answers differently is named ``rejected_student.*``, its comparison
+    ``rejected_check.json``, and an earlier export stays. Otherwise an earlier export is replaced at the end.
 
     Raises:
-        UserError: the student cannot be written in the format, or the folder is not writable.
+        UserError: the student cannot be written in the format or for the size, or the folder is not writable.
     """
-    final = folder / f"student{FORMATS[options.format]}"
-    unchecked, rejected = (final.with_name(f"{word}_{final.name}") for word in ("unchecked", "rejected"))
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        for old in (final, rejected, *(folder / name for name in (CARD, "check.json", *HUB_FILES))):
-            old.unlink(missing_ok=True)
-    try:
-        _write(student, unchecked, options)
-        found = check(student, Runtime(unchecked, options.format, student.signature), options.images)
+        unchecked = tempfile.TemporaryDirectory(prefix="unchecked_", dir=folder)
+    with unchecked as name:
+        file = Path(name) / f"student{FORMATS[options.format]}"
+        _write(student, file, options)
+        found = check(student, Runtime(file, options.format, student.signature), options.images)
         problem = _problem(found, options)
-        file = unchecked.rename(rejected if problem else final)
-    finally:
-        unchecked.unlink(missing_ok=True)
+        with _writing(folder):
+            if problem:
+                file = file.rename(file.with_name(f"{_REJECTED}{file.name}"))
+            _describe(student, file, found, problem, options)
+            _move(file.parent, folder)
+    return Exported(folder / file.name, found, problem)
+
+
+def _describe(student: Student, file: Path, found: Check, problem: str, options: Options) -> None:
+    """Write what belongs beside a file: its comparison and, unless it is rejected, the model card."""
     record = {"file": file.name, "bytes": file.stat().st_size, "sha256": file_digest(file), "problem": problem}
-    with _writing(folder):
-        write_text(folder / "check.json", json.dumps({**record, **asdict(found), "versions": versions()}, indent=2))
-        if not problem:
-            card = card_text(student, file, found, options.licence)
-            write_text(folder / CARD, card)
-            if options.safetensors:
-                write_hub_folder(folder, student, card)
-    return Exported(file, found, problem)
+    text = json.dumps({**record, **asdict(found), "versions": versions()}, indent=2)
+    write_text(file.with_name(f"{_REJECTED if problem else ''}{_CHECK}"), text)
+    if not problem:
+        card = card_text(student, file, found, options.licence)
+        write_text(file.with_name(CARD), card)
+        if options.safetensors:
+            write_hub_folder(file.parent, student, card)
+
+
+def _move(source: Path, folder: Path) -> None:
+    """Move all files from ``source`` into ``folder``, and remove what they replace: an earlier or rejected export."""
+    files = [path.relative_to(source) for path in source.rglob("*") if path.is_file()]
+    for path in files:
+        (folder / path).parent.mkdir(exist_ok=True)
+        (source / path).replace(folder / path)
+    rejected = [Path(f"{_REJECTED}{_CHECK}"), *(Path(f"{_REJECTED}student{ending}") for ending in FORMATS.values())]
+    described = [Path(name) for name in (CARD, *HUB_FILES)] if Path(_CHECK) in files else []
+    for path in {*rejected, *described}.difference(files):
+        (folder / path).unlink(missing_ok=True)
 
 
 @contextmanager
@@ -105,20 +126,21 @@ def _writing(folder: Path) -> Iterator[None]:
 
 
 def _write(student: Student, path: Path, options: Options) -> None:
+    answers = network_answers(student)
     network = student.network
     if options.half:
         network = copy.deepcopy(network)
         halved(network, student.half_parts(network))
-    with _writing(path.parent):
+    with _writing(path.parents[1]):
         write(network, student.signature, options.format, path)
+    if student.signature.dynamic_size:
+        check_sizes(student, answers, Runtime(path, options.format, student.signature))
     if options.int8:
         from d2_mgd.export.quantization import quantize  # imports ONNX Runtime
 
         plain = path.rename(path.with_name(f"float_{path.name}"))
-        try:
-            quantize(plain, path, student.training_images(options.int8))
-        finally:
-            plain.unlink()
+        quantize(plain, path, student.training_images(options.int8))
+        plain.unlink()
 
 
 def _problem(found: Check, options: Options) -> str:

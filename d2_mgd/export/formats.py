@@ -67,7 +67,7 @@ def write(network: nn.Module, signature: Signature, format_name: str, path: Path
         if format_name == "onnx":
             _write_onnx(network, signature, path)
         elif format_name == "torchscript":
-            torch.jit.trace(network, (signature.example,), check_trace=False).save(str(path))
+            _write_torchscript(network, signature, path)
         else:
             _write_pt2(network, signature, path)
 
@@ -90,12 +90,40 @@ def _write_onnx(network: nn.Module, signature: Signature, path: Path) -> None:
     except torch.onnx.errors.OnnxExporterError as error:
         operator = re.search(r"operator '?([\w:.]+)'?", str(error))
         lacking = f"opset {OPSET} has no operator for {operator[1]}" if operator else reason(error)
-        raise UserError(f"ONNX cannot express this student: {lacking}.") from error
+        of_any_size = " for images of any size: name one --size" if signature.dynamic_size else ""
+        raise UserError(f"ONNX cannot express this student: {lacking}{of_any_size}.") from error
+
+
+def _write_torchscript(network: nn.Module, signature: Signature, path: Path) -> None:
+    traced = network if signature.dynamic_size else _FixedSize(network, signature)
+    torch.jit.trace(traced, (signature.example,), check_trace=False).save(str(path))
+
+
+class _FixedSize(nn.Module):
+    """A network that refuses images of another size in TorchScript too; tracing alone does not record the size."""
+
+    def __init__(self, network: nn.Module, signature: Signature) -> None:
+        super().__init__()
+        self.network = network
+        self.height, self.width = signature.example.shape[-2:]
+        self.checked = torch.jit.script(_of_size)
+
+    def forward(self, images: Tensor) -> Any:
+        return self.network(self.checked(images, self.height, self.width))
+
+
+def _of_size(images: Tensor, height: int, width: int) -> Tensor:
+    if images.shape[-2] != height or images.shape[-1] != width:
+        message = "the file takes images of {} x {} px, and this one has {} x {}"
+        raise ValueError(message.format(height, width, images.shape[-2], images.shape[-1]))
+    return images
 
 
 def _write_pt2(network: nn.Module, signature: Signature, path: Path) -> None:
-    axes = {axis: torch.export.Dim(name) for axis, name in signature.input_axes.items()}
+    dim = torch.export.Dim
     try:
+        # sizes have a least value, which torch.export finds for DYNAMIC only
+        axes = {axis: dim(name) if name == "batch" else dim.DYNAMIC for axis, name in signature.input_axes.items()}
         with contextlib.redirect_stderr(io.StringIO()):  # where it prints the graph that it could not complete
             program = torch.export.export(network, (signature.example,), dynamic_shapes=(axes,))
     except Exception as error:  # torch.export raises errors of many types for code that it cannot export

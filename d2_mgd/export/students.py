@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -34,6 +35,13 @@ class Signature:
         axes = self.example.ndim
         size = {axes - 2: "height", axes - 1: "width"} if self.dynamic_size else {}
         return {**({0: "batch"} if axes == 4 else {}), **size}
+
+    def examples(self) -> Iterator[Tensor]:
+        """The example and, of a dynamic size, noise of twice its height and of twice its width."""
+        yield self.example
+        *others, height, width = self.example.shape
+        for size in ((2 * height, width), (height, 2 * width)) if self.dynamic_size else ():
+            yield 255 * torch.rand(*others, *size, generator=torch.Generator().manual_seed(0))
 
 
 class Comparison(ABC):

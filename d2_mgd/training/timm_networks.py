@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -17,12 +18,12 @@ def timm_network(name: str, **options: Any) -> nn.Module:
     """Build a network; ``options`` are those of ``timm.create_model``.
 
     Raises:
-        UserError: timm is not installed, or has no such network; the message lists similar names.
+        UserError: timm is not installed, or has no such network; the message lists the nearest names.
     """
     timm, bare = _timm(name), name.removeprefix(TIMM)
     if not timm.is_model(bare):
-        near = ", ".join(timm.list_models(f"*{bare.split('_')[0]}*")[:20])
-        raise UserError(f"timm has no model {bare!r}. Similar names: {near or 'none'}.")
+        near = ", ".join(difflib.get_close_matches(bare, timm.list_models(), 5))
+        raise UserError(f"timm has no model {bare!r}. Nearest: {near or 'none; timm.list_models() lists all'}.")
     return timm.create_model(bare, **options)
 
 

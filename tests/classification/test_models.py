@@ -195,5 +195,7 @@ def test_timm_is_asked_for_where_it_is_not_installed() -> None:
             build("timm:resnet18", 3)
     else:
         assert build("timm:resnet18", 3)(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
-        with pytest.raises(UserError, match="timm has no model 'resnet_none'"):
-            build("timm:resnet_none", 3)
+        with pytest.raises(UserError, match=r"no model 'mobilnetv3_small_100'\. Nearest: mobilenetv3_small_100, "):
+            build("timm:mobilnetv3_small_100", 3)
+        with pytest.raises(UserError, match=r"no model 'x'\. Nearest: none; timm\.list_models\(\) lists all\."):
+            build("timm:x", 3)

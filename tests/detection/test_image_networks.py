@@ -76,5 +76,5 @@ def test_the_input_format_of_a_config() -> None:
 
 
 def test_an_unknown_classifier_is_named_with_those_that_there_are() -> None:
-    with pytest.raises(UserError, match="torchvision has no classifier 'resnet19'; there are: alexnet"):
+    with pytest.raises(UserError, match=r"torchvision has no classifier 'resnet19'\. Nearest: resnet"):
         TeacherStudentDetector(taught_by("torchvision:resnet19"))

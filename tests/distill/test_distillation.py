@@ -201,6 +201,9 @@ def test_no_hook_is_left_after_a_with_block_or_by_a_forgotten_distillation() -> 
     student, teacher = network(4), network(8)
     with Distillation(student, teacher) as distillation:
         student(torch.rand(2, 3, 16, 16)), distillation(torch.rand(2, 3, 16, 16))
+    student(torch.rand(2, 3, 16, 16))
+    with pytest.raises(UserError, match="the hooks of this distillation are removed, by remove"):
+        distillation(torch.rand(2, 3, 16, 16))
     forgotten = Distillation(student, teacher)
     del distillation, forgotten
     gc.collect()
@@ -214,6 +217,19 @@ def test_the_teacher_in_bfloat16_gives_nearly_the_same_loss() -> None:
     plain, fast = (Training(balance="fixed", precision=precision) for precision in ("student", "bfloat16"))
     assert fast.step(images, labels) == pytest.approx(plain.step(images, labels), rel=0.02)
     assert fast.step(images, labels) != plain.step(images, labels)
+
+
+def test_the_teacher_is_channels_last_only_in_a_precision_of_its_own_and_may_be_trained() -> None:
+    for precision, last in (("student", False), ("float32", True)):
+        training = Training(precision=precision)
+        seen: list[Tensor] = []
+        training.teacher[0][0].register_forward_pre_hook(lambda module, args, seen=seen: seen.extend(args))
+        ((images, labels),) = batches(1)
+        training.step(images, labels)
+        weight = training.teacher[1][0].weight
+        for tensor in (*seen, weight):
+            assert tensor.is_contiguous(memory_format=torch.channels_last) == last
+        assert len(seen) == 1 and weight.requires_grad and weight.grad is None
 
 
 def test_under_autocast_the_losses_are_float32() -> None:

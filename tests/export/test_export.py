@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -110,6 +111,59 @@ def test_a_file_answers_as_the_network_for_any_number_of_images(format_name: str
         assert found.dtype == torch.float32 and not (half and torch.equal(found, expected))
     with pytest.raises(UserError, match="takes images of 12 x 12 px, and this one has 12 x 16"):
         run(torch.zeros(1, 3, 12, 16))
+    with pytest.raises(Exception, match=r"has 12 x 16|Got: 16 Expected: 12|images\.size\(\)\[3\] == 12"):
+        run._run(torch.zeros(1, 3, 12, 16))  # the file itself
+
+
+class OneSize(Network):
+    """Has a position embedding of 12 x 12 px: PyTorch resamples it, and the files contain the size of the example."""
+
+    def __init__(self, resample: bool) -> None:
+        super().__init__()
+        self.embedding, self.resample = nn.Parameter(torch.rand(1, 3, 12, 12)), resample
+
+    def forward(self, images: Tensor) -> tuple[Tensor]:
+        size = [int(side) for side in images.shape[-2:]]
+        embedding = nn.functional.interpolate(self.embedding, size) if self.resample else self.embedding
+        return super().forward(images + embedding)
+
+
+class Wrong(Network):
+    """Pools its sums over the number of pixels of the example."""
+
+    def forward(self, images: Tensor) -> tuple[Tensor]:
+        return (self.body(images / 255) * int(images.shape[-1]) / 12,)
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (OneSize(resample=False), r"^the student Toy cannot run on images of 24 x 12 px: .*; leave --size out"),
+        (OneSize(resample=True), r"^the file of the student Toy cannot have a dynamic size, because it does not"),
+        (Wrong(), r"on images of 12 x 24 px as PyTorch does: its output differs from PyTorch's; leave --size out"),
+    ],
+)
+@pytest.mark.parametrize("format_name", ["onnx", "torchscript"])
+def test_a_dynamic_size_is_an_error_if_the_file_would_take_one_size(
+    format_name: str, network: nn.Module, message: str, tmp_path: Path
+) -> None:
+    needs(format_name)
+    student = Toy(tmp_path)
+    student.network, student.signature = network.eval(), dataclasses.replace(student.signature, dynamic_size=True)
+    with pytest.raises(UserError, match=message):
+        export(student, tmp_path / "out", Options(format_name))
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_a_dynamic_size_of_a_convolutional_network(format_name: str, tmp_path: Path) -> None:
+    needs(format_name)
+    student = Toy(tmp_path)
+    student.signature = dataclasses.replace(student.signature, dynamic_size=True)
+    file = export(student, tmp_path / "out", Options(format_name)).file
+    images = torch.rand(2, 3, 20, 15)
+    found = Runtime(file, format_name, student.signature)(images)[0]
+    torch.testing.assert_close(found, student.network(images)[0], atol=1e-5, rtol=0)
 
 
 def test_the_folder_of_an_accepted_file(onnx: Any, tmp_path: Path) -> None:
@@ -133,20 +187,42 @@ def test_the_folder_of_an_accepted_file(onnx: Any, tmp_path: Path) -> None:
     assert weights.keys() == own.keys() and all(torch.equal(weights[name], own[name]) for name in own)
 
 
-def test_a_file_that_answers_differently_has_another_name(onnx: Any, tmp_path: Path) -> None:
-    assert not export(Toy(tmp_path), tmp_path, Options()).problem
-    done = export(Toy(tmp_path, worst=True), tmp_path, Options())
+def test_a_file_that_answers_differently_has_another_name(tmp_path: Path) -> None:
+    done = export(Toy(tmp_path, worst=True), tmp_path / "out", Options("torchscript"))
     assert done.problem == "agreement, % of the file is 0.00 and PyTorch's 100.00, which --tolerance 0.1 does not allow"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["check.json", "rejected_student.onnx", "weights.pth"]
-    assert not export(Toy(tmp_path, worst=True), tmp_path, Options(tolerance=100)).problem
-    assert not (tmp_path / "rejected_student.onnx").exists()
+    assert done.file == tmp_path / "out" / "rejected_student.ts"
+    rejected = ["rejected_check.json", "rejected_student.ts"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == rejected
+    assert not export(Toy(tmp_path, worst=True), tmp_path / "out", Options("torchscript", tolerance=100)).problem
+    assert not [path for name in rejected if (path := tmp_path / "out" / name).exists()]
+
+
+class Unreadable(Toy):
+    def validation(self, count: int | None) -> Iterator[tuple[Tensor, None]]:
+        raise PermissionError(13, "Permission denied", "image.png")
+
+
+def test_an_earlier_export_stays_until_the_new_one_is_accepted(tmp_path: Path) -> None:
+    def files() -> dict[str, bytes]:
+        found = [path for path in out.rglob("*") if path.is_file() and not path.name.startswith("rejected_")]
+        return {str(path.relative_to(out)): path.read_bytes() for path in found}
+
+    out = tmp_path / "out"
+    export(Toy(tmp_path), out, Options("torchscript", safetensors=True))
+    earlier = files()
+    assert export(Toy(tmp_path, worst=True), out, Options("torchscript")).problem
+    assert (out / "rejected_check.json").is_file() and files() == earlier
+    with pytest.raises(PermissionError):
+        export(Unreadable(tmp_path), out, Options("torchscript"))
+    assert files() == earlier and len(earlier) == 6
+    other = Toy(tmp_path)
+    nn.init.ones_(other.network.get_submodule("body.0").weight)
+    assert not export(other, out, Options("torchscript")).problem
+    assert sorted(path.name for path in out.rglob("*")) == ["check.json", "hub", "model_card.md", "student.ts"]
+    assert files()["student.ts"] != earlier["student.ts"]
 
 
 def test_an_image_that_cannot_be_read_is_not_an_error_of_the_output_folder(tmp_path: Path) -> None:
-    class Unreadable(Toy):
-        def validation(self, count: int | None) -> Iterator[tuple[Tensor, None]]:
-            raise PermissionError(13, "Permission denied", "image.png")
-
     with pytest.raises(PermissionError, match=r"image\.png"):
         export(Unreadable(tmp_path), tmp_path / "out", Options(format="torchscript"))
     (tmp_path / "file").write_text("")
@@ -181,6 +257,9 @@ def test_what_a_format_lacks_is_one_sentence(onnx: Any, tmp_path: Path) -> None:
         UserError, match=r"^ONNX cannot express this student: opset 17 has no operator for aten::\w*svd"
     ):
         write(Spectrum(), signature, "onnx", tmp_path / "file")
+    dynamic = dataclasses.replace(signature, dynamic_size=True)
+    with pytest.raises(UserError, match=r"adaptive_avg_pool2d for images of any size: name one --size\.$"):
+        write(nn.AdaptiveAvgPool2d(2), dynamic, "onnx", tmp_path / "file")
     with pytest.raises(UserError, match=r"^torch.export cannot export .*data-dependent.* Use onnx or torchscript\.$"):
         write(Branch(), signature, "pt2", tmp_path / "file")
 

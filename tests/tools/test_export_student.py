@@ -70,13 +70,41 @@ def test_bad_input_is_one_sentence(
     for source, kept in ((detection_runs, "config.yaml"), (classification_runs, "run.json")):
         (tmp_path / source.name).mkdir()
         shutil.copy(source / "distilled" / kept, tmp_path / source.name / kept)
+    shutil.copytree(classification_runs / "alone", tmp_path / "elsewhere")
+    record = json.loads((tmp_path / "elsewhere" / "run.json").read_text(encoding="utf-8"))
+    record["options"]["data"] = "/data/birds"
+    (tmp_path / "elsewhere" / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    shutil.copytree(classification_runs / "alone", tmp_path / "incomplete")
+    torch.save({"arch": "shufflenet_v2_x0_5", "state_dict": {}}, tmp_path / "incomplete" / "student_last.pth")
+    shutil.copytree(detection_runs / "alone", tmp_path / "damaged")
+    (tmp_path / "damaged" / "datasets.json").write_text("{")
     ts = ["--format", "torchscript"]
     lines = {
+        "alone is a detection run, and the student is of classification: name a classification run.": [
+            *(classification_runs / "distilled", "--baseline", detection_runs / "alone", *ts)
+        ],
+        "alone is a classification run, and the student is of detection: name a detection run.": [
+            *(detection_runs / "distilled", "--baseline", classification_runs / "alone", *ts)
+        ],
+        "elsewhere was evaluated on /data/birds, and ": [
+            *(classification_runs / "distilled", "--baseline", tmp_path / "elsewhere", *ts)
+        ],
         "has no student yet: its training has written no checkpoint.": [tmp_path / detection_runs.name, *ts],
         "has no student yet: its training has not finished an epoch.": [tmp_path / classification_runs.name, *ts],
         "is not the folder of a training": [tmp_path, *ts],
         "name the folder of a RUN, or --config-file and --weights.": ["--config-file", "student.yaml", *ts],
-        "--weights and --config-file are not used": [classification_runs / "alone", "--weights", "other.pth", *ts],
+        "--weights has no effect on the classification run ": [
+            *(classification_runs / "alone", "--weights", "other.pth", *ts)
+        ],
+        "--register-coco has no effect on the classification run ": [
+            *(classification_runs / "alone", "--register-coco", "name", "a.json", "images", *ts)
+        ],
+        "--config-file has no effect on the detection run ": [
+            *(detection_runs / "alone", "--config-file", "student.yaml", *ts)
+        ],
+        "--baseline: there is no folder nowhere.": [classification_runs / "alone", "--baseline", "nowhere", *ts],
+        "student_last.pth lacks classes, image_size, so no training": [tmp_path / "incomplete", *ts],
+        "datasets.json is damaged: ": [tmp_path / "damaged", *ts],
         "argument --check: must be 1 or more, not 0": [classification_runs / "alone", "--check", "0", *ts],
         "is not of this student: ": [
             *(detection_runs / "alone", "--weights", detection_runs / "teacher.pth", *ts, "--output", tmp_path / "out")
