@@ -69,6 +69,7 @@ setup(
             "nbclient>=0.10",
             "ipykernel>=6.29",
             *EXTRAS["timm"],
+            *EXTRAS["export"],
             *EXTRAS["wandb"],
         ],
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings-python>=1.19", "markdown>=3.6"],
