@@ -21,10 +21,12 @@ def rows(quick: bool, reference: Reference | None = None) -> Iterator[Row]:
     """Yield the rows of the CPU; ``reference`` adds the published implementation's step and pass."""
     batch, size, rounds = (2, 64, 2) if quick else (16, 224, 9)
     pair = Pair(batch, size, runs=TeacherForward("auto"))
+    fastest = Pair(batch, size, dtype=torch.bfloat16, runs=TeacherForward("auto", compile=True))
     variants: dict[str, Callable[[], None]] = {
         "step, teacher as the student": Pair(batch, size, runs=TeacherForward("student")).distilled,
         "step, teacher compiled": Pair(batch, size, runs=TeacherForward("auto", compile=True)).distilled,
         "step, student in bfloat16": Pair(batch, size, dtype=torch.bfloat16, runs=TeacherForward("auto")).distilled,
+        "step, student in bfloat16, teacher compiled": fastest.distilled,
     }
     others = {} if reference is None else reference(pair)
     note = (
@@ -33,6 +35,9 @@ def rows(quick: bool, reference: Reference | None = None) -> Iterator[Row]:
     )
     variants.update({name: other for name, other in others.items() if "step" in name})
     yield from step_rows(pair, "CPU", 0.7, rounds, 1, note, variants)
+    things = {"student alone": fastest.student_alone, "distilled": fastest.distilled}
+    name = "step, student in bfloat16, teacher compiled / student alone in bfloat16"
+    yield ratio_row(name, None, in_turn(things, rounds), "distilled", "student alone", note)
 
     things = {"two forwards": pair.two_forwards, "rematch pass": pair.rematch_pass}
     passes = {name: thing for name, thing in others.items() if "pass" in name}

@@ -132,7 +132,7 @@ def valid_masks(
             continue
         real_rows = torch.arange(height) < torch.tensor(rows).view(-1, 1)
         real_columns = torch.arange(width) < torch.tensor(columns).view(-1, 1)
-        masks[name] = (real_rows[:, None, :, None] & real_columns[:, None, None, :]).to(found.device)
+        masks[name] = (real_rows[:, None, :, None] & real_columns[:, None, None, :]).to(found.device, non_blocking=True)
     return masks
 
 

@@ -232,7 +232,7 @@ class FrozenTeacher:
         mean, std = self._normalisation
         batch = mean.new_zeros((len(images), mean.shape[0], height, width))
         for index, image in enumerate(images):
-            pixels = image.to(mean.device)
+            pixels = image.to(mean.device, non_blocking=True)
             if input_format != self.input_format:
                 pixels = pixels.flip(0)
             batch[index, :, : image.shape[-2], : image.shape[-1]] = (pixels - mean) / std

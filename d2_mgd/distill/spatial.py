@@ -70,7 +70,7 @@ def boxes(
     columns = torch.arange(width, device=teacher.device).view(1, 1, -1)
     weights = torch.empty((images, 1, height, width), device=teacher.device)
     for index, found in enumerate(boxes):
-        left, top, right, bottom = _on_the_map(found.to(teacher.device), stride, height, width)
+        left, top, right, bottom = _on_the_map(found.to(teacher.device, non_blocking=True), stride, height, width)
         inside = (columns >= left) & (columns < right) & (rows >= top) & (rows < bottom)  # (B, H, W)
         real = None if valid is None else valid[index]
         if real is not None:

@@ -44,8 +44,9 @@ class TeacherForward:
         precision: ``student`` follows the autocast of the caller and keeps the memory format, so that its maps are
             those of the plain network to the bit; ``float32``, ``bfloat16`` and ``float16`` do not; ``auto`` is
             bfloat16 where the device has instructions for it, else the autocast of the caller.
-        compile: compile the forward with ``torch.compile``, once for each size of images. Without a compiler, or for a
-            network that cannot be compiled, it runs eagerly, and a warning says so.
+        compile: compile the forward with ``torch.compile``, once for each size of images. On a CPU the weights are
+            constants of the graph: later changes of them have no effect. Without a compiler, or for a network that
+            cannot be compiled, it runs eagerly, and a warning says so.
 
     Raises:
         UserError: an unknown precision.
@@ -143,13 +144,15 @@ def _compiled(forward: Forward, images: Tensor) -> Forward | None:
     """A forward as one graph for images of this size; None, with a warning, where there is none.
 
     Its operators are recorded in an eager run. Hooks, in-place activations and an early end need no support by the
-    compiler then, and there are no graph breaks.
+    compiler then, and there are no graph breaks. On a CPU, constant weights let the compiler fold norms into
+    convolutions and activations into their kernels. On a GPU each size of images would need its own copy of them.
     """
     names = list(forward(images))  # an error of the network is no error of the compiler
     start = time.perf_counter()
     try:
         graph = torch.compile(make_fx(lambda images: list(forward(images).values()))(images))
-        graph(images)
+        with torch._inductor.config.patch(freezing=images.device.type == "cpu"):
+            graph(images)
     except RuntimeError as error:
         logger.warning("The teacher cannot be compiled, so it runs eagerly: %s", str(error).strip().split("\n")[0])
         return None
