@@ -21,6 +21,7 @@ from benchmarks.accuracy.networks import Staged
 from benchmarks.accuracy.steps import Maps
 from benchmarks.accuracy.study import Method, new_distiller
 from d2_mgd.distill import MatchingGuidedDistiller, batch_norm_margin
+from d2_mgd.distill.teacher_forward import TeacherForward
 from d2_mgd.matching import projection_agreement
 
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]  # an epoch of images and labels
@@ -32,6 +33,7 @@ class Distillation:
     def __init__(self, method: Method, student: Staged, teacher: Staged, engine: Engine) -> None:
         self.method, self.student, self.engine = method, student, engine
         self.teacher = teacher.requires_grad_(False).eval()
+        self.runs = TeacherForward(method.teacher_precision)
         self.logits = method.logit_loss()
         self.schedule = method.weight_schedule()
         self.rematches = method.rematch_schedule()
@@ -69,7 +71,7 @@ class Distillation:
     def _forward(self, images: Tensor) -> tuple[Maps, Tensor, Maps, Tensor]:
         with self.engine.autocast():
             student_maps, logits = self.student.maps_and_logits(images)
-            with torch.no_grad():
+            with torch.no_grad(), self.runs.autocast(images.device):
                 teacher_maps, teacher_logits = self.teacher.maps_and_logits(images)
         if self.distiller is not None:
             student_maps, teacher_maps = (

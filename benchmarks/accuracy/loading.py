@@ -14,6 +14,7 @@ from benchmarks.accuracy.commands import CommandStudy, Metric
 from benchmarks.accuracy.data import Choice, StudyError
 from benchmarks.accuracy.networks import build_network
 from benchmarks.accuracy.study import BEFORE, STUDENT, TEACHER, AnyStudy, Method, Recipe, Study, new_distiller
+from d2_mgd.distill.teacher_forward import TeacherForward
 
 T = TypeVar("T")
 
@@ -177,6 +178,7 @@ def _check(study: Study) -> None:
         try:
             method.logit_loss()
             method.weight_schedule()
+            TeacherForward(method.teacher_precision)
             _mapping(method.rematch, "rematch", _REMATCH_KEYS)
             method.rematch_schedule()
             if method.rematch_source not in ("pass", "online"):

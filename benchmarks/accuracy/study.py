@@ -59,6 +59,7 @@ class Method:
             half of the next (Heo et al., ICCV 2019; their CIFAR weight is 1e-3), else each has all of it.
         logits: options of :class:`~d2_mgd.distill.LogitLoss`; None is none.
         task_weight: of the loss of the labels.
+        teacher_precision: of the teacher's forward, see :class:`~d2_mgd.distill.teacher_forward.TeacherForward`.
         schedule: options of :class:`~d2_mgd.distill.WeightSchedule`, in epochs.
         rematch: ``every`` so many epochs (0: never after the start), or ``log: [first, last, count]``; on how many
             training ``images``; from which ``source``: ``pass``, one of its own, or ``online``, the last steps.
@@ -78,6 +79,7 @@ class Method:
     weight: float = 1e-3
     logits: Mapping[str, Any] | None = None
     task_weight: float = 1.0
+    teacher_precision: str = "student"
     schedule: Mapping[str, Any] = field(default_factory=dict)
     rematch: Mapping[str, Any] = field(default_factory=dict)
 
