@@ -109,7 +109,7 @@ def add_distillation(parser: argparse.ArgumentParser) -> None:
     add("--recipe", choices=("recommended", "published"),
         help="defaults of the following options: recommended, as shown, or published: "
         + " ".join(f"--{name.replace('_', '-')} {value}" for name, value in PUBLISHED.items())
-        + " (default: published with --mgd-reducer, --loss-factor or --distiller kd, else recommended)")
+        + " (default: published with --mgd-reducer, --mgd-update-freq, -at, -log, --loss-factor or --distiller kd)")
     add("--teacher-precision", choices=TEACHER_PRECISIONS, default="auto",
         help="of the teacher's forward; student: --mixed-precision; auto: bfloat16 if the device has it, else student")
     add("--teacher-compile", type=int, choices=(0, 1), default=0, help="1: torch.compile the teacher's forward")
@@ -122,8 +122,8 @@ def add_distillation(parser: argparse.ArgumentParser) -> None:
         help="divisor of partial_l2 and mse, which are sums over an image (published: 1e4 for 224 px)")
     add("--loss-weight", type=number(0.0), default=1.0, help="weight of pearson and channel_kl, which are means")
     add("--balance", choices=BALANCES, default="auto",
-        help="weights of the features: from the losses, until the student is better than its teacher (auto), or fixed "
-        "(--loss-factor, --loss-weight, which choose it)")
+        help="weights of the features: from the losses, until the student is better than its teacher (auto); or fixed, "
+        "those of --loss-weight or --loss-factor, either of which selects fixed")
     add("--mgd-spatial", choices=[name for name in names(SPATIAL_WEIGHTS) if name != "boxes"], default="all",
         help="weights of the pixels in the feature loss: equal, or the teacher's attention")
     add = parser.add_argument_group("matching").add_argument

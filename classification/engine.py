@@ -230,11 +230,12 @@ class Trainer(Run):
 
     def compare_with_teacher(self, err1: float) -> None:
         """Under the balance ``auto``, train a student alone from now on whose top-1 error is below its teacher's."""
-        teacher, weight = self.progress.teacher, self.schedules.weight
-        if teacher is None or weight.stopped or self.options.balance != "auto" or err1 >= teacher["err1"]:
+        teacher, weight, distiller = self.progress.teacher, self.schedules.weight, self.student.distiller
+        if teacher is None or distiller is None or not distiller.balance.active or err1 >= teacher["err1"]:
             return
+        if weight.active(self.finished_steps / self.order.steps):
+            logger.info("the student is better than its teacher: the distillation stops (--balance auto)")
         self.progress.stopped = weight.stopped = True
-        logger.info("the student is better than its teacher: the distillation stops (--balance auto)")
 
     def evaluate(self, network: nn.Module | None = None) -> Evaluation:
         """Evaluate a network, by default the student, on the evaluation split (collective)."""

@@ -15,7 +15,8 @@ from d2_mgd.errors import UserError, located
 from d2_mgd.training.options import Parser
 
 _OF_MATCHING = ("mgd_mode", "mgd_metric", "mgd_update")
-_OF_FEATURES = ("features", "balance", "loss", "mgd_align", "mgd_reducer", "mgd_spatial", *_OF_MATCHING)
+_OF_FEATURES = ("recipe", "features", "balance", "loss", "mgd_align", "mgd_reducer", "mgd_spatial", *_OF_MATCHING)
+_OF_PUBLISHED = {"mgd_reducer", "mgd_update_freq", "mgd_update_at", "mgd_update_log", "loss_factor"}
 SUMMED_LOSSES = ("partial_l2", "mse")  # sums over an image, weighted by the published factors
 
 _USAGE = "%(prog)s DATA [options]"
@@ -95,10 +96,10 @@ def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> 
 
 def _set_recipe(options: argparse.Namespace, given: Sequence[str]) -> None:
     """Set the defaults of the recipe, which published command lines choose by their reducer or loss factor."""
-    published = options.distiller == "kd" or not {"mgd_reducer", "loss_factor"}.isdisjoint(given)
+    published = options.distiller == "kd" or not _OF_PUBLISHED.isdisjoint(given)
     options.recipe = options.recipe or ("published" if published else "recommended")
     defaults: dict[str, Any] = PUBLISHED if options.recipe == "published" else {}
-    if "loss_weight" in given:
+    if not {"loss_weight", "loss_factor"}.isdisjoint(given):
         defaults = {**defaults, "balance": "fixed"}
     for name in defaults.keys() - set(given):
         setattr(options, name, defaults[name])
@@ -111,7 +112,11 @@ def _check_in_vain(options: argparse.Namespace, given: Sequence[str]) -> None:
     rules: list[tuple[bool, tuple[str, ...], str]] = [
         (not options.with_kd, ("kd_",), "needs distillation of logits: add --mgd-with-kd 1 or --distiller kd"),
         (only_logits, _OF_FEATURES, "needs distillation of features, and --distiller kd has none"),
-        (options.mgd_align != "matching", ("mgd_reducer",), f"is not used with --mgd-align {options.mgd_align}"),
+        (
+            options.mgd_align != "matching",
+            ("mgd_reducer",),
+            f"needs --mgd-align matching, not {options.mgd_align}: add it",
+        ),
         (unmatched, _OF_MATCHING, f"is not used with --mgd-align {options.mgd_align}"),
         (options.balance != "fixed", ("loss_weight", "loss_factor"), f"is not used with --balance {options.balance}"),
         (summed, ("loss_weight",), f"is not used with --loss {options.loss}: use --loss-factor"),

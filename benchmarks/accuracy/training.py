@@ -137,8 +137,8 @@ class _Training:
         recipe = self.run.recipe
         auto = self.distillation if self.run.distil is not None and self.run.distil.balance == "auto" else None
         goal = math.inf if auto is None else accuracy(auto.teacher, self.split.test)
-        if auto is not None:
-            auto.schedule.stopped = accuracy(self.network, self.split.test) > goal
+        if auto is not None and accuracy(self.network, self.split.test) > goal:
+            self._stop(auto, 0)
         self.rematch(0)
         for epoch in range(recipe.epochs):
             for group in self.optimizer.param_groups:
@@ -149,10 +149,14 @@ class _Training:
             self.outcome.accuracy.append(round(accuracy(self.network, self.split.test), 4))
             logger.info("epoch %d: %.2f", epoch + 1, self.outcome.accuracy[-1])
             if auto is not None and self.outcome.accuracy[-1] > goal and not auto.schedule.stopped:
-                auto.schedule.stopped = True  # as the trainers do
-                self.outcome.metrics["stopped"] = epoch + 1
+                self._stop(auto, epoch + 1)
             if epoch + 1 < recipe.epochs:
                 self.rematch(epoch + 1)
+
+    def _stop(self, distillation: Distillation, epochs: int) -> None:
+        """Train the student alone from now on, as the trainers do when it is better than its teacher."""
+        distillation.schedule.stopped = True
+        self.outcome.metrics["stopped"] = epochs
 
     def _epoch(self, epoch: int) -> None:
         self.network.train()

@@ -32,7 +32,7 @@ TOGETHER = 16  # images of a step of all processes
 OPTIONS = [
     *("--arch", STUDENT, "--teacher-arch", TEACHER, "--features", "stage2", "stage3", "--image-size", "64"),
     *("--epochs", "2", "--mgd-update-freq", "1", "--mgd-with-kd", "1", "--lr", "0.01", "--workers", "0"),
-    *("--device", "cpu", "--seed", "0"),
+    *("--device", "cpu", "--seed", "0", "--recipe", "published"),
 ]
 KINDS = {"traffic": (torch.float32, 0), "equality": (torch.float64, 1)}  # kind of run -> dtype, --sync-bn
 

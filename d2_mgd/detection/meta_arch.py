@@ -139,6 +139,11 @@ class TeacherStudentDetector(nn.Module):
         """Of the student."""
         return next(self.student.parameters()).device
 
+    @property
+    def balances(self) -> bool:
+        """Whether the weights of the features follow from their losses (MGD.BALANCE auto)."""
+        return self.distiller is not None and self.distiller.balance.active
+
     def forward(self, batched_inputs: Batch) -> Any:
         """In inference the student's output; in training its losses and those of the distillation.
 

@@ -116,7 +116,8 @@ def evaluate_once(cfg: CfgNode, teacher: Any, test: Callable[[], Any]) -> Metric
     if known is not None:
         logger.info("The teacher was evaluated before, see %s", path)
         return known
-    found: Metrics = from_main(flatten_results_dict(test()))
+    measured = from_main(flatten_results_dict(test()))
+    found = {name: float(value) for name, value in measured.items()}  # some evaluators return numpy's numbers
     if rank() == 0:
         remember(path, found)
     return found

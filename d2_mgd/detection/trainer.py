@@ -234,6 +234,8 @@ class Trainer(EvaluatingTrainer):
         teacher = self.detector.teacher
         metrics = evaluate_once(self.cfg, teacher, lambda: self.test_teacher(self.cfg, teacher))
         self.verdict = TeacherVerdict(metrics, self.cfg.MGD.EARLY_STOP.METRIC)
+        if self.verdict.metric is None and self.detector.balances:
+            logger.info("Without an evaluation of the teacher, MGD.BALANCE auto does not stop the distillation")
         if metrics and self._student_is_trained:
             logger.info("Evaluating the student before the first step")
             self._judge(from_main(self.test(self.cfg, self.detector)))
@@ -249,9 +251,11 @@ class Trainer(EvaluatingTrainer):
     def _judge(self, results: dict[str, Any]) -> None:
         """Compare the student with its teacher; under MGD.BALANCE auto a better student trains alone from now on."""
         self.verdict.measured(flatten_results_dict(results))
-        if self.cfg.MGD.BALANCE == "auto" and self.verdict.surpassed and not self.detector.schedule.stopped:
-            self.detector.schedule.stopped = True
-            logger.info("The student is better than its teacher: the distillation stops (MGD.BALANCE auto)")
+        if self.verdict.surpassed and self.detector.balances:
+            schedule, finished = self.detector.schedule, self.iter + 1
+            if schedule.active(finished) and finished < self.max_iter:
+                logger.info("The student is better than its teacher: the distillation stops (MGD.BALANCE auto)")
+            schedule.stopped = True
 
     def _conclude(self) -> None:
         """Log the best and the last student and the verdict on the teacher, and keep what was measured."""
@@ -357,8 +361,8 @@ class Trainer(EvaluatingTrainer):
     def _resume_distillation(self, path: str, state: dict[str, Any]) -> None:
         teacher, distiller = self.detector.teacher, self.detector.distiller
         check_same_teacher(path, state["teacher"], teacher.record)
-        self.verdict = TeacherVerdict(state["teacher_metrics"], self.cfg.MGD.EARLY_STOP.METRIC)
-        self.detector.schedule.stopped = state["stopped"]
+        self.verdict = TeacherVerdict(state.get("teacher_metrics"), self.cfg.MGD.EARLY_STOP.METRIC)
+        self.detector.schedule.stopped = state.get("stopped", False)
         if (distiller is None) != (state["distiller"] is None):
             raise KeyError("one of the two distils features and the other does not")
         if distiller is None:

@@ -29,7 +29,7 @@ _MEMORY = 0.01  # weight of the newest step in a running mean, once 100 steps ar
 _HEAVY, _HEAVY_STEPS = 10.0, 100  # a ratio of gradients, over so many steps, that deserves a warning
 _USUAL = 0.3  # ratio that a warning aims at
 _EVERY = 4  # gradients are measured on one image in four, to reduce the cost
-_UNMEASURED = 1e-3  # what a feature's loss is scaled to in its first two steps, which only measure
+_PIXELS = 2  # the teacher's mean square on every second row and column, equally on any number of ranks
 
 
 class _Column:
@@ -123,8 +123,7 @@ class Balance(nn.Module):
         if self.training and torch.is_grad_enabled():
             self.measured[_Column.LOSS, index] += value
             self.measured[_Column.PASSES, index] += 1.0
-        first = _UNMEASURED / value.clamp(min=torch.finfo(value.dtype).tiny)
-        return torch.where(self.steps[index] > 1, self.factors[index], first)
+        return torch.where(self.steps[index] > 1, self.factors[index], 0.0)  # the first two steps only measure
 
     @torch.no_grad()
     def update(self, group: Any = None, reduced: bool = False) -> None:
@@ -204,11 +203,11 @@ def _on_gradient(maps: Tensor, use: Any) -> None:
 
 
 def mean_square(maps: Tensor, valid: Tensor | None) -> Tensor:
-    """() over the real elements of the measured images of (N, C, H, W) maps with a mask (N, 1, H, W) or None."""
-    maps = maps[::_EVERY]
+    """() over the real measured pixels of (N, C, H, W) maps with a mask (N, 1, H, W) or None."""
+    maps = maps[..., ::_PIXELS, ::_PIXELS]
     if valid is None:
         return _square(maps) / maps.numel()
-    valid = valid[::_EVERY]
+    valid = valid[..., ::_PIXELS, ::_PIXELS]
     return _square(maps.masked_fill(~valid, 0.0)) / (valid.sum() * maps.shape[1]).clamp(min=1)
 
 

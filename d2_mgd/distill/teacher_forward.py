@@ -119,7 +119,7 @@ class TeacherForward:
         if self.precision != "student":
             inputs, named = tree_map_only(Tensor, _channels_last, (inputs, named))
         with self.autocast(device):
-            graph = self._graph(forward, *inputs, **named) if self.compile else None
+            graph = self._graph(forward, *inputs) if self.compile and len(inputs) == 1 and not named else None
             return (graph or forward)(*inputs, **named)
 
     def _graph(self, forward: Forward, images: Tensor) -> Forward | None:

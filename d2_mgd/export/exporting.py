@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from d2_mgd.export.students import Student
 from d2_mgd.training import file_digest
 
 _CHECK = "check.json"
+_UNCHECKED = "unchecked_"  # before the name of a temporary folder
 _REJECTED = "rejected_"  # before the names of a file that differs from PyTorch, and of its comparison
 
 
@@ -78,7 +80,9 @@ def export(student: Student, folder: Path, options: Options) -> Exported:
     """
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        unchecked = tempfile.TemporaryDirectory(prefix="unchecked_", dir=folder)
+        for left in folder.glob(f"{_UNCHECKED}*"):  # by an export that was killed
+            shutil.rmtree(left)
+        unchecked = tempfile.TemporaryDirectory(prefix=_UNCHECKED, dir=folder)
     with unchecked as name:
         file = Path(name) / f"student{FORMATS[options.format]}"
         _write(student, file, options)
@@ -107,6 +111,7 @@ def _describe(student: Student, file: Path, found: Check, problem: str, options:
 def _move(source: Path, folder: Path) -> None:
     """Move all files from ``source`` into ``folder``, and remove what they replace: an earlier or rejected export."""
     files = [path.relative_to(source) for path in source.rglob("*") if path.is_file()]
+    files.sort(key=lambda path: path.name.endswith(_CHECK))  # last, because it describes the others
     for path in files:
         (folder / path).parent.mkdir(exist_ok=True)
         (source / path).replace(folder / path)

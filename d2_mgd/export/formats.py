@@ -90,8 +90,8 @@ def _write_onnx(network: nn.Module, signature: Signature, path: Path) -> None:
     except torch.onnx.errors.OnnxExporterError as error:
         operator = re.search(r"operator '?([\w:.]+)'?", str(error))
         lacking = f"opset {OPSET} has no operator for {operator[1]}" if operator else reason(error)
-        of_any_size = " for images of any size: name one --size" if signature.dynamic_size else ""
-        raise UserError(f"ONNX cannot express this student: {lacking}{of_any_size}.") from error
+        advice = " Some operators exist for a fixed size alone: try one --size." if signature.dynamic_size else ""
+        raise UserError(f"ONNX cannot express this student: {lacking}.{advice}") from error
 
 
 def _write_torchscript(network: nn.Module, signature: Signature, path: Path) -> None:
@@ -121,6 +121,8 @@ def _of_size(images: Tensor, height: int, width: int) -> Tensor:
 
 def _write_pt2(network: nn.Module, signature: Signature, path: Path) -> None:
     dim = torch.export.Dim
+    if signature.dynamic_size and not hasattr(dim, "DYNAMIC"):
+        raise UserError(f"--format pt2 with a dynamic size needs torch 2.6 or later, not {torch.__version__}.")
     try:
         # sizes have a least value, which torch.export finds for DYNAMIC only
         axes = {axis: dim(name) if name == "batch" else dim.DYNAMIC for axis, name in signature.input_axes.items()}

@@ -8,12 +8,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
 from detectron2.data import MetadataCatalog
+from detectron2.engine import HookBase
 from detectron2.modeling import SemanticSegmentor
 from torch import nn
 from training_runs import in_process_trainer, same_tensors
@@ -157,21 +159,35 @@ def test_a_bad_teacher_is_a_warning_before_the_first_step_and_in_the_last_lines(
     assert not evaluated and messages.text.count("is not better than the student (31.00)") == 2
 
 
+class Factors(HookBase):
+    """Of the distillation, step by step."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def after_step(self) -> None:
+        self.seen.append(self.trainer.storage.latest()["distill_factor"][0])
+
+
 @pytest.mark.parametrize("balance", ["auto", "fixed"])
 def test_under_auto_a_student_better_than_its_teacher_trains_alone_also_after_a_resume(
     workplace: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, balance: str
 ) -> None:
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
-    measured_as(monkeypatch, [30.0, 31.0, *[29.0] * 4], teacher=30.0)
-    settings = (*EVALUATE, *OFTEN, "MGD.EARLY_STOP.PATIENCE", "0", "MGD.BALANCE", balance, "SOLVER.STEPS", "()")
-    in_process_trainer(workplace, tmp_path, *settings, "SOLVER.MAX_ITER", "4").train()
-    in_process_trainer(workplace, tmp_path, *settings, "SOLVER.MAX_ITER", "5", resume=True).train()
-    rows = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
-    factors = {row["iteration"]: row["distill_factor"] for row in rows if "distill_factor" in row}
-    losses = {row["iteration"]: row["loss_distill/p4"] for row in rows if "loss_distill/p4" in row}
+    measured_as(monkeypatch, [np.float64(31.0), *[29.0] * 4], teacher=np.float64(30.0))
+    settings = (*EVALUATE, "TEST.EVAL_PERIOD", "2", "SOLVER.CHECKPOINT_PERIOD", "3", "MGD.BALANCE", balance)
+    settings += ("SOLVER.MAX_ITER", "4", "SOLVER.STEPS", "()")
+    factors = Factors()
+    trainer = in_process_trainer(workplace, tmp_path, *settings)
+    trainer.register_hooks([factors])
+    trainer.train()
     alone = balance == "auto"  # from the third step on
-    assert factors[3] == factors[4] == (0.0 if alone else 1.0)
-    assert (losses[4] == 0.0) is alone
+    assert factors.seen == ([1.0, 1.0, 0.0, 0.0] if alone else [1.0] * 4)
+
+    (tmp_path / "last_checkpoint").write_text("model_0000002.pth")  # between two evaluations
+    resumed = in_process_trainer(workplace, tmp_path, *settings, resume=True)
+    assert resumed.start_iter == 3 and resumed.detector.schedule.stopped == alone
+    assert resumed.verdict.metrics == {"bbox/AP": 30.0, "bbox/AP50": 50.0}
 
 
 def test_the_verdict_on_numbers() -> None:

@@ -104,7 +104,7 @@ def test_the_report_has_ratios_and_factors() -> None:
     training = trained(rate=0.0, steps=3, of_loss=1.0)
     report = training.distiller.balance.report()
     assert list(report) == ["ratio/a", "ratio/b", "balance/a", "balance/b"]
-    assert 0.0 < report["ratio/b"] < 0.3  # the geometric mean with the first steps, which only measure
+    assert report["ratio/b"] > 0.0  # of the third step, the first that distils
 
 
 def test_the_ratio_is_measured_without_a_balance_too() -> None:

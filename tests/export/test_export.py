@@ -258,7 +258,7 @@ def test_what_a_format_lacks_is_one_sentence(onnx: Any, tmp_path: Path) -> None:
     ):
         write(Spectrum(), signature, "onnx", tmp_path / "file")
     dynamic = dataclasses.replace(signature, dynamic_size=True)
-    with pytest.raises(UserError, match=r"adaptive_avg_pool2d for images of any size: name one --size\.$"):
+    with pytest.raises(UserError, match=r"adaptive_avg_pool2d.*try one --size\.$"):
         write(nn.AdaptiveAvgPool2d(2), dynamic, "onnx", tmp_path / "file")
     with pytest.raises(UserError, match=r"^torch.export cannot export .*data-dependent.* Use onnx or torchscript\.$"):
         write(Branch(), signature, "pt2", tmp_path / "file")
