@@ -120,13 +120,13 @@ def _check_in_vain(options: argparse.Namespace, given: Sequence[str]) -> None:
         (unmatched, _OF_MATCHING, f"is not used with --mgd-align {options.mgd_align}"),
         (options.balance != "fixed", ("loss_weight", "loss_factor"), f"is not used with --balance {options.balance}"),
         (summed, ("loss_weight",), f"is not used with --loss {options.loss}: use --loss-factor"),
-        (options.loss is None, ("loss_weight",), "needs --loss pearson or --loss channel_kl"),
+        (options.loss is None, ("loss_weight",), "is of --loss pearson and --loss channel_kl: add one of them"),
         (not summed, ("loss_factor",), f"is not used with --loss {options.loss}: use --loss-weight"),
     ]
     for in_vain, starts, why in rules:
         name = next((name for name in given if in_vain and name.startswith(starts)), None)
         if name is not None:
-            raise UserError(f"--{name.replace('_', '-')} {why}, or leave it out.")
+            raise UserError(f"--{name.replace('_', '-')} {why}{', or' if ':' in why else ':'} leave it out.")
 
 
 def logit_loss(options: argparse.Namespace) -> LogitLoss:

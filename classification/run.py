@@ -154,7 +154,7 @@ def _run(process: Process, options: argparse.Namespace) -> None:
         seed_all(options.seed + 1 + process.rank)  # ranks differ, also after a restart with another number of ranks
         if resume is not None and state is not None:
             _restore(trainer, resume, state)
-        if process.is_main:
+        if process.is_main and trainer.progress.epoch < options.epochs:  # else nothing is trained with these options
             _record(trainer)
         progress = trainer.fit()
     if process.is_main:
@@ -266,6 +266,12 @@ def _describe(trainer: Trainer, teacher: TeacherNetwork | None) -> None:
     logger.info("student %s: %.2f million parameters", trainer.options.arch, _millions(trainer.student.network))
     if teacher is not None:
         logger.info("teacher %s: %.2f million parameters", teacher.name, _millions(teacher.network))
+    options = trainer.options
+    if trainer.student.distiller is not None:
+        logger.info(
+            "recipe %s: --loss %s --mgd-align %s --balance %s --distill-decay %s",
+            options.recipe, options.loss, options.mgd_align, options.balance, options.distill_decay,
+        )  # fmt: skip
 
 
 def _millions(network: nn.Module) -> float:

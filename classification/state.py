@@ -207,6 +207,9 @@ def _load_modules(run: Run, state: Mapping[str, Any]) -> None:
     student = run.student
     if (state["distiller"] is None) != (student.distiller is None):
         raise UserError(f"it was written with{'' if state['distiller'] else 'out'} a feature distiller.")
+    align = state["options"].get("mgd_align")
+    if student.distiller is not None and align != student.distiller.align:
+        raise UserError(f"it was written with --mgd-align {align}: use it again, or start in another --output-dir.")
     try:
         student.network.load_state_dict(state["student"])
         if student.distiller is not None:

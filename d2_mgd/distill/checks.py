@@ -63,7 +63,7 @@ def checked_mode(mode: str | None, reducer: str, name: str, num_student: int, nu
         if mode not in (None, "balanced"):
             raise UserError(
                 f"feature {name}: the alignment 'matched_projection' needs the matching mode 'balanced', which leaves "
-                f"no teacher channel out, got {mode!r}."
+                f"no teacher channel out, got {mode!r}: leave the mode out, or use the alignment 'matching'."
             )
         return "balanced"
     if mode is None:

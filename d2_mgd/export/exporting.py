@@ -154,6 +154,8 @@ def _problem(found: Check, options: Options) -> str:
     if change <= tolerance:
         return ""
     network, file = found.accuracy[measure]
+    advice = ". More images of --int8, --half instead, or a larger --tolerance may help" if options.int8 else ""
     return (
         f"{measure} of the file is {file:.2f} and PyTorch's {network:.2f}, which --tolerance {tolerance} does not allow"
+        f"{advice}"
     )
