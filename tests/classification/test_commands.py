@@ -275,7 +275,7 @@ MISTAKES = [
     (["--distiller", "kd", "--mgd-update-freq", "3"], "--mgd-update-freq needs distillation of features"),
     (["--mgd-align", "conv1x1", "--mgd-reducer", "max"], "--mgd-reducer is not used with --mgd-align conv1x1"),
     (["--mgd-align", "none", "--mgd-metric", "pearson"], "--mgd-metric is not used with --mgd-align none"),
-    (["--loss-weight", "1"], "--loss-weight is of --loss pearson and --loss channel_kl: add one of them, or leave it out"),
+    (["--loss-weight", "1"], "--loss-weight is of --loss pearson and --loss channel_kl: add one of them, or leave"),
     (["--loss", "partial_l2", "--loss-weight", "1"], "--loss-weight is not used with --loss partial_l2: use --loss-f"),
     (["--loss", "mse", "--loss-weight", "2"], "--loss-weight is not used with --loss mse"),
     (["--loss", "pearson", "--loss-factor", "10"], "--loss-factor is not used with --loss pearson: use --loss-weight"),
