@@ -73,6 +73,7 @@ def train(student: str, teacher: str, data: Path, folder: Path, image_size: int)
         "--teacher-arch", f"timm:{teacher}", "--teacher-resume", str(weights), "--image-size", str(image_size),
         "--epochs", "1", "--batch-size", "2", "--learning-rate", "0.001", "--workers", "0", "--device", "cpu",
         "--print-freq", "1", "--output-dir", str(folder / "run"), "--overwrite",
+        "--balance", "fixed",  # auto would stop where the student is better than a teacher of random weights
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     weights.unlink()

@@ -29,6 +29,7 @@ _MEMORY = 0.01  # weight of the newest step in a running mean, once 100 steps ar
 _HEAVY, _HEAVY_STEPS = 10.0, 100  # a ratio of gradients, over so many steps, that deserves a warning
 _USUAL = 0.3  # ratio that a warning aims at
 _EVERY = 4  # gradients are measured on one image in four, to reduce the cost
+_UNMEASURED = 1e-3  # a feature's loss in its first two steps
 _PIXELS = 2  # the teacher's mean square on every second row and column, equally on any number of ranks
 
 
@@ -115,15 +116,19 @@ class Balance(nn.Module):
         known = torch.where(self.steps[index] > 0, self.running[_Row.TEACHER, index], square)
         return known.clamp(min=torch.finfo(known.dtype).tiny).rsqrt()
 
-    def factor(self, index: int, loss: Tensor) -> Tensor | float:
-        """What this step's loss () of feature ``index`` is to be multiplied by."""
+    def balanced(self, index: int, loss: Tensor) -> Tensor:
+        """This step's loss () of feature ``index``, multiplied by its factor.
+
+        The first two steps only measure and have no gradient: their factor would differ between processes.
+        """
         if not self.active:
-            return 1.0
+            return loss
         value = loss.detach()
         if self.training and torch.is_grad_enabled():
             self.measured[_Column.LOSS, index] += value
             self.measured[_Column.PASSES, index] += 1.0
-        return torch.where(self.steps[index] > 1, self.factors[index], 0.0)  # the first two steps only measure
+        first = _UNMEASURED / value.clamp(min=torch.finfo(value.dtype).tiny)
+        return torch.where(self.steps[index] > 1, self.factors[index] * loss, first * value)
 
     @torch.no_grad()
     def update(self, group: Any = None, reduced: bool = False) -> None:

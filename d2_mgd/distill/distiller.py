@@ -235,7 +235,7 @@ class MatchingGuidedDistiller(nn.Module):
         if self.balance.active:
             rescale = self.balance.rescale_teacher(index, mean_square(teacher, valid))
         loss: Tensor = self._feature(name)(student, teacher, valid, boxes, rescale)
-        return self.balance.factor(index, loss) * (self.weights[name] * factor) * loss
+        return self.balance.balanced(index, loss) * (self.weights[name] * factor)
 
     @property
     def measured(self) -> Tensor | None:

@@ -273,7 +273,10 @@ MISTAKES = [
     (["--mgd-with-kd", "0", "--kd-options", "a=1"], "--kd-options needs distillation of logits"),
     (["--distiller", "kd", "--loss", "mse"], "--loss needs distillation of features, and --distiller kd has none"),
     (["--distiller", "kd", "--mgd-update-freq", "3"], "--mgd-update-freq needs distillation of features"),
-    (["--mgd-align", "conv1x1", "--mgd-reducer", "max"], "--mgd-reducer is not used with --mgd-align conv1x1"),
+    (
+        ["--mgd-align", "conv1x1", "--mgd-reducer", "max"],
+        "--mgd-reducer needs --mgd-align matching, not conv1x1: add it",
+    ),
     (["--mgd-align", "none", "--mgd-metric", "pearson"], "--mgd-metric is not used with --mgd-align none"),
     (["--loss-weight", "1"], "--loss-weight is of --loss pearson and --loss channel_kl: add one of them, or leave"),
     (["--loss", "partial_l2", "--loss-weight", "1"], "--loss-weight is not used with --loss partial_l2: use --loss-f"),

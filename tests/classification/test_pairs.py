@@ -46,7 +46,10 @@ def test_pairs_of_timm(
     train, folder = run
     file = _weights(timm.create_model(teacher, num_classes=3), folder)
     words = [f"timm:{student}", "--teacher-arch", f"timm:{teacher}", "--teacher-resume", file, "--lr", 0.001]
+    words += ["--balance", "fixed"]  # auto would stop, because the teacher was never trained
     assert train("--arch", *words) == 0
+    (line,) = (folder / "run" / "metrics.json").read_text().splitlines()
+    assert json.loads(line)["train_loss_distill/stride16"] > 0
     shown = capfd.readouterr().err
     assert "feature stride16: " in shown and feature in shown and f"loss: {loss}, chosen" in shown
     options = json.loads((folder / "run" / "run.json").read_text())["options"]
