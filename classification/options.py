@@ -95,7 +95,7 @@ def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> 
 
 
 def _set_recipe(options: argparse.Namespace, given: Sequence[str]) -> None:
-    """Set the defaults of the recipe, which published command lines choose by their reducer or loss factor."""
+    """Set the defaults of the recipe. Options that published command lines contain choose the published one."""
     published = options.distiller == "kd" or not _OF_PUBLISHED.isdisjoint(given)
     options.recipe = options.recipe or ("published" if published else "recommended")
     defaults: dict[str, Any] = PUBLISHED if options.recipe == "published" else {}

@@ -300,10 +300,7 @@ def _evaluate_teacher(trainer: Trainer, teacher: TeacherNetwork | None, num_clas
         return None
     if teacher.num_classes != num_classes:
         logger.info(
-            "the teacher is not evaluated: it has %d classes, not the data's %d. So --balance auto does not stop the "
-            "distillation.",
-            teacher.num_classes,
-            num_classes,
+            "the teacher is not evaluated: it has %d classes, not the data's %d.", teacher.num_classes, num_classes
         )
         return None
     return trainer.evaluate(teacher.network)
