@@ -88,16 +88,20 @@ def gradients_at(training: Training, feature: str, batch: Tensor) -> tuple[Tenso
     return own, of_task
 
 
-def test_a_loss_is_divided_by_its_mean() -> None:
+def test_losses_count_relative_to_their_start() -> None:
+    """Then one factor for all, so a loss that hardly falls gains weight."""
     training = Training(rate=0.0, weights={"b": 0.5})
-    for _ in range(4):
+    for _ in range(3):
         training.step(images(0))
     losses = training.distiller(training.student(images(0))[0], teacher(images(0)))
-    assert {name: float(loss) for name, loss in losses.items()} == pytest.approx(
-        {"loss_distill/a": 1.0, "loss_distill/b": 0.5}, rel=1e-5
-    )
-    other = training.distiller(training.student(images(1))[0], teacher(images(1)))
-    assert float(other["loss_distill/b"]) != pytest.approx(0.5, rel=1e-2)  # the mean, not the loss itself
+    assert float(losses["loss_distill/a"]) == pytest.approx(2.0 * float(losses["loss_distill/b"]), rel=1e-5)
+    before = training.distiller.balance.factors.clone()
+    training.optimizer.param_groups[0]["lr"] = 0.05
+    for _ in range(5):
+        training.step(images(0))
+    growth = training.distiller.balance.factors / before
+    assert float(growth[0]) == pytest.approx(float(growth[1]), rel=1e-5)
+    assert float(growth[0]) > 1.01
 
 
 def test_the_report_has_ratios_and_factors() -> None:

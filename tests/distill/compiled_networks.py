@@ -1,14 +1,17 @@
-"""A compiled teacher gives the maps of the plain network. ``test_teacher_forward`` runs this in a fresh process."""
+"""Compiled networks give the maps of the plain ones. ``test_teacher_forward`` runs this in a fresh process."""
 
 from __future__ import annotations
+
+import copy
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from classification.distillation import Student
 from classification.features import pair_features
 from classification.models import build
-from d2_mgd.distill import FeatureTaps, Tap, teacher_forward
+from d2_mgd.distill import FeatureTaps, Tap, compiled
 from d2_mgd.distill.teacher_forward import TeacherForward
 
 
@@ -69,13 +72,13 @@ def test_without_a_compiler_it_runs_eagerly_and_says_so_once(caplog: pytest.LogC
         first, second = forward(taps.run, images), forward(taps.run, images)
     with torch.no_grad():
         assert difference(first, taps.run(images)) == difference(second, taps.run(images)) == 0.0
-    said = [record.message for record in caplog.records if record.name == teacher_forward.__name__]
+    said = [record.message for record in caplog.records if record.name == compiled.__name__]
     assert len(said) == 1
     assert said[0].startswith("The teacher cannot be compiled, so it runs eagerly: ")
 
 
 def test_images_of_further_sizes_run_eagerly(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(teacher_forward, "_MOST_GRAPHS", 1)
+    monkeypatch.setattr(compiled, "_MOST_GRAPHS", 1)
     taps = small()
 
     forward = TeacherForward(compile=True)
@@ -84,3 +87,22 @@ def test_images_of_further_sizes_run_eagerly(caplog: pytest.LogCaptureFixture, m
     with torch.no_grad():
         assert difference(forward(taps.run, images), taps.run(images)) < 1e-5
     assert "runs eagerly for all others" in caplog.text
+
+
+def test_a_compiled_student_trains_as_the_plain_one() -> None:
+    stages = list(Small().children())
+    plain = nn.Sequential(*stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+    taps = {"one": Tap("0"), "two": Tap("1", before_activation=True)}
+    students = [Student(network, taps, compile=network is not plain) for network in (plain, copy.deepcopy(plain))]
+    networks = [student.network for student in students]
+    for number in (0, 1):
+        images, targets = torch.randn(8, 3, 16, 16), torch.arange(8)
+        outputs = [student(images, targets, {}, None, keep_maps=True, factor=0.0) for student in students]
+        assert difference(outputs[1].student_maps, outputs[0].student_maps) < 1e-5
+        for output in outputs:
+            output.losses["loss_class"].sum().backward()
+        of_plain, of_compiled = (torch.cat([p.grad.flatten() for p in network.parameters()]) for network in networks)
+        torch.testing.assert_close(of_compiled, of_plain)
+        of_plain, of_compiled = (dict(network.named_buffers()) for network in networks)
+        assert difference(of_compiled, of_plain) < 1e-5
+        assert int(of_compiled["0.1.num_batches_tracked"]) == number + 1  # recording is no step
