@@ -147,8 +147,10 @@ def test_smoothing_keeps_a_constant_and_the_length() -> None:
 def test_curves_of_runs_of_different_length() -> None:
     long = [{"iteration": i, "loss": 1.0 / (i + 1), "bbox/AP": None if i % 10 else float(i)} for i in range(40)]
     short = [{"iteration": i, "loss": 2.0} for i in range(3)]
-    figure = draw_curves({"one": long, "two": short}, {"loss": "loss", "AP": "bbox/AP"}, {"two": "#000000"})
+    panels = {"loss": "loss", "AP": "bbox/AP"}
+    figure = draw_curves({"one": long, "two": short}, panels, {"two": "#000000"}, logarithmic=["loss"])
     left, right = figure.axes
+    assert (left.get_yscale(), right.get_yscale()) == ("log", "linear")
     assert [line.get_color() for line in left.lines][-1] == "#000000"
     assert list(right.lines[0].get_xdata()) == [0, 10, 20, 30]
     assert _pixels(figure).std() > 2

@@ -163,7 +163,9 @@ def _add_curve(report: Report, compared: Compared, name: str, panels: Mapping[st
     if not any(finite(row.get(key)) is not None for row in rows for key in panels.values()):
         report.text(f"No curves of {' and '.join(panels)}: no run has a finite value.")
         return
-    report.figure(name, visualize.draw_curves(compared.rows, panels, compared.colours, step=compared.step), caption)
+    ratios = set(RATIOS) & set(panels)
+    curves = visualize.draw_curves(compared.rows, panels, compared.colours, step=compared.step, logarithmic=ratios)
+    report.figure(name, curves, caption)
 
 
 # ---- settings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import math
 from collections.abc import Callable
 from typing import NoReturn
@@ -30,7 +31,10 @@ class Parser(argparse.ArgumentParser):
         super().__init__(usage=usage, description=what, formatter_class=Help)
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{' '.join(message.split())}; {self.prog} --help lists all options.")
+        unknown = message.partition("unrecognized arguments: ")[2].split(" ")[0].split("=")[0]
+        similar = difflib.get_close_matches(unknown, self._option_string_actions, n=1) if unknown else []
+        instead = f", but there is {similar[0]}" if similar else ""
+        raise UserError(f"{' '.join(message.split())}{instead}; {self.prog} --help lists all options.")
 
 
 def whole(least: int) -> Callable[[str], int]:

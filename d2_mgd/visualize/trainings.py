@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ def draw_curves(
     colours: Mapping[str, str] | None = None,
     window: int = 5,
     step: str = "iteration",
+    logarithmic: Collection[str] = (),
 ) -> Figure:
     """Draw metrics of several trainings over iterations or epochs, one panel per metric.
 
@@ -64,6 +65,7 @@ def draw_curves(
         colours: caption -> colour.
         window: number of points of the moving average, which is drawn over the values if there are more than 20.
         step: key of the step's number.
+        logarithmic: titles of panels with a logarithmic axis, which shows positive values only.
 
     Raises:
         ValueError: no run has any of the metrics.
@@ -84,7 +86,8 @@ def draw_curves(
                     axes.plot(x, smoothed(y, window), color=colours[caption], label=caption)
                 else:
                     axes.plot(x, y, "o-", ms=4, color=colours[caption], label=caption)
-            axes.set(title=title, xlabel=f"{step}s", ylim=(0, None))
+            axes.set(title=title, xlabel=f"{step}s")
+            axes.set(yscale="log") if title in logarithmic else axes.set(ylim=(0, None))
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
             axes.grid(axis="y", alpha=0.25)
         by_caption = {caption: handle for axes in grid for handle, caption in zip(*axes.get_legend_handles_labels())}

@@ -98,9 +98,10 @@ def _add_curves(report: Report, demo: Demo) -> None:
         ]
         for feature in (name.split("/")[1] for name in names)
     }
+    loss, ratio = "distillation loss", "gradient, distillation / task"
     report.figure(
         "distillation_loss",
-        visualize.draw_curves(features, {"distillation loss": "loss", "gradient, distillation / task": "ratio"}),
+        visualize.draw_curves(features, {loss: "loss", ratio: "ratio"}, logarithmic=[ratio]),
         "Distillation loss of each feature, its weight included, and the norm of its gradient at the student's map "
         "divided by that of the task's.",
     )

@@ -19,7 +19,7 @@ def start_report(accuracies: Mapping[str, float | None], unit: str, data: str) -
     """
     (teacher, alone), distilled = list(accuracies.items())[:2], dict(list(accuracies.items())[2:])
     best = max(distilled, key=lambda caption: distilled[caption] or 0.0)
-    gain = round((distilled[best] or 0.0) - (alone[1] or 0.0), 1)
+    gain = round(distilled[best] or 0.0, 1) - round(alone[1] or 0.0, 1)  # of the numbers that are shown
     share = share_recovered(teacher[1], alone[1], distilled[best])
     recovered = "" if share is None else f" That is {share:.0%} of the gap between student and teacher."
     report = Report(
