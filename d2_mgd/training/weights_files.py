@@ -75,6 +75,8 @@ def read_tensors(path: str) -> dict[str, Any]:
     Raises:
         UntrustedFileError: the file is damaged, or contains python objects; none of its code has run.
     """
+    if path.endswith(".onnx"):
+        raise UntrustedFileError(path, "is an exported network; give the weights it was exported from")
     trusted = _is_trusted(path)
     try:
         # PyTorch before 2.6 reads its oldest format without the restriction (CVE-2025-32434)

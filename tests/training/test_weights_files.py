@@ -128,6 +128,12 @@ def test_a_damaged_file_is_one_sentence(tmp_path: Path, read: Any, content: byte
     assert "\n" not in str(caught.value)
 
 
+def test_an_exported_network_is_no_question_of_trust(tmp_path: Path) -> None:
+    (tmp_path / "a.onnx").write_bytes(b"\x08\x08\x12\x07pytorch")
+    with pytest.raises(UntrustedFileError, match=r"a\.onnx is an exported network; give the weights"):
+        read_tensors(str(tmp_path / "a.onnx"))
+
+
 def test_safetensors_are_what_was_written(tmp_path: Path) -> None:
     path = str(tmp_path / "w.safetensors")
     shared = torch.arange(6.0).reshape(2, 3)
