@@ -93,7 +93,9 @@ def _difference(compared: Compared) -> str:
             gain = (after[measure.key] - before[measure.key]) * (1 if measure.better is max else -1)
             judged = f"{abs(gain):.2f} points {'better' if gain > 0 else 'worse'} than" if gain else "as good as"
             values = f"{after[measure.key]:.2f} against {before[measure.key]:.2f}"
-            return f"{second} is {judged} {first}: {measure.title.removesuffix(', %')} {values} %."
+            return (
+                f"{second} is {judged} {first}: {measure.title.removesuffix(', %')} {values} %, in one training each."
+            )
     return ""
 
 

@@ -27,6 +27,7 @@ def rows(quick: bool, reference: Reference | None = None) -> Iterator[Row]:
         "step, teacher compiled": Pair(batch, size, runs=TeacherForward("auto", compile=True)).distilled,
         "step, student in bfloat16": Pair(batch, size, dtype=torch.bfloat16, runs=TeacherForward("auto")).distilled,
         "step, student in bfloat16, teacher compiled": fastest.distilled,
+        "step, student compiled": Pair(batch, size, runs=TeacherForward("auto"), compile=True).distilled,
     }
     others = {} if reference is None else reference(pair)
     note = (
@@ -38,6 +39,10 @@ def rows(quick: bool, reference: Reference | None = None) -> Iterator[Row]:
     things = {"student alone": fastest.student_alone, "distilled": fastest.distilled}
     name = "step, student in bfloat16, teacher compiled / student alone in bfloat16"
     yield ratio_row(name, None, in_turn(things, rounds), "distilled", "student alone", note)
+
+    auto = Pair(batch, size, runs=TeacherForward("auto"), balance="auto")
+    things = {"fixed": pair.distilled, "auto": auto.distilled}
+    yield ratio_row("step, balance auto / fixed", 1.01, in_turn(things, 3 * rounds), "auto", "fixed", note)
 
     things = {"two forwards": pair.two_forwards, "rematch pass": pair.rematch_pass}
     passes = {name: thing for name, thing in others.items() if "pass" in name}

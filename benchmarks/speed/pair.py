@@ -30,6 +30,8 @@ class Pair:
         device: of networks and images.
         dtype: of mixed precision, for the plain networks and the student; None is float32.
         runs: how the teacher of the distillation step runs.
+        balance: of the features' losses.
+        compile: the student of the distillation step.
     """
 
     def __init__(
@@ -39,6 +41,8 @@ class Pair:
         device: str = "cpu",
         dtype: torch.dtype | None = None,
         runs: TeacherForward | None = None,
+        balance: str = "fixed",
+        compile: bool = False,
     ) -> None:
         torch.manual_seed(0)
         student, teacher = (
@@ -53,12 +57,13 @@ class Pair:
         pairs = pair_features("mobilenet_v1", "resnet50")
         taps = {name: pair.teacher for name, pair in pairs.items()}
         self.teacher = Teacher(teacher, taps, with_logits=False, precision=self.precision, runs=runs)
-        self.student = Student(student, {name: pair.student for name, pair in pairs.items()}, precision=self.precision)
+        student_taps = {name: pair.student for name, pair in pairs.items()}
+        self.student = Student(student, student_taps, precision=self.precision, compile=compile)
         with torch.no_grad():
             student_maps, (teacher_maps, _) = self.student.maps(self.images[:2]), self.teacher(self.images[:2])
         channels = {name: (student_maps[name].shape[1], teacher_maps[name].shape[1]) for name in pairs}
         margins = tap_margins(teacher, taps, {name: pair.norm for name, pair in pairs.items()})
-        self.distiller = MatchingGuidedDistiller(channels, margins=margins).to(device)
+        self.distiller = MatchingGuidedDistiller(channels, margins=margins, balance=balance).to(device)
         self.student.distiller = self.distiller
         self.distiller.observe(student_maps, teacher_maps)
         self.distiller.rematch()
@@ -88,6 +93,7 @@ class Pair:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
+        self.distiller.update_balance()
         if observe:
             self.distiller.observe(output.student_maps, output.teacher_maps)
 
