@@ -2,9 +2,8 @@
 
 Shape shorthand: K features, N images, S student channels, H, W.
 
-Each loss is divided by its value at the start, and all of them by the running mean of these quotients. The gradient is
-then that of the logarithm of their mean: what counts is by which share the losses fall, whatever their scales, and a
-feature that has most of its loss left counts most. docs/choosing.md has the figures.
+The factor lets each feature's loss begin at the same value, whatever the loss and the scale of the teacher's maps.
+docs/choosing.md has the figures.
 
 In a backward pass two gradients meet at a student's map: that of its distillation loss, and that of all other losses,
 called the task's here. The ratio of their norms is measured with any weights, for logs, figures and warnings.
@@ -31,7 +30,7 @@ _HEAVY, _HEAVY_STEPS = 10.0, 100  # a ratio of gradients, over so many steps, th
 _USUAL = 0.3  # ratio that a warning aims at
 _EVERY = 4  # gradients are measured on one image in four, to reduce the cost
 _UNMEASURED = 1e-3  # a feature's loss in its first two steps
-_LEVEL = 2.0  # mean of the features' balanced losses; 1 was too little for a detector, 3 more than a classifier needs
+_BEGIN = 8.0  # what each feature's loss begins at
 _PIXELS = 2  # the teacher's mean square on every second row and column, equally on any number of ranks
 
 
@@ -43,10 +42,10 @@ class _Column:
 
 
 class _Row:
-    """Rows of the running means."""
+    """Rows of what is kept: the loss at the start, and running means."""
 
-    LOSS, START, TEACHER, LOG_RATIO = range(4)
-    NUMBER = 4
+    LOSS, TEACHER, LOG_RATIO = range(3)
+    NUMBER = 3
 
 
 class Watch:
@@ -134,7 +133,7 @@ class Balance(nn.Module):
 
     @torch.no_grad()
     def update(self, group: Any = None, reduced: bool = False) -> None:
-        """Take what was measured since the last call into the running means, and make the next step's factors.
+        """Keep what was measured since the last call, and make the next step's factors.
 
         Once an optimiser step, after its backward passes. If active, a collective under ``torch.distributed``, unless
         ``measured`` is the mean over the processes already (``reduced``).
@@ -143,19 +142,17 @@ class Balance(nn.Module):
             dist.all_reduce(self.measured, group=group)
             self.measured /= dist.get_world_size(group)
         task, applied, loss, teacher, passes = self.measured.unbind()
-        loss = loss / passes
-        found = torch.stack([loss, loss, teacher / passes, torch.log(applied / task)])
+        found = torch.stack([loss / passes, teacher / passes, torch.log(applied / task)])
         finite = torch.isfinite(found)
         share = torch.reciprocal(self.steps.clamp(min=1.0)).clamp(min=_MEMORY) * (self.steps > 0)
         share = share.repeat(_Row.NUMBER, 1)
-        share[_Row.START] = self.steps == 1
+        share[_Row.LOSS] = self.steps == 1  # of the second step, because the first rescales the teacher by its own maps
         share[_Row.TEACHER] = torch.reciprocal(self.steps + 1.0).clamp(min=_MEMORY)
         self.running.copy_(torch.where(finite, torch.lerp(self.running, found, share), self.running))
         self.steps += finite[_Row.LOSS if self.active else _Row.LOG_RATIO]
         self.measured.zero_()
         if self.active:
-            left = self.running[_Row.LOSS] / self.running[_Row.START]
-            factors = _LEVEL / (self.running[_Row.START] * left.nanmean())
+            factors = _BEGIN / self.running[_Row.LOSS]
             self.factors.copy_(torch.where(torch.isfinite(factors), factors, self.factors))
 
     @property

@@ -58,9 +58,9 @@ class MatchingGuidedDistiller(nn.Module):
             channel and needs equal widths.
         norm: of the student's map before it is compared: ``bn``, ``sync_bn``, ``gn``, ``none``.
         weights: feature name -> factor of its loss, after the balance; 1 by default.
-        balance: ``fixed`` leaves the losses to their weights. ``auto`` divides each loss by its value at the start, and
-            all of them by the running mean of these quotients, so that relative decreases count, whatever the scales
-            of losses and teacher's maps; then call :meth:`update_balance` once after each optimiser step.
+        balance: ``fixed`` leaves the losses to their weights. ``auto`` lets each loss begin at the same value,
+            whatever the loss and the scale of the teacher's maps; then call :meth:`update_balance` once after each
+            optimiser step.
         margins: feature name -> (T,) lower bounds of the teacher's pre-activations for ``partial_l2``, from
             :func:`~d2_mgd.distill.batch_norm_margin`. Without them the teacher's map is not bounded.
         reduction: ``mean`` over real elements, or ``image_sum`` as published (see ``published_weights``).

@@ -88,8 +88,7 @@ def gradients_at(training: Training, feature: str, batch: Tensor) -> tuple[Tenso
     return own, of_task
 
 
-def test_losses_count_relative_to_their_start() -> None:
-    """Then one factor for all, so a loss that hardly falls gains weight."""
+def test_every_loss_begins_at_the_same_value() -> None:
     training = Training(rate=0.0, weights={"b": 0.5})
     for _ in range(3):
         training.step(images(0))
@@ -97,11 +96,8 @@ def test_losses_count_relative_to_their_start() -> None:
     assert float(losses["loss_distill/a"]) == pytest.approx(2.0 * float(losses["loss_distill/b"]), rel=1e-5)
     before = training.distiller.balance.factors.clone()
     training.optimizer.param_groups[0]["lr"] = 0.05
-    for _ in range(5):
-        training.step(images(0))
-    growth = training.distiller.balance.factors / before
-    assert float(growth[0]) == pytest.approx(float(growth[1]), rel=1e-5)
-    assert float(growth[0]) > 1.01
+    training.step(images(1))
+    torch.testing.assert_close(training.distiller.balance.factors, before)
 
 
 def test_the_report_has_ratios_and_factors() -> None:
@@ -153,19 +149,14 @@ def test_steps_without_a_loss_or_with_one_that_is_not_finite_change_nothing() ->
 
 
 def test_the_factor_of_a_schedule_is_not_balanced_away() -> None:
-    training = trained(steps=3, rate=0.0)
-    factors = training.distiller.balance.factors.clone()
+    training, again = Training(rate=0.0), Training(rate=0.0)
     for factor in (0.5, torch.tensor(0.25)):
         maps, task = training.student(images(2))
         losses = training.distiller(maps, teacher(images(2)), factor=factor)
         (sum(losses.values()) + task).backward()
         training.distiller.update_balance()
-    again = trained(steps=3, rate=0.0)
-    again.step(images(2))
-    again.step(images(2))
-    # of the last feature, since the others' task includes what comes from it
-    found, expected = (run.distiller.balance.report()["balance/b"] for run in (training, again))
-    assert found == pytest.approx(expected, rel=1e-5) and found != pytest.approx(factors[1].item(), rel=1e-3)
+        again.step(images(2))
+    torch.testing.assert_close(training.distiller.balance.factors, again.distiller.balance.factors)
 
 
 def test_a_copy_that_taps_made_is_measured_at_its_original() -> None:
