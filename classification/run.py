@@ -36,7 +36,7 @@ from classification.processes import Process, launch
 from classification.state import Progress
 from d2_mgd.commands import compare_runs
 from d2_mgd.data.class_folders import Folder, find_classes, find_folders
-from d2_mgd.errors import CommonError, UserError
+from d2_mgd.errors import CommonError, UserError, missing
 from d2_mgd.training import (
     Interrupted,
     StopRequest,
@@ -87,7 +87,7 @@ def _check(options: argparse.Namespace) -> None:
             pair_features(*names, options.features)  # before a teacher is downloaded
     for file in (options.student_resume, options.teacher_resume):
         if file is not None and not file.is_file():
-            raise UserError(f"the file {file} does not exist.")
+            raise missing("the file", file)
     if not options.evaluate:
         _check_output(options.output_dir)
 
@@ -217,7 +217,7 @@ def _find_resume(options: argparse.Namespace, restart: bool) -> Path | None:
     last = path.name == CHECKPOINT
     there = checkpoints.exist() if last else path.is_file()
     if named and not there:
-        raise UserError(f"the checkpoint {path} does not exist.")
+        raise missing("the checkpoint", path)
     if there and options.resume is None and not restart and not options.overwrite:
         raise UserError(
             f"{options.output_dir} already contains a run: continue it with --resume, replace it with --overwrite, or "

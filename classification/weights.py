@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchvision.models import WeightsEnum
 
 from classification.models import architecture, build
-from d2_mgd.errors import UserError, located, reason
+from d2_mgd.errors import UserError, located, missing, reason
 from d2_mgd.training.timm_networks import TIMM, resampled, timm_network_for
 from d2_mgd.training.weights_files import read_safetensors, read_tensors
 
@@ -38,7 +38,7 @@ def read_checkpoint(path: Path, what: str) -> dict[str, Any]:
         UserError: the file is missing or damaged, contains code, or is not a dictionary.
     """
     if not path.is_file():
-        raise UserError(f"{what} {path} does not exist.")
+        raise missing(what, path)
     with located(f"{what} "):
         if path.suffix != ".safetensors":
             return read_tensors(str(path))

@@ -5,6 +5,7 @@ All packages import this module; it imports none of them.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -27,6 +28,11 @@ def located(where: str) -> Iterator[None]:
     except UserError as error:
         kind = CommonError if isinstance(error, CommonError) else UserError
         raise kind(f"{where}{error}") from error
+
+
+def missing(what: str, path: str | os.PathLike[str]) -> UserError:
+    """The error about a file that does not exist. Relative paths count from the working directory, so it is named."""
+    return UserError(f"{what} {path} does not exist{'' if os.path.isabs(path) else f' in {os.getcwd()}'}.")
 
 
 def reason(error: BaseException) -> str:

@@ -19,7 +19,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils.file_io import PathHandler, PathManager
 from torch import Tensor, nn
 
-from d2_mgd.errors import UserError, reason
+from d2_mgd.errors import UserError, missing, reason
 from d2_mgd.training import file_digest
 from d2_mgd.training.weights_files import read_pickled_arrays, read_safetensors, read_tensors
 
@@ -103,7 +103,7 @@ def local_weights_file(location: str) -> str:
     except (OSError, HTTPException) as error:
         raise UserError(f"cannot get the weights {location}: {reason(error)}.") from error
     if not os.path.isfile(path):
-        raise UserError(f"the weights file {location} does not exist.")
+        raise missing("the weights file", location)
     return path
 
 
