@@ -69,8 +69,6 @@ def _add_schedule(parser: argparse.ArgumentParser, nesterov: int, drops: list[in
     add("--warmup-epochs", type=whole(1), default=10, help="number of warm-up epochs, with --warmup 1")
     add("--seed", type=whole(0), default=0, help="seed of new weights, and of the order, crops and flips of images")
     add("--mixed-precision", choices=("none", "bf16", "fp16"), default="none", help="of the forwards; fp16: GPUs only")
-    add("--compile", type=int, choices=(0, 1), default=0,
-        help="1: torch.compile the student's forward and backward, which takes a minute and helps on few machines")
     add("--accumulate", type=whole(1), default=1, metavar="PARTS",
         help="number of micro-batches of a step (gradient accumulation), which takes less memory")
     add("--skip-nonfinite", type=whole(0), default=0, metavar="N",

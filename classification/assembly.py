@@ -136,7 +136,6 @@ def make_trainer(
         distiller,
         logit_loss=logit_loss(options) if options.method != "base" and options.with_kd else None,
         precision=precision,
-        compile=bool(options.compile),
     ).to(process.device)
     frozen = None
     if teacher is not None and options.method != "base":

@@ -26,10 +26,8 @@ def over_gpus(process: Process, options: argparse.Namespace, step: nn.Module) ->
     number = torch.cuda.device_count()
     if process.device.type != "cuda" or options.gpu is not None or ":" in options.device or number < 2:
         return step
-    for name in ("compile", "teacher_compile"):
-        if getattr(options, name, 0):
-            option = name.replace("_", "-")
-            raise UserError(f"--{option} 1 needs one process per GPU: add --multiprocessing-distributed.")
+    if options.method != "base" and options.teacher_compile:
+        raise UserError("--teacher-compile 1 needs one process per GPU: add --multiprocessing-distributed.")
     logger.info("DataParallel on %d GPUs in one process; --multiprocessing-distributed is faster.", number)
     return nn.DataParallel(step)
 

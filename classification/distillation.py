@@ -8,7 +8,7 @@ together, :class:`DistillationStep`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from classification.data_parallel import summable
 from d2_mgd.distill import FeatureTaps, LogitLoss, MatchingGuidedDistiller, Tap
-from d2_mgd.distill.compiled import CompiledForwards
 from d2_mgd.distill.teacher_forward import TeacherForward
 from d2_mgd.training.steps import Precision
 
@@ -114,7 +113,8 @@ class Teacher(nn.Module):
         return self.taps.run_in(self.network, images)
 
     def _maps_and_logits(self, images: Tensor) -> Maps:
-        return _maps_and_logits(self.network, self.taps, images)
+        logits = self.network(images)
+        return {**({} if self.taps is None else self.taps.collect()), _LOGITS: logits}
 
 
 class Student(nn.Module):
@@ -126,8 +126,6 @@ class Student(nn.Module):
         distiller: compares the maps; None without features.
         logit_loss: compares the logits if the teacher returns them; by default KD at temperature 1.5.
         precision: of the forward pass; float32 by default.
-        compile: the network's forward and backward pass as one graph for each size of images. Gradients of the task at
-            the maps are inside of it, so their ratio is not measured.
     """
 
     def __init__(
@@ -137,7 +135,6 @@ class Student(nn.Module):
         distiller: MatchingGuidedDistiller | None = None,
         logit_loss: LogitLoss | None = None,
         precision: Precision | None = None,
-        compile: bool = False,
     ) -> None:
         super().__init__()
         self.network = network
@@ -145,7 +142,6 @@ class Student(nn.Module):
         self.taps = FeatureTaps(network, taps) if taps else None
         self.logit_loss = logit_loss or LogitLoss("kd", temperature=1.5)
         self.precision = precision or Precision()
-        self.graphs = CompiledForwards("student", constant_weights=False) if compile else None
 
     def forward(
         self,
@@ -177,8 +173,8 @@ class Student(nn.Module):
                 loss = self.distiller.compare(name, student_map, teacher_maps.pop(name), factor=factor)
                 found[f"loss_distill/{name}"] = loss
 
-        with self.precision.autocast():
-            logits = self._logits(images, compare)
+        with self.precision.autocast(), nullcontext() if self.taps is None else self.taps.each(compare):
+            logits = self.network(images)
         losses = {"loss_class": F.cross_entropy(logits.float(), targets), **found}
         if self.distiller is not None and not factor:
             losses.update(self.distiller.no_losses(logits.device))
@@ -186,32 +182,12 @@ class Student(nn.Module):
             losses["loss_kd"] = factor * self.logit_loss(logits, teacher_logits, targets)
         return Forward(logits, summable(losses, images.shape[0]), kept, of_teacher)
 
-    def _logits(self, images: Tensor, use: Callable[[str, Tensor], None]) -> Tensor:
-        """(N, K); gives each map to ``use(name, map)``."""
-        if self.graphs is None:
-            with nullcontext() if self.taps is None else self.taps.each(use):
-                logits: Tensor = self.network(images)
-            return logits
-        maps = self.graphs.get(self._maps_and_logits, images, self.network)(images)
-        logits = maps.pop(_LOGITS)
-        for name in list(maps):
-            use(name, maps.pop(name))
-        return logits
-
-    def _maps_and_logits(self, images: Tensor) -> Maps:
-        return _maps_and_logits(self.network, self.taps, images)
-
     @torch.no_grad()
     def maps(self, images: Tensor) -> Maps:
         """The tapped maps; the forward pass ends at the deepest tap."""
         assert self.taps is not None
         with self.precision.autocast():
             return self.taps.run_in(self.network, images)
-
-
-def _maps_and_logits(network: nn.Module, taps: FeatureTaps | None, images: Tensor) -> Maps:
-    logits = network(images)
-    return {**({} if taps is None else taps.collect()), _LOGITS: logits}
 
 
 class DistillationStep(nn.Module):

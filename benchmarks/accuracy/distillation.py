@@ -42,7 +42,7 @@ class Distillation:
             try:
                 margins = _margins(method, teacher)
                 if engine.compiled is not None and method.balance != "fixed":
-                    raise ValueError("--compile hides the task's gradient at the maps from a balance: use --graphs.")
+                    raise ValueError("the balance auto is not supported under --compile: use --graphs.")
                 self.distiller = new_distiller(method, student.widths, teacher.widths, margins).to(engine.device)
             except ValueError as error:
                 raise StudyError(str(error)) from error

@@ -27,7 +27,6 @@ def rows(quick: bool, reference: Reference | None = None) -> Iterator[Row]:
         "step, teacher compiled": Pair(batch, size, runs=TeacherForward("auto", compile=True)).distilled,
         "step, student in bfloat16": Pair(batch, size, dtype=torch.bfloat16, runs=TeacherForward("auto")).distilled,
         "step, student in bfloat16, teacher compiled": fastest.distilled,
-        "step, student compiled": Pair(batch, size, runs=TeacherForward("auto"), compile=True).distilled,
     }
     others = {} if reference is None else reference(pair)
     note = (

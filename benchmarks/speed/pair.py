@@ -31,7 +31,6 @@ class Pair:
         dtype: of mixed precision, for the plain networks and the student; None is float32.
         runs: how the teacher of the distillation step runs.
         balance: of the features' losses.
-        compile: the student of the distillation step.
     """
 
     def __init__(
@@ -42,7 +41,6 @@ class Pair:
         dtype: torch.dtype | None = None,
         runs: TeacherForward | None = None,
         balance: str = "fixed",
-        compile: bool = False,
     ) -> None:
         torch.manual_seed(0)
         student, teacher = (
@@ -57,8 +55,7 @@ class Pair:
         pairs = pair_features("mobilenet_v1", "resnet50")
         taps = {name: pair.teacher for name, pair in pairs.items()}
         self.teacher = Teacher(teacher, taps, with_logits=False, precision=self.precision, runs=runs)
-        student_taps = {name: pair.student for name, pair in pairs.items()}
-        self.student = Student(student, student_taps, precision=self.precision, compile=compile)
+        self.student = Student(student, {name: pair.student for name, pair in pairs.items()}, precision=self.precision)
         with torch.no_grad():
             student_maps, (teacher_maps, _) = self.student.maps(self.images[:2]), self.teacher(self.images[:2])
         channels = {name: (student_maps[name].shape[1], teacher_maps[name].shape[1]) for name in pairs}

@@ -77,7 +77,7 @@ def add_mgd_config(cfg: CfgNode) -> None:
     cfg.MGD.LOSS = "mse"
     # "mean" over real elements, or "image_sum", the published sum over elements divided by images.
     cfg.MGD.REDUCTION = "mean"
-    # "fixed": MGD.WEIGHTS weigh the losses. "auto": each loss begins at the same value, MGD.WEIGHTS are not used,
+    # "fixed": MGD.WEIGHTS weigh the losses. "auto": each loss begins at 8, MGD.WEIGHTS are not used,
     # and the distillation stops at the first evaluation (TEST.EVAL_PERIOD) in which the student is better than its
     # teacher.
     cfg.MGD.BALANCE = "fixed"

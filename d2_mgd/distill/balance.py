@@ -2,8 +2,8 @@
 
 Shape shorthand: K features, N images, S student channels, H, W.
 
-The factor lets each feature's loss begin at the same value, whatever the loss and the scale of the teacher's maps.
-docs/choosing.md has the figures.
+The factor lets each feature's loss begin at 8, whatever the loss and the scale of the teacher's maps. docs/choosing.md
+has the figures.
 
 In a backward pass two gradients meet at a student's map: that of its distillation loss, and that of all other losses,
 called the task's here. The ratio of their norms is measured with any weights, for logs, figures and warnings.
@@ -30,7 +30,8 @@ _HEAVY, _HEAVY_STEPS = 10.0, 100  # a ratio of gradients, over so many steps, th
 _USUAL = 0.3  # ratio that a warning aims at
 _EVERY = 4  # gradients are measured on one image in four, to reduce the cost
 _UNMEASURED = 1e-3  # a feature's loss in its first two steps
-_BEGIN = 8.0  # what each feature's loss begins at
+_BEGIN = 8.0  # what each feature's loss begins at; 4 was too little for a detector (46 AP instead of 48, two seeds)
+_LEAST = 0.05  # of the loss of a map of zeros: the smallest loss at the start, for a student that copies its teacher
 _PIXELS = 2  # the teacher's mean square on every second row and column, equally on any number of ranks
 
 
@@ -65,10 +66,9 @@ class Balance(nn.Module):
     """Measures the losses of K features and the gradients at their maps, and keeps their factors.
 
     The first step measures the teacher's mean square, the second the loss, and the third is balanced. Everything stays
-    on the device, without a branch on a value. A step without a loss or with one that is not finite changes nothing,
+    on the device, without a branch on a value. A step without a loss or with one that is not finite changes no factor,
     and evaluation mode measures nothing. Loss scaling and gradient accumulation multiply both gradients alike, so their
-    ratio is kept. ``torch.compile`` of a student and its distiller as one function hides the task's gradient; compile
-    the student alone.
+    ratio is kept. ``torch.compile`` of a student and its distiller as one function hides the task's gradient.
 
     Args:
         active: False measures only, and all factors are 1.
@@ -81,6 +81,8 @@ class Balance(nn.Module):
         number = len(self.weights)
         self._warned: set[str] = set()
         self.active = active
+        self._steps_left = 2 if active else 0  # of those that measure only; a number, which needs no look at the device
+        self._measures = False
         stored = active  # measured ratios alone are not worth a change of every checkpoint
         self.register_buffer("running", torch.zeros(_Row.NUMBER, number), persistent=stored)
         self.register_buffer("steps", torch.zeros(number), persistent=stored)
@@ -117,16 +119,18 @@ class Balance(nn.Module):
         known = torch.where(self.steps[index] > 0, self.running[_Row.TEACHER, index], square)
         return known.clamp(min=torch.finfo(known.dtype).tiny).rsqrt()
 
-    def balanced(self, index: int, loss: Tensor) -> Tensor:
+    def balanced(self, index: int, loss: Tensor, of_zeros: Tensor | None = None) -> Tensor:
         """This step's loss () of feature ``index``, multiplied by its factor.
 
-        The first two steps only measure and have no gradient: their factor would differ between processes.
+        The first two steps only measure and have no gradient: their factor would differ between processes. They need
+        the loss () of a student's map of zeros too.
         """
         if not self.active:
             return loss
         value = loss.detach()
         if self.training and torch.is_grad_enabled():
-            self.measured[_Column.LOSS, index] += value
+            self._measures = True
+            self.measured[_Column.LOSS, index] += value if of_zeros is None else torch.maximum(value, _LEAST * of_zeros)
             self.measured[_Column.PASSES, index] += 1.0
         first = _UNMEASURED / value.clamp(min=torch.finfo(value.dtype).tiny)
         return torch.where(self.steps[index] > 1, self.factors[index] * loss, first * value)
@@ -144,16 +148,24 @@ class Balance(nn.Module):
         task, applied, loss, teacher, passes = self.measured.unbind()
         found = torch.stack([loss / passes, teacher / passes, torch.log(applied / task)])
         finite = torch.isfinite(found)
-        share = torch.reciprocal(self.steps.clamp(min=1.0)).clamp(min=_MEMORY) * (self.steps > 0)
-        share = share.repeat(_Row.NUMBER, 1)
-        share[_Row.LOSS] = self.steps == 1  # of the second step, because the first rescales the teacher by its own maps
+        share = torch.empty_like(found)
+        share[_Row.LOSS] = self.steps == 1  # the first step rescales the teacher by its own maps
         share[_Row.TEACHER] = torch.reciprocal(self.steps + 1.0).clamp(min=_MEMORY)
+        ratios = self.steps - float(self.active)  # the first of a training is left out; under auto two steps have none
+        share[_Row.LOG_RATIO] = torch.reciprocal(ratios.clamp(min=1.0)).clamp(min=_MEMORY) * (ratios > 0)
         self.running.copy_(torch.where(finite, torch.lerp(self.running, found, share), self.running))
+        self._steps_left -= bool(self._measures and self._steps_left)
+        self._measures = False
         self.steps += finite[_Row.LOSS if self.active else _Row.LOG_RATIO]
         self.measured.zero_()
         if self.active:
             factors = _BEGIN / self.running[_Row.LOSS]
             self.factors.copy_(torch.where(torch.isfinite(factors), factors, self.factors))
+
+    @property
+    def starting(self) -> bool:
+        """Whether this step, of the first two since the start or a resume, needs the losses of zeros."""
+        return self._steps_left > 0
 
     @property
     def ratios(self) -> Tensor:
@@ -166,8 +178,9 @@ class Balance(nn.Module):
         return {f"ratio/{name}": ratio for name, ratio in zip(self.weights, ratios.nan_to_num(0.0, 0.0, 0.0))}
 
     def report(self) -> dict[str, float]:
-        """``ratio/<feature>`` and, if active, the factors ``balance/<feature>``. Waits for the device."""
-        report = {f"ratio/{name}": ratio for name, ratio in zip(self.weights, self.ratios.tolist())}
+        """``ratio/<feature>``, once measured, and, if active, ``balance/<feature>``. Waits for the device."""
+        ratios = zip(self.weights, self.running[_Row.LOG_RATIO].tolist(), self.ratios.tolist())
+        report = {f"ratio/{name}": ratio for name, logarithm, ratio in ratios if logarithm}  # 0 until the first
         if self.active:
             factors = self.factors.tolist()
             report.update({f"balance/{name}": factor for name, factor in zip(self.weights, factors)})
@@ -180,11 +193,13 @@ class Balance(nn.Module):
         for name, scale, ratio, steps in zip(self.weights, scales, self.ratios.tolist(), self.steps.tolist()):
             if ratio > _HEAVY and steps > _HEAVY_STEPS and name not in self._warned:
                 self._warned.add(name)
-                instead = "" if self.active else ", or the balance 'auto'"
+                weight = f"{_USUAL * scale / ratio:.2g} in place of {scale:.2g}"
+                instead = (
+                    "a schedule that fades" if self.active else f"the fixed weight {weight}, or the balance 'auto'"
+                )
                 found.append(
                     f"feature {name}: at the student's map, the gradient of the distillation is {ratio:.3g} times that "
-                    f"of the task in the last {_HEAVY_STEPS} steps. Try the fixed weight {_USUAL * scale / ratio:.2g} "
-                    f"in place of {scale:.2g}{instead}."
+                    f"of the task in the last {_HEAVY_STEPS} steps. Try {instead}."
                 )
         return found
 

@@ -53,8 +53,7 @@ class Distillation(nn.Module):
     teacher needs them, if its normalisation is not the student's.
 
     Set ``factor`` before a call to what all losses are multiplied by, such as that of a
-    :class:`~d2_mgd.distill.WeightSchedule`; with 0 the teacher does not run and no step is counted. The balance would
-    undo a factor by which the result is multiplied.
+    :class:`~d2_mgd.distill.WeightSchedule`; with 0 the teacher does not run and no step is counted.
 
     ``losses`` has the losses of the newest call, and ``reports`` a report per feature of the newest rematch. Both are
     empty before, also after ``load_state_dict()``, which restores the matchings.

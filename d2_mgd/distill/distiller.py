@@ -184,8 +184,7 @@ class MatchingGuidedDistiller(nn.Module):
             valid: feature name -> (N, 1, H, W) boolean mask of real pixels at the student's map, or None.
             boxes: for each image (B, 4) ground-truth boxes x1, y1, x2, y2 in pixels of the input; the spatial weight
                 ``boxes`` needs them.
-            factor: of all losses in this step, such as that of a :class:`~d2_mgd.distill.WeightSchedule`. It belongs
-                here, because a balance would undo a factor that the losses are multiplied by later.
+            factor: of all losses in this step, such as that of a :class:`~d2_mgd.distill.WeightSchedule`.
 
         Returns:
             dict: ``loss_distill/<feature>`` -> scalar, its weight included.
@@ -235,7 +234,8 @@ class MatchingGuidedDistiller(nn.Module):
         if self.balance.active:
             rescale = self.balance.rescale_teacher(index, mean_square(teacher, valid))
         loss: Tensor = self._feature(name)(student, teacher, valid, boxes, rescale)
-        return self.balance.balanced(index, loss) * (self.weights[name] * factor)
+        of_zeros = self._feature(name).loss_of_zeros(teacher, valid, rescale) if self.balance.starting else None
+        return self.balance.balanced(index, loss, of_zeros) * (self.weights[name] * factor)
 
     @property
     def measured(self) -> Tensor | None:

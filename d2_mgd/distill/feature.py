@@ -171,6 +171,18 @@ class FeatureDistiller(nn.Module):
         return reduce_loss(elements, valid, self.reduction, spatial_weight)
 
     @torch.no_grad()
+    def loss_of_zeros(self, teacher: Tensor, valid: Tensor | None, rescale: Tensor | None) -> Tensor:
+        """The loss () of a student's map that is zero when it is compared, with all pixels alike."""
+        with torch.autocast(teacher.device.type, enabled=False):
+            guided, margin = self._guided(teacher)
+            guided = guided.to(self._compared_dtype(guided))
+            if rescale is not None:
+                guided, margin = guided * rescale, None if margin is None else margin * rescale
+            if self.loss not in MASKED_LOSSES:
+                guided = _without_padding(guided, valid)
+            return reduce_loss(self.loss(torch.zeros_like(guided), guided, margin, valid), valid, self.reduction, None)
+
+    @torch.no_grad()
     def _guided(self, teacher: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.reducer is None:
             return teacher, self.margin

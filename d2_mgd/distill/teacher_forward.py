@@ -6,6 +6,8 @@ Shape shorthand: N images of (H, W).
 from __future__ import annotations
 
 import functools
+import logging
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -13,18 +15,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_map_only
 
-from d2_mgd.distill.compiled import CompiledForwards, Forward
 from d2_mgd.errors import UserError
 
 __all__ = ["TEACHER_PRECISIONS", "TeacherForward"]
+
+logger = logging.getLogger(__name__)
 
 TEACHER_PRECISIONS = ("auto", "student", "float32", "bfloat16", "float16")
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # of x86-64 and AArch64, as Linux names them
+_MOST_GRAPHS = 8  # compiled graphs are of one size of images each
+
+Forward = Callable[[Tensor], dict[str, Tensor]]
 
 
 class TeacherForward:
@@ -50,7 +57,8 @@ class TeacherForward:
             raise UserError(f"unknown teacher precision {precision!r}; there are: {', '.join(TEACHER_PRECISIONS)}.")
         self.precision = precision
         self.compile = compile
-        self._graphs = CompiledForwards("teacher", constant_weights=True)
+        self._graphs: dict[tuple[Any, ...], Forward] = {}
+        self._fails = False  # whether the compiler has failed; it is not tried again
 
     def describe(self, device: torch.device) -> str:
         """Name what decides how the maps are rounded, for checkpoints."""
@@ -67,7 +75,7 @@ class TeacherForward:
 
     def forget(self) -> None:
         """Drop the compiled graphs, because the features have changed."""
-        self._graphs.forget()
+        self._graphs.clear()
 
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         """Context of the teacher's precision.
@@ -112,13 +120,49 @@ class TeacherForward:
         if self.precision != "student":
             inputs, named = tree_map_only(Tensor, _channels_last, (inputs, named))
         with self.autocast(device):
-            if self.compile and len(inputs) == 1 and not named:
-                forward = self._graphs.get(forward, *inputs)
-            return forward(*inputs, **named)
+            graph = self._graph(forward, *inputs) if self.compile and len(inputs) == 1 and not named else None
+            return (graph or forward)(*inputs, **named)
+
+    def _graph(self, forward: Forward, images: Tensor) -> Forward | None:
+        """The compiled forward for images of this size; None where it runs eagerly."""
+        key = (forward, images.shape, images.device, torch.is_autocast_enabled(images.device.type))
+        if key not in self._graphs:
+            if self._fails or len(self._graphs) == _MOST_GRAPHS:
+                return None
+            graph = _compiled(forward, images)
+            if graph is None:
+                self._fails = True
+                return None
+            self._graphs[key] = graph
+            if len(self._graphs) == _MOST_GRAPHS:
+                logger.warning(
+                    "The teacher is compiled for %d sizes of images now. It runs eagerly for all others.", _MOST_GRAPHS
+                )
+        return self._graphs[key]
 
 
 def _channels_last(value: Tensor) -> Tensor:
     return value.contiguous(memory_format=torch.channels_last) if value.ndim == 4 else value
+
+
+def _compiled(forward: Forward, images: Tensor) -> Forward | None:
+    """A forward as one graph for images of this size; None, with a warning, where there is none.
+
+    Its operators are recorded in an eager run. Hooks, in-place activations and an early end need no support by the
+    compiler then, and there are no graph breaks. On a CPU, constant weights let the compiler fold norms into
+    convolutions and activations into their kernels. On a GPU each size of images would need its own copy of them.
+    """
+    names = list(forward(images))  # an error of the network is no error of the compiler
+    start = time.perf_counter()
+    try:
+        graph = torch.compile(make_fx(lambda images: list(forward(images).values()))(images))
+        with torch._inductor.config.patch(freezing=images.device.type == "cpu"):
+            graph(images)
+    except RuntimeError as error:
+        logger.warning("The teacher cannot be compiled, so it runs eagerly: %s", str(error).strip().split("\n")[0])
+        return None
+    logger.info("Compiled the teacher for images %s in %.0f s.", tuple(images.shape), time.perf_counter() - start)
+    return lambda images: dict(zip(names, graph(images)))
 
 
 def has_bfloat16(device: torch.device) -> bool:

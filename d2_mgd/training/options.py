@@ -31,8 +31,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(usage=usage, description=what, formatter_class=Help)
 
     def error(self, message: str) -> NoReturn:
-        unknown = message.partition("unrecognized arguments: ")[2].split(" ")[0].split("=")[0]
-        similar = difflib.get_close_matches(unknown, self._option_string_actions, n=1) if unknown else []
+        words = message.partition("unrecognized arguments: ")[2].split()
+        unknown = next((word.split("=")[0] for word in words if word.startswith("--")), "")
+        similar = difflib.get_close_matches(unknown, self._option_string_actions, n=1)
         instead = f", but there is {similar[0]}" if similar else ""
         raise UserError(f"{' '.join(message.split())}{instead}; {self.prog} --help lists all options.")
 

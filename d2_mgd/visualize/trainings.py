@@ -87,7 +87,10 @@ def draw_curves(
                 else:
                     axes.plot(x, y, "o-", ms=4, color=colours[caption], label=caption)
             axes.set(title=title, xlabel=f"{step}s")
-            axes.set(yscale="log") if title in logarithmic else axes.set(ylim=(0, None))
+            if title in logarithmic and any((line.get_ydata() > 0).any() for line in axes.lines):
+                axes.set(yscale="log")
+            else:
+                axes.set(ylim=(0, None))
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
             axes.grid(axis="y", alpha=0.25)
         by_caption = {caption: handle for axes in grid for handle, caption in zip(*axes.get_legend_handles_labels())}

@@ -284,7 +284,7 @@ MISTAKES = [
     (["--loss", "pearson", "--loss-factor", "10"], "--loss-factor is not used with --loss pearson: use --loss-weight"),
     (["--mgd-spatial", "boxes"], "argument --mgd-spatial: invalid choice: 'boxes'"),
     (["--unknown"], "unrecognized arguments: --unknown"),
-    (["--blance", "auto"], "unrecognized arguments: --blance auto, but there is --balance"),
+    (["x", "--blance", "auto"], "unrecognized arguments: x --blance auto, but there is --balance"),
     (["--momentum", "0"], "--nesterov 1 needs a --momentum above 0"),
     (["--use-pretrained", "1", "--student-resume", "a.pth"], "choose one"),
     (["--mixed-precision", "fp16"], "fp16 needs a GPU"),

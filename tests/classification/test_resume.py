@@ -58,16 +58,13 @@ def test_a_killed_run_ends_as_the_undisturbed_one(mgd: Run, method: list[object]
     assert_same_run(undisturbed, killed)
 
 
-def test_with_compiled_networks_it_resumes_exactly(method: list[object], tmp_path: Path) -> None:
+def test_with_a_compiled_teacher_in_bfloat16_it_resumes_exactly(method: list[object], tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    compiled = ["--arch", "resnet18", "--compile", 1, "--teacher-compile", 1, "--teacher-precision", "bfloat16"]
-    words = [*method, *compiled, "--output-dir"]
+    words = [*method, "--teacher-compile", 1, "--teacher-precision", "bfloat16", "--output-dir"]
     subprocess.run(command("main_mgd.py", *words, whole), check=True)  # not forked, because it compiles
     kill_after_checkpoint(command("main_mgd.py", *words, parts), parts / "checkpoint.pth")
     subprocess.run(command("main_mgd.py", *words, parts, "--resume"), check=True)
-    log = (parts / "log.txt").read_text()
-    assert "Compiled the teacher" in log
-    assert "Compiled the student" in log
+    assert "Compiled the teacher" in (parts / "log.txt").read_text()
     assert_same_run(whole, parts)
 
 

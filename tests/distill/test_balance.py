@@ -93,18 +93,35 @@ def test_every_loss_begins_at_the_same_value() -> None:
     for _ in range(3):
         training.step(images(0))
     losses = training.distiller(training.student(images(0))[0], teacher(images(0)))
-    assert float(losses["loss_distill/a"]) == pytest.approx(2.0 * float(losses["loss_distill/b"]), rel=1e-5)
+    assert {name: round(float(loss.detach()), 4) for name, loss in losses.items()} == {
+        "loss_distill/a": 8.0, "loss_distill/b": 4.0
+    }  # fmt: skip
     before = training.distiller.balance.factors.clone()
     training.optimizer.param_groups[0]["lr"] = 0.05
     training.step(images(1))
     torch.testing.assert_close(training.distiller.balance.factors, before)
 
 
+@pytest.mark.parametrize("loss", ["mse", "pearson"])
+def test_a_student_that_copies_its_teacher_has_a_bounded_factor(loss: str) -> None:
+    distiller = MatchingGuidedDistiller({"a": (4, 4)}, align="none", norm="none", loss=loss, balance="auto")
+    maps = torch.randn(8, 4, 6, 6)
+    for _ in range(2):
+        distiller({"a": maps.clone().requires_grad_()}, {"a": maps})
+        distiller.update_balance()
+    of_zeros = 1.0 if loss == "mse" else 0.5
+    assert float(distiller.balance.factors[0]) == pytest.approx(8.0 / (0.05 * of_zeros), rel=0.05)
+
+
 def test_the_report_has_ratios_and_factors() -> None:
-    training = trained(rate=0.0, steps=3, of_loss=1.0)
+    assert list(trained(rate=0.0, steps=2).distiller.balance.report()) == ["balance/a", "balance/b"]
+    training = Training(rate=0.0)
+    for _ in range(3):
+        training.step(images(0))
+    own, of_task = gradients_at(training, "b", images(0))
     report = training.distiller.balance.report()
     assert list(report) == ["ratio/a", "ratio/b", "balance/a", "balance/b"]
-    assert report["ratio/b"] > 0.0  # of the third step, the first that distils
+    assert report["ratio/b"] == pytest.approx(float(own.norm() / of_task.norm()), rel=1e-4)
 
 
 def test_the_ratio_is_measured_without_a_balance_too() -> None:

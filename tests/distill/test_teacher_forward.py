@@ -12,13 +12,13 @@ import torch
 from d2_mgd.distill.teacher_forward import TeacherForward
 from d2_mgd.errors import UserError
 from d2_mgd.training import check_same_teacher
-from tests.distill import compiled_networks
-from tests.distill.compiled_networks import difference, small
+from tests.distill import compiled_teacher
+from tests.distill.compiled_teacher import difference, small
 
 
-def test_compiled_networks() -> None:
+def test_a_compiled_teacher() -> None:
     """A process that compiles has threads, and other tests of this process fork."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", compiled_networks.__file__]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", compiled_teacher.__file__]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
 
