@@ -234,7 +234,11 @@ class Trainer(Run):
         if teacher is None or distiller is None or not distiller.balance.active or err1 >= teacher["err1"]:
             return
         if weight.active(self.finished_steps / self.order.steps):
-            logger.info("the student is better than its teacher: the distillation stops (--balance auto)")
+            logger.info(
+                "the student (top-1 error %.2f) is better than its teacher (%.2f): the distillation stops (auto)",
+                err1,
+                teacher["err1"],
+            )
         self.progress.stopped = weight.stopped = True
 
     def evaluate(self, network: nn.Module | None = None) -> Evaluation:

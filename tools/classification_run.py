@@ -75,7 +75,7 @@ def read_classifier(run: Run) -> Classifier:
         UserError: its file is gone, damaged, or of another network.
     """
     path = run.folder / STUDENT_LAST
-    with located(f"the student of {run.folder} cannot be had: "):
+    with located(f"the student of {run.folder} cannot be loaded: "):
         content = read_checkpoint(path, "its file")
         lacking = [key for key in ("arch", "classes", "image_size") if key not in content]
         if lacking:
@@ -111,12 +111,12 @@ def feature_maps(run: Run, image: Path) -> Maps:
     """Both networks' maps on an image that is resized and cropped as in an evaluation.
 
     Raises:
-        UserError: a network or its weights cannot be had, or the image cannot be read.
+        UserError: a network or its weights cannot be loaded, or the image cannot be read.
     """
     settings = run.settings
     student = read_classifier(run)
     pixels = seen_pixels(image, student.image_size)
-    with located("the teacher cannot be had: "):
+    with located("the teacher cannot be loaded: "):
         teacher = _teacher(run, len(student.classes))
         names = settings["arch"], run.record["teacher"]["arch"]
         networks = student.network, teacher

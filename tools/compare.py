@@ -93,9 +93,8 @@ def _difference(compared: Compared) -> str:
             gain = (after[measure.key] - before[measure.key]) * (1 if measure.better is max else -1)
             judged = f"{abs(gain):.2f} points {'better' if gain > 0 else 'worse'} than" if gain else "as good as"
             values = f"{after[measure.key]:.2f} against {before[measure.key]:.2f}"
-            return (
-                f"{second} is {judged} {first}: {measure.title.removesuffix(', %')} {values} %, in one training each."
-            )
+            title = measure.title.removesuffix(", %")
+            return f"{second} is {judged} {first}: {title} {values} %, after one training each."
     return ""
 
 
@@ -150,8 +149,9 @@ def _add_curves(report: Report, compared: Compared) -> None:
     ratios = [name for name in RATIOS if name in metrics]
     if ratios:
         caption = (
-            "How much the distillation weighs against the task: the quotient of the losses, and that of the gradients' "
-            "norms at the student's map of the feature where it is largest. Far above 1, distillation drowns the task."
+            "How much the distillation weighs against the task: the quotient of the losses, which begins at some tens "
+            "with the balance auto, and that of the gradients' norms at the student's maps, the features' median. "
+            "If the latter stays far above 1 in the last third of the training, let the distillation fade."
         )
         _add_curve(report, compared, "ratios", dict(zip(ratios, ratios)), caption)
     for measure in compared.measures():
@@ -222,8 +222,7 @@ def _add_detections(report: Report, compared: Compared) -> None:
         "detections",
         visualize.draw_detections(images, columns, first.classes, threshold=0.0, truth="ground truth"),
         f"{len(images)} images of `{first.name}` at each run's last evaluation. Of each run as many detections as "
-        "there are objects, the surest ones, with their scores in percent; dashed where no object of that class is "
-        "there.",
+        "there are objects, those of the highest scores, in percent; dashed where no object of that class is there.",
     )
 
 

@@ -123,7 +123,7 @@ def feature_maps(run: Run, image: Path) -> Maps:
     """Both networks' maps on an image that is resized as in an evaluation; the student is of the last checkpoint.
 
     Raises:
-        UserError: a network or its weights cannot be had, or the image cannot be read.
+        UserError: a network or its weights cannot be loaded, or the image cannot be read.
     """
     pixels = read_image(image)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -117,7 +118,7 @@ def with_sums(row: dict[str, Any]) -> dict[str, Any]:
         found[RATIOS[0]] = sum(distillation) / sum(task)
     gradients = [value for key, value in numbers.items() if key.startswith("ratio/")]
     if gradients:
-        found[RATIOS[1]] = max(gradients)
+        found[RATIOS[1]] = statistics.median(gradients)  # a level without objects has hardly a gradient of the task
     return {**row, **found}
 
 

@@ -114,7 +114,7 @@ def build_config(args: argparse.Namespace) -> tuple[CfgNode, CheckedConfig | Non
         raise UserError("--eval-only evaluates the student and --eval-teacher the teacher: give one of them.")
     late = [word for word in args.opts[::2] if word.startswith("--")]
     if late:
-        raise UserError(f"{late[0]} stands behind KEY VALUE overrides: flags go before them.")
+        raise UserError(f"{late[0]} comes after KEY VALUE overrides: put it before them.")
     cfg = get_cfg()
     add_mgd_config(cfg)
     if args.config_file:

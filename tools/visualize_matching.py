@@ -119,8 +119,8 @@ def build_report(options: argparse.Namespace) -> tuple[Report, str]:
     header = "feature|student channels|teacher channels|images|mean cost, matched|mean cost, all|changed|solved in"
     report.table(header.split("|"), [_row(name, found, len(history) == 1) for name, found in newest.items()])
     report.text(
-        "Cost is the distance of two channels' maps: 0 for the same map but for its scale, 2 for unrelated ones, 4 for "
-        "opposite ones. The mean over all pairs is what a matching by chance would cost."
+        "Cost is the distance of two channels' maps: 0 for maps that differ by a scale only, 2 for unrelated ones, 4 "
+        "for opposite ones. The mean over all pairs is what a matching by chance would cost."
     )
     report.heading("Cost, ordered by the matching")
     report.text(

@@ -203,7 +203,7 @@ def from_config(
         size: see :class:`ExportableDetector`.
 
     Raises:
-        UserError: there is no student yet, or the model or a data set cannot be had.
+        UserError: there is no student yet, or the model or a data set cannot be loaded.
     """
     cfg = get_cfg()
     add_mgd_config(cfg)

@@ -64,7 +64,7 @@ class ImageNetwork(nn.Module):
         """Load a classifier's weights: ``timm:NAME`` and ``torchvision:NAME`` are those that the library publishes.
 
         Raises:
-            UserError: they are not all of this network, or cannot be had.
+            UserError: they are not all of this network, or cannot be loaded.
         """
         assert isinstance(self.backbone, Classifier)
         state: Any
@@ -148,5 +148,5 @@ def _published(name: str) -> dict[str, Any]:
         return timm_network(name, pretrained=True).state_dict()
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f"the published weights of {name} cannot be had ({reason(error)}); give their file as MGD.TEACHER.WEIGHTS."
+            f"{name}'s published weights cannot be loaded ({reason(error)}); give their file as MGD.TEACHER.WEIGHTS."
         ) from error

@@ -286,7 +286,7 @@ def load_teacher_weights(model: nn.Module, location: str) -> str:
     try:
         path = local_weights_file(location)
     except UserError as error:
-        raise UserError(f"the teacher's weights cannot be had: {error}") from error
+        raise UserError(f"the teacher's weights cannot be loaded: {error}") from error
     if isinstance(model, ImageNetwork) and isinstance(model.backbone, Classifier):
         model.load_published(path)
         return path

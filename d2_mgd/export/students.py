@@ -91,7 +91,7 @@ class Student(ABC):
 
     @abstractmethod
     def validation(self, count: int | None) -> Iterator[tuple[Tensor, Any]]:
-        """Inputs and targets of the first ``count`` validation images, or of all."""
+        """Inputs and targets of ``count`` validation images, or of all."""
 
     @abstractmethod
     def comparison(self) -> Comparison:

@@ -80,7 +80,7 @@ OVERRIDES = {
     "no device": (("MODEL.DEVICE", "gpu"), "MODEL.DEVICE is 'gpu', which is no device: give cpu, cuda or cuda:N"),
     "a last key without a value": (("SEED", "1", "MODEL.WEIGHTS"), "overrides: MODEL.WEIGHTS has no value"),
     "a key without a value": (("MODEL.WEIGHTS", "SEED", "1"), "overrides: MODEL.WEIGHTS has no value"),
-    "a flag too late": (("--resume",), "--resume stands behind KEY VALUE overrides: flags go before them"),
+    "a flag too late": (("--resume",), "--resume comes after KEY VALUE overrides: put it before them"),
     "fewer than no steps left out": (("MGD.NONFINITE.SKIP", "-1"), "MGD.NONFINITE.SKIP must be at least 0"),
 }
 

@@ -259,7 +259,7 @@ class TestErrors:
             built("retinanet", "retinanet", "MGD.FEATURES", ["p2"], "MGD.TEACHER.WEIGHTS", "no/such.pth")
 
     def test_teacher_weights_absent(self) -> None:
-        with pytest.raises(UserError, match="the teacher's weights cannot be had"):
+        with pytest.raises(UserError, match="the teacher's weights cannot be loaded"):
             built("retinanet", "retinanet", "MGD.TEACHER.WEIGHTS", "no/such.pth")
 
     def test_strides_without_a_common_factor(self) -> None:

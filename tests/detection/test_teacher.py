@@ -182,12 +182,12 @@ class TestWeights:
 
     def test_absent(self) -> None:
         cfg = distilled_config("retinanet", "retinanet", "MGD.TEACHER.WEIGHTS", "no/such/teacher.pth")
-        with pytest.raises(UserError, match=r"the teacher's weights cannot be had: .*no/such/teacher\.pth"):
+        with pytest.raises(UserError, match=r"the teacher's weights cannot be loaded: .*no/such/teacher\.pth"):
             build_teacher(cfg)
 
     def test_unreachable(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("FVCORE_CACHE", str(tmp_path))
-        with pytest.raises(UserError, match=r"the teacher's weights cannot be had: .*127\.0\.0\.1"):
+        with pytest.raises(UserError, match=r"the teacher's weights cannot be loaded: .*127\.0\.0\.1"):
             load_teacher_weights(tiny("retinanet", 32), "http://127.0.0.1:9/teacher.pth")
 
     def test_of_another_architecture(self, weights: Path) -> None:

@@ -183,7 +183,8 @@ def test_with_a_baseline_both_trainings_are_those_without_it_and_compared(
     lines = capsys.readouterr().out.splitlines()
     assert lines[-2] == str(tmp_path / "comparison" / "report.html")
     assert re.search(
-        r" than baseline: box AP \d+\.\d\d against \d+\.\d\d %, in one training each\.$|as good as baseline", lines[-1]
+        r" than baseline: box AP \d+\.\d\d against \d+\.\d\d %, after one training each\.$|as good as baseline",
+        lines[-1],
     )
     assert_same_end(whole, tmp_path)
     alone = checkpoint(tmp_path / "baseline")
