@@ -12,7 +12,7 @@ from run_folder import Run
 
 from d2_mgd.visualize import PALETTE
 
-# Metrics of a distilled run: its losses to those of the task; the same of the gradients at the map where it is largest.
+# Metrics of a distilled run: its losses to those of the task; the median over features of the same of the gradients.
 RATIOS = ("losses, distillation / task", "gradients at the maps, distillation / task")
 
 # Detection metrics, those first that include others -> the measure's name, and the metrics beside it in the table.

@@ -89,9 +89,9 @@ def rematch(distiller: MatchingGuidedDistiller, when: str) -> dict[str, RematchR
         return {}
     for name, report in reports.items():
         logger.info(
-            "%s after %s: %s S=%d T=%d images=%d mean cost %.4f, %ssolved in %.2f s",
+            "%s after %s: %s S=%d T=%d images=%d mean cost %.4f (%.4f by chance), %ssolved in %.2f s",
             "Rematch" if matched else "First matching", when, name, report.matching.num_student,
-            report.matching.num_teacher, report.num_images, report.mean_cost,
+            report.matching.num_teacher, report.num_images, report.mean_cost, report.cost.mean(),
             f"{report.changed:.1%} of channels changed, " if matched else "", report.seconds,
         )  # fmt: skip
     return reports
