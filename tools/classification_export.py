@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from classification_run import read_classifier
 from run_folder import Run
+from run_numbers import spread
 from torch import Tensor, nn
 
 from classification.checkpoint import STUDENT_LAST
@@ -84,16 +85,11 @@ class ExportableClassifier(Student):
         return (image for image, _ in _read(self._train, chosen.tolist()))
 
     def validation(self, count: int | None) -> Iterator[tuple[Tensor, int]]:
-        return _read(self._valid, spread(len(self._valid), count))
+        places = range(len(self._valid))
+        return _read(self._valid, places if count is None else spread(places, count))
 
     def comparison(self) -> ClassComparison:
         return ClassComparison()
-
-
-def spread(length: int, count: int | None) -> list[int]:
-    """At most ``count`` of ``length`` places, evenly spread, because images are in the order of their classes."""
-    number = length if count is None else min(count, length)
-    return [index * length // number for index in range(number)]
 
 
 def _read(images: ImageDataset, indices: Iterable[int]) -> Iterator[tuple[Tensor, int]]:

@@ -22,7 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tools")]  # works without an installation
 
 import numpy as np
 from run_folder import distinct_names, open_run, read_image, write_page
-from run_numbers import RATIOS, Compared, Measure, finished_steps, finite, training_seconds, with_sums
+from run_numbers import RATIOS, Compared, Measure, finished_steps, finite, spread, training_seconds, with_sums
 
 from d2_mgd import visualize
 from d2_mgd.errors import UserError
@@ -207,7 +207,7 @@ def _add_detections(report: Report, compared: Compared) -> None:
             raise UserError(f"{next(iter(sets))} was evaluated on {first.json_file}, and {name} on {other.json_file}.")
     annotations = first.content.get("annotations") or []
     annotated = {annotation["image_id"] for annotation in annotations}
-    chosen = _spread([image for image in first.content["images"] if image["id"] in annotated])
+    chosen = spread([image for image in first.content["images"] if image["id"] in annotated], SHOWN_IMAGES)
     if not chosen:
         raise UserError(f"{first.json_file} has no annotations to compare with.")
     images = [read_image(first.image_root / image["file_name"]) for image in chosen]
@@ -238,7 +238,7 @@ def _add_predictions(report: Report, compared: Compared) -> None:
     import classification_run
 
     first = next(iter(compared.runs.values()))
-    chosen = _spread(list(zip(*classification_run.validation_images(first))))
+    chosen = spread(list(zip(*classification_run.validation_images(first))), SHOWN_IMAGES)
     files, truth = [path for path, _ in chosen], [name for _, name in chosen]
     classifiers = {name: classification_run.read_classifier(run) for name, run in compared.runs.items()}
     size = next(iter(classifiers.values())).image_size
@@ -252,12 +252,6 @@ def _add_predictions(report: Report, compared: Compared) -> None:
         f"{len(files)} images that `{next(iter(compared.runs))}` was evaluated on, and the five classes that each run "
         "finds likeliest after its last epoch; the true class in green.",
     )
-
-
-def _spread(items: list[Any]) -> list[Any]:
-    """Return at most ``SHOWN_IMAGES`` items, evenly spread."""
-    places = np.linspace(0, len(items) - 1, min(SHOWN_IMAGES, len(items))).round().astype(int)
-    return [items[int(place)] for place in places]
 
 
 # ---- words

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from run_folder import Run
 
 from d2_mgd.visualize import PALETTE
@@ -88,6 +89,12 @@ class Compared:
             return [Measure("top-1 error, %", "err1", min, {"top-5 error, %": "err5"})]
         names = dict.fromkeys(key for rows in self.rows.values() for row in rows for key in row)
         return [_detection_measure(name, end) for end in _DETECTION for name in names if f"/{name}".endswith(f"/{end}")]
+
+
+def spread(items: Sequence[Any], count: int) -> list[Any]:
+    """At most ``count`` of the items, evenly spread, because images are in the order of their classes."""
+    places = np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
+    return [items[int(place)] for place in places]
 
 
 def finished_steps(row: Mapping[str, Any], rows: Rows, compared: Compared) -> int:

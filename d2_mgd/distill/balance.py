@@ -81,7 +81,7 @@ class Balance(nn.Module):
         number = len(self.weights)
         self._warned: set[str] = set()
         self.active = active
-        self._steps_left = 2 if active else 0  # of those that measure only; a number, which needs no look at the device
+        self._steps_left = 2 if active else 0  # of those that only measure: a number, so no step waits for the device
         self._measures = False
         stored = active  # measured ratios alone are not worth a change of every checkpoint
         self.register_buffer("running", torch.zeros(_Row.NUMBER, number), persistent=stored)
@@ -164,8 +164,12 @@ class Balance(nn.Module):
 
     @property
     def starting(self) -> bool:
-        """Whether this step, of the first two since the start or a resume, needs the losses of zeros."""
+        """Whether this step, one of the first two, needs the losses of zeros."""
         return self._steps_left > 0
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._steps_left = max(0, 2 - int(self.steps.min())) if self.active else 0
 
     @property
     def ratios(self) -> Tensor:

@@ -161,7 +161,17 @@ class FeatureDistiller(nn.Module):
         if self.project is not None:
             student = self.project(_without_padding(student, valid))
         guided, margin = self._guided(teacher)  # before the norm's map is there: it takes memory for a moment
-        student = self.norm(student, valid)
+        return self._distance(self.norm(student, valid), guided, margin, valid, spatial_weight, rescale)
+
+    def _distance(
+        self,
+        student: Tensor,
+        guided: Tensor,
+        margin: Tensor | None,
+        valid: Tensor | None,
+        spatial_weight: Tensor | None,
+        rescale: Tensor | None,
+    ) -> Tensor:
         guided = guided.to(student.dtype)
         if rescale is not None:
             guided, margin = guided * rescale, None if margin is None else margin * rescale
@@ -175,12 +185,8 @@ class FeatureDistiller(nn.Module):
         """The loss () of a student's map that is zero when it is compared, with all pixels alike."""
         with torch.autocast(teacher.device.type, enabled=False):
             guided, margin = self._guided(teacher)
-            guided = guided.to(self._compared_dtype(guided))
-            if rescale is not None:
-                guided, margin = guided * rescale, None if margin is None else margin * rescale
-            if self.loss not in MASKED_LOSSES:
-                guided = _without_padding(guided, valid)
-            return reduce_loss(self.loss(torch.zeros_like(guided), guided, margin, valid), valid, self.reduction, None)
+            zeros = torch.zeros_like(guided, dtype=self._compared_dtype(guided))
+            return self._distance(zeros, guided, margin, valid, None, rescale)
 
     @torch.no_grad()
     def _guided(self, teacher: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from compare import _difference, _likeliest, _spread, main, open_runs
+from compare import _difference, _likeliest, main, open_runs
 from run_folder import Run
-from run_numbers import RATIOS, Compared, Measure, training_seconds, with_sums
+from run_numbers import RATIOS, Compared, Measure, spread, training_seconds, with_sums
 
 from d2_mgd.visualize import Detections
 
@@ -232,7 +232,8 @@ def test_the_surest_detections_are_kept() -> None:
 
 
 def test_images_are_spread_over_all() -> None:
-    assert _spread(list(range(3))) == [0, 1, 2]
-    assert _spread([]) == []
-    chosen = _spread(list(range(101)))
+    assert spread(range(3), 6) == [0, 1, 2]
+    assert spread([], 6) == []
+    assert spread(["ant"] * 5 + ["bee"] * 5 + ["cat"] * 5, 3) == ["ant", "bee", "cat"]
+    chosen = spread(range(101), 6)
     assert (chosen[0], chosen[-1], len(set(chosen))) == (0, 100, 6)
