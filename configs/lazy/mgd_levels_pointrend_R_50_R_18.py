@@ -38,7 +38,6 @@ model.teacher = L(FrozenTeacher)(
     precision="auto",
 )
 model.features = ["p2", "p3", "p4", "p5", "p6"]
-model.distiller.weights = dict.fromkeys(["p2", "p3", "p4", "p5", "p6"], 6.0)
 dataloader.train.mapper.update(use_instance_mask=True, instance_mask_format="bitmask")
 optimizer.lr = 0.02
 

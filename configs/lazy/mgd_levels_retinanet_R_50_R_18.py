@@ -5,7 +5,7 @@ from detectron2.config import LazyCall as L
 
 from d2_mgd.detection import FrozenTeacher, TeacherStudentDetector
 from d2_mgd.detection.rematcher import Rematcher
-from d2_mgd.distill import RematchSchedule
+from d2_mgd.distill import RematchSchedule, WeightSchedule
 
 plain = model_zoo.get_config("COCO-Detection/retinanet_R_50_FPN_1x.py")
 dataloader, optimizer, lr_multiplier, train = plain.dataloader, plain.optimizer, plain.lr_multiplier, plain.train
@@ -30,7 +30,8 @@ model = L(TeacherStudentDetector)(
     ),
     features=features,
     # as in Base-MGD-levels.yaml
-    distiller=dict(reducer="amp", loss="pearson", metric="pearson", norm="none", weights=dict.fromkeys(features, 6.0)),
+    distiller=dict(reducer="amp", loss="pearson", metric="pearson", norm="none", balance="auto"),
+    schedule=L(WeightSchedule)(decay="cosine", stop="${train.max_iter}"),
     rematcher=L(Rematcher)(
         schedule=L(RematchSchedule)(periods=[5000, 31000], milestones=[20000]),
         source="online",

@@ -14,7 +14,6 @@ model.teacher = L(FrozenTeacher)(
     precision="auto",
 )
 model.features = ["p3", "p4", "p5", "p6"]
-model.distiller.weights = dict.fromkeys(["p3", "p4", "p5", "p6"], 6.0)
 # ViTDet takes squares of 1024 px
 dataloader.train.mapper.augmentations[0].max_size = 1024
 

@@ -66,8 +66,8 @@ def add_mgd_config(cfg: CfgNode) -> None:
 
     # Where to distil: FPN levels "p2" ... "p7", backbone stages "res2" ... "res5"; none where only predictions are.
     cfg.MGD.FEATURES = ["p3", "p4", "p5"]
-    # Factor of each feature's loss, or one for all.
-    cfg.MGD.WEIGHTS = [1.0]
+    # With the balance "fixed", the factor of each feature's loss, or one for all; [] is 1.
+    cfg.MGD.WEIGHTS = []
     # Take backbone stages before their last ReLU. FPN levels have none.
     cfg.MGD.BEFORE_ACTIVATION = True
     # How a group of teacher channels becomes one map: "amp", "max", "mean", "rd", "sm".
@@ -77,10 +77,9 @@ def add_mgd_config(cfg: CfgNode) -> None:
     cfg.MGD.LOSS = "mse"
     # "mean" over real elements, or "image_sum", the published sum over elements divided by images.
     cfg.MGD.REDUCTION = "mean"
-    # "fixed": MGD.WEIGHTS weigh the losses. "auto": each loss begins at 8, MGD.WEIGHTS are not used,
-    # and the distillation stops at the first evaluation (TEST.EVAL_PERIOD) in which the student is better than its
-    # teacher.
-    cfg.MGD.BALANCE = "fixed"
+    # "auto": each loss begins at 8, and the distillation stops at the first evaluation (TEST.EVAL_PERIOD) in which the
+    # student is better than its teacher. "fixed": MGD.WEIGHTS weigh the losses.
+    cfg.MGD.BALANCE = "auto"
     # Which pixels count how much in the loss: "all" alike, ground-truth "boxes" and background in balance, or by the
     # teacher's "attention".
     cfg.MGD.SPATIAL = "all"
@@ -137,7 +136,7 @@ def add_mgd_config(cfg: CfgNode) -> None:
     # The factor of all distillation losses as the training goes on. Where it is 0, the teacher does not run.
     cfg.MGD.SCHEDULE = CfgNode()
     # "constant", or falling from START to STOP along a line ("linear") or half a cosine ("cosine").
-    cfg.MGD.SCHEDULE.DECAY = "constant"
+    cfg.MGD.SCHEDULE.DECAY = "cosine"
     # The iteration that distillation begins with; the first matching is measured then.
     cfg.MGD.SCHEDULE.START = 0
     # The iteration that it ends before; 0 is SOLVER.MAX_ITER.

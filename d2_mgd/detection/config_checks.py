@@ -60,9 +60,15 @@ def feature_weights(cfg: CfgNode) -> dict[str, float]:
     """Feature name -> factor of its loss.
 
     Raises:
-        UserError: another number of weights than features or one; a weight that is negative or not finite.
+        UserError: weights under the balance ``auto``; another number of weights than features or one; a weight that is
+            negative or not finite.
     """
-    features, weights = list(cfg.MGD.FEATURES), list(cfg.MGD.WEIGHTS)
+    features, weights = list(cfg.MGD.FEATURES), list(cfg.MGD.WEIGHTS) or [1.0]
+    if cfg.MGD.WEIGHTS and cfg.MGD.BALANCE == "auto":
+        raise UserError(
+            f"MGD.WEIGHTS is {cfg.MGD.WEIGHTS}, which MGD.BALANCE auto does not use: set MGD.BALANCE to fixed, or "
+            "MGD.WEIGHTS to []."
+        )
     if len(weights) == 1:
         weights *= len(features)
     if len(weights) != len(features):

@@ -26,7 +26,7 @@ def distiller_options(cfg: CfgNode) -> dict[str, Any]:
         "mode": cfg.MGD.MODE or None,
         "align": cfg.MGD.ALIGN,
         "norm": cfg.MGD.NORM,
-        "weights": {} if cfg.MGD.BALANCE == "auto" else feature_weights(cfg),
+        "weights": feature_weights(cfg),
         "reduction": cfg.MGD.REDUCTION,
         "spatial": cfg.MGD.SPATIAL,
         "balance": cfg.MGD.BALANCE,

@@ -14,7 +14,7 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
-from tiny_detectors import CONFIGS, built, distilled_config, tiny_config
+from tiny_detectors import CONFIGS, distilled_config, tiny_config
 
 from d2_mgd._install import DETECTRON2_INSTALL
 from d2_mgd.detection.config import add_mgd_config, student_config, teacher_config
@@ -217,10 +217,9 @@ def test_weights_that_yaml_reads_as_text() -> None:
     assert feature_weights(cfg)["p3"] == 1e-9
 
 
-def test_auto_does_not_use_the_weights() -> None:
-    """Those of a shipped config, down to 2.5e-9, are for its own losses without a balance."""
-    model = built("retinanet", "retinanet", "MGD.WEIGHTS", [1e-9], "MGD.BALANCE", "auto")
-    assert set(model.distiller.weights.values()) == {1.0}
+def test_weights_are_for_the_fixed_balance() -> None:
+    with pytest.raises(ValueError, match=r"MGD\.WEIGHTS is \[6\.0\], .* set MGD\.BALANCE to fixed, or .* to \[\]"):
+        validate_config(distilled_config("retinanet", "retinanet", "MGD.WEIGHTS", [6.0], "MGD.BALANCE", "auto"))
 
 
 def test_plain_config_has_no_teacher_to_look_for() -> None:

@@ -66,7 +66,6 @@ def test_every_config_is_built(path: str) -> None:
     validate_config(cfg)
     model = META_ARCH_REGISTRY.get("TeacherStudentDetector")(cfg)
     assert list(model.pairs) == list(cfg.MGD.FEATURES)
-    assert all(float(weight) > 0 for weight in cfg.MGD.WEIGHTS)
 
 
 @pytest.mark.parametrize("path", names(sorted((CONFIGS / "lazy").glob("*.py"))))
@@ -80,7 +79,7 @@ def test_every_python_config_is_built(path: str) -> None:
     assert "://" in cfg.model.teacher.weights, "a shipped config says where its teacher's weights are"
     cfg.model.teacher.weights = "untrained"
     model = instantiate(cfg.model)
-    assert list(model.pairs) == list(cfg.model.features) == list(cfg.model.distiller.weights)
+    assert list(model.pairs) == list(cfg.model.features)
     assert cfg.train.output_dir.endswith(path.removeprefix("lazy/").removesuffix(".py"))
 
 

@@ -176,7 +176,7 @@ def test_under_auto_a_student_better_than_its_teacher_trains_alone_also_after_a_
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
     measured_as(monkeypatch, [np.float64(31.0), *[29.0] * 4], teacher=np.float64(30.0))
     settings = (*EVALUATE, "TEST.EVAL_PERIOD", "2", "SOLVER.CHECKPOINT_PERIOD", "3", "MGD.BALANCE", balance)
-    settings += ("SOLVER.MAX_ITER", "4", "SOLVER.STEPS", "()")
+    settings += ("MGD.SCHEDULE.DECAY", "constant", "SOLVER.MAX_ITER", "4", "SOLVER.STEPS", "()")
     factors = Factors()
     trainer = in_process_trainer(workplace, tmp_path, *settings)
     trainer.register_hooks([factors])

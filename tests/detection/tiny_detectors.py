@@ -62,9 +62,14 @@ def tiny_config(name: str = "retinanet", width: int = 16, *overrides: Any) -> Cf
 
 
 def distilled_config(name: str = "retinanet", teacher: str = "retinanet", *overrides: Any) -> CfgNode:
-    """A narrow student and a teacher twice as wide, untrained unless ``overrides`` say otherwise."""
+    """A narrow student and a teacher twice as wide, untrained unless ``overrides`` say otherwise.
+
+    Losses have their own scale in every step: no balance, no schedule.
+    """
     own = [
         "MGD.ENABLED", True,
+        "MGD.BALANCE", "fixed",
+        "MGD.SCHEDULE.DECAY", "constant",
         "MGD.TEACHER.CONFIG_FILE", CONFIGS[teacher],
         "MGD.TEACHER.WEIGHTS", "untrained",
         "MGD.TEACHER.OPTS", narrow(32),

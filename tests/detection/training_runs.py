@@ -62,6 +62,9 @@ TINY_MGD = {
     "REMATCH": {"SOURCE": "pass", "PERIODS": [2], "MILESTONES": [], "NUM_IMAGES": 5, "BATCH_SIZE": 2},
 }
 
+FIXED = ("MGD.BALANCE", "fixed", "MGD.SCHEDULE.DECAY", "constant")
+"""Overrides: losses keep their own scale in every step."""
+
 
 def write_coco(folder: Path, name: str, images: int, seed: int, **changes: Any) -> tuple[Path, Path]:
     """Noise images with rectangles, wide and high ones, and their annotations.
