@@ -30,6 +30,7 @@ from d2_mgd.visualize import Detections
 from d2_mgd.visualize.report import Bar, Report
 
 SHOWN_IMAGES = 6
+_CHANCE_AND_LENGTH = ("SEED", "SOLVER.MAX_ITER", "SOLVER.IMS_PER_BATCH", "seed", "epochs", "batch_size")
 _PLACES = ("output_dir", "OUTPUT_DIR")  # settings that differ between any two runs
 
 
@@ -94,8 +95,16 @@ def _difference(compared: Compared) -> str:
             judged = f"{abs(gain):.2f} points {'better' if gain > 0 else 'worse'} than" if gain else "as good as"
             values = f"{after[measure.key]:.2f} against {before[measure.key]:.2f}"
             title = measure.title.removesuffix(", %")
-            return f"{second} is {judged} {first}: {title} {values} %, after one training each."
+            unequal = [key for key in _CHANCE_AND_LENGTH if _differs(key, compared)]
+            caveat = f", which differ in {' and '.join(unequal)}" if unequal else ""
+            return f"{second} is {judged} {first}: {title} {values} %, after one training each{caveat}."
     return ""
+
+
+def _differs(key: str, compared: Compared) -> bool:
+    """Whether runs have different values of a setting; an unset seed is another one in each run."""
+    values = [_shown(run.settings.get(key)) for run in compared.runs.values()]
+    return len(set(values)) > 1 or (key == "SEED" and values[0] == "`-1`")
 
 
 def _add_results(report: Report, compared: Compared) -> None:

@@ -181,8 +181,22 @@ def test_every_data_set_and_task_is_a_measure(detection_runs: Path) -> None:
     ],
 )
 def test_the_second_of_two_runs_is_judged_by_the_first(kind: str, rows: list, said: str) -> None:
-    runs = {name: Run(Path(), kind, {}) for name in "ab"}
+    runs = {name: Run(Path(), kind, {"options": {}}) for name in "ab"}
     assert _difference(Compared(runs, {name: [{key: value}] for name, (key, value) in zip("ab", rows)})) == said
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ([{"SEED": 1, "SOLVER": {"MAX_ITER": 9}}, {"SEED": 1, "SOLVER": {"MAX_ITER": 9}}], "one training each."),
+        ([{"SEED": 1, "SOLVER": {"MAX_ITER": 9}}, {"SEED": 2, "SOLVER": {"MAX_ITER": 8}}], "SEED and SOLVER.MAX_ITER."),
+        ([{"SEED": -1}, {"SEED": -1}], "each, which differ in SEED."),
+    ],
+)
+def test_the_verdict_names_what_else_differs(settings: list, said: str) -> None:
+    runs = {name: Run(Path(), "detection", one) for name, one in zip("ab", settings)}
+    rows = {name: [{"bbox/AP": float(value)}] for value, name in enumerate("ab")}
+    assert _difference(Compared(runs, rows)).endswith(said)
 
 
 def test_settings_of_the_distillation_do_not_differ_from_those_of_a_student_alone() -> None:
