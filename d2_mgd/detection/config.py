@@ -66,7 +66,7 @@ def add_mgd_config(cfg: CfgNode) -> None:
 
     # Where to distil: FPN levels "p2" ... "p7", backbone stages "res2" ... "res5"; none where only predictions are.
     cfg.MGD.FEATURES = ["p3", "p4", "p5"]
-    # With the balance "fixed", the factor of each feature's loss, or one for all; [] is 1.
+    # A fixed factor of each feature's loss, or one for all.
     cfg.MGD.WEIGHTS = []
     # Take backbone stages before their last ReLU. FPN levels have none.
     cfg.MGD.BEFORE_ACTIVATION = True
@@ -74,17 +74,18 @@ def add_mgd_config(cfg: CfgNode) -> None:
     cfg.MGD.REDUCER = "amp"
     # "partial_l2" (backbone stages before the activation only), "mse", "pearson", "channel_kl"; one name, or one for
     # each feature with commas between.
-    cfg.MGD.LOSS = "mse"
+    cfg.MGD.LOSS = "pearson"
     # "mean" over real elements, or "image_sum", the published sum over elements divided by images.
     cfg.MGD.REDUCTION = "mean"
     # "auto": each loss begins at 8, and the distillation stops at the first evaluation (TEST.EVAL_PERIOD) in which the
-    # student is better than its teacher. "fixed": MGD.WEIGHTS weigh the losses.
-    cfg.MGD.BALANCE = "auto"
+    # student is better than its teacher. "fixed": MGD.WEIGHTS weigh the losses. "" is "fixed" with MGD.WEIGHTS, else
+    # "auto".
+    cfg.MGD.BALANCE = ""
     # Which pixels count how much in the loss: "all" alike, ground-truth "boxes" and background in balance, or by the
     # teacher's "attention".
     cfg.MGD.SPATIAL = "all"
-    # Matching cost of two channels: "cosine" (published) or "pearson".
-    cfg.MGD.METRIC = "cosine"
+    # Matching cost of two channels: "cosine" (published) or "pearson"; "" is "pearson" with that loss, else "cosine".
+    cfg.MGD.METRIC = ""
     # "balanced", "even", "one_to_one"; "" is what the reducer needs.
     cfg.MGD.MODE = ""
     # Lists of features that share one matching, as levels under one head may: [["p3", "p4", "p5"]].
@@ -92,8 +93,9 @@ def add_mgd_config(cfg: CfgNode) -> None:
     # "matching" reduces the teacher to the width of the student; "matched_projection", a learned projection of the
     # student that starts as the matching; "conv1x1", one from a random start; "none" compares channel by channel.
     cfg.MGD.ALIGN = "matching"
-    # Norm of the student's maps before they are compared: "gn" (published for detectors), "bn", "sync_bn", "none".
-    cfg.MGD.NORM = "gn"
+    # Norm of the student's maps before they are compared: "gn" (published for detectors), "bn", "sync_bn", "none"; ""
+    # is "none" with the loss "pearson", which standardises channels itself, else "gn".
+    cfg.MGD.NORM = ""
 
     cfg.MGD.REMATCH = CfgNode()
     # Which maps the costs are measured on: "online", those of training steps, in any training loop; or "pass", those of

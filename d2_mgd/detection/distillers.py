@@ -19,17 +19,19 @@ from d2_mgd.errors import UserError
 
 def distiller_options(cfg: CfgNode) -> dict[str, Any]:
     """The options of :class:`~d2_mgd.distill.MatchingGuidedDistiller` that the `MGD` node contains."""
+    losses = feature_losses(cfg)
+    standardised = set(losses.values()) == {"pearson"}
     return {
         "reducer": cfg.MGD.REDUCER,
-        "loss": feature_losses(cfg),
-        "metric": cfg.MGD.METRIC,
+        "loss": losses,
+        "metric": cfg.MGD.METRIC or ("pearson" if standardised else "cosine"),
         "mode": cfg.MGD.MODE or None,
         "align": cfg.MGD.ALIGN,
-        "norm": cfg.MGD.NORM,
+        "norm": cfg.MGD.NORM or ("none" if standardised else "gn"),
         "weights": feature_weights(cfg),
         "reduction": cfg.MGD.REDUCTION,
         "spatial": cfg.MGD.SPATIAL,
-        "balance": cfg.MGD.BALANCE,
+        "balance": cfg.MGD.BALANCE or ("fixed" if cfg.MGD.WEIGHTS else "auto"),
         "tie": cfg.MGD.TIE,
     }
 

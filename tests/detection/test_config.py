@@ -19,6 +19,7 @@ from tiny_detectors import CONFIGS, distilled_config, tiny_config
 from d2_mgd._install import DETECTRON2_INSTALL
 from d2_mgd.detection.config import add_mgd_config, student_config, teacher_config
 from d2_mgd.detection.config_checks import feature_losses, feature_weights, validate_config
+from d2_mgd.detection.distillers import distiller_options
 from d2_mgd.errors import UserError
 
 
@@ -217,9 +218,21 @@ def test_weights_that_yaml_reads_as_text() -> None:
     assert feature_weights(cfg)["p3"] == 1e-9
 
 
-def test_weights_are_for_the_fixed_balance() -> None:
+def test_weights_select_the_fixed_balance() -> None:
+    cfg = tiny_config()
+    assert distiller_options(cfg)["balance"] == "auto"
+    cfg.MGD.WEIGHTS = [6.0]
+    assert distiller_options(cfg)["balance"] == "fixed"
     with pytest.raises(ValueError, match=r"MGD\.WEIGHTS is \[6\.0\], .* set MGD\.BALANCE to fixed, or .* to \[\]"):
         validate_config(distilled_config("retinanet", "retinanet", "MGD.WEIGHTS", [6.0], "MGD.BALANCE", "auto"))
+
+
+def test_cost_and_norm_follow_from_the_loss() -> None:
+    found = {}
+    for loss in ("pearson", "mse", "pearson,pearson,mse"):
+        options = distiller_options(distilled_config("retinanet", "retinanet", "MGD.LOSS", loss))
+        found[loss] = options["metric"], options["norm"]
+    assert found == {"pearson": ("pearson", "none"), "mse": ("cosine", "gn"), "pearson,pearson,mse": ("cosine", "gn")}
 
 
 def test_plain_config_has_no_teacher_to_look_for() -> None:

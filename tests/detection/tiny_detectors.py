@@ -68,6 +68,7 @@ def distilled_config(name: str = "retinanet", teacher: str = "retinanet", *overr
     """
     own = [
         "MGD.ENABLED", True,
+        "MGD.LOSS", "mse",
         "MGD.BALANCE", "fixed",
         "MGD.SCHEDULE.DECAY", "constant",
         "MGD.TEACHER.CONFIG_FILE", CONFIGS[teacher],

@@ -14,6 +14,7 @@ from run_folder import open_run
 from visualize_matching import add_costs, add_rematches, group_figure
 
 from d2_mgd import visualize
+from d2_mgd.detection.distillers import distiller_options
 from d2_mgd.visualize.report import Report
 from demos.detection_stages import DISTILLED, STAGES, STUDENT, TEACHER, TEST, Demo
 from demos.results import COLOURS, start_report, terminal_table
@@ -166,6 +167,7 @@ def _draw_result(images: list[np.ndarray], columns: Columns, results: Results, p
 
 def _add_method(report: Report, demo: Demo) -> None:
     cfg = demo.config(DISTILLED)
+    cost = distiller_options(cfg)["metric"]
     report.heading("How it was made")
     report.text(
         f"{demo.size.train} rendered scenes to train on, seed {demo.seed}. Both students start from the same weights "
@@ -173,7 +175,7 @@ def _add_method(report: Report, demo: Demo) -> None:
         f"{cfg.SOLVER.IMS_PER_BATCH}, with the same schedule: a short training, in which a student alone learns "
         "less than it could. The distilled one has, beside its task losses, the "
         f"distance of its maps {', '.join(f'`{name}`' for name in cfg.MGD.FEATURES)} to the teacher's: reducer "
-        f"`{cfg.MGD.REDUCER}`, loss `{cfg.MGD.LOSS}`, matching cost `{cfg.MGD.METRIC}`. Its checkpoint is the plain "
+        f"`{cfg.MGD.REDUCER}`, loss `{cfg.MGD.LOSS}`, matching cost `{cost}`. Its checkpoint is the plain "
         "student: Detectron2 loads it with `distilled/student.yaml`, without this project."
     )
     report.text("The commands of the three trainings:")
