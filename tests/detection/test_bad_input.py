@@ -52,7 +52,7 @@ OVERRIDES = {
     "a weight that is no number": ((*FIXED, "MGD.WEIGHTS", "['nan', 1.0]"), "weight of feature res4 must be finite"),
     "an unknown reducer": (("MGD.REDUCER", "best"), "MGD.REDUCER is 'best'; there are: .*amp"),
     "an unknown loss": (("MGD.LOSS", "best"), "MGD.LOSS is 'best'; there are: .*partial_l2"),
-    "an unknown metric": (("MGD.METRIC", "best"), "MGD.METRIC is 'best'; there are: cosine, pearson"),
+    "an unknown metric": (("MGD.METRIC", "best"), "MGD.METRIC is 'best'; there are: '', cosine, pearson"),
     "a model that Detectron2 cannot build": (("MODEL.RESNETS.DEPTH", "18"), "MODEL.RESNETS.RES2_OUT_CHANNELS = 64"),
     "an unknown architecture": (("MODEL.META_ARCHITECTURE", "Nonsense", "MGD.ENABLED", "False"), "'Nonsense'"),
     "an unknown key": (("MGD.NONSENSE", "1"), "KEY VALUE overrides: .*MGD.NONSENSE"),

@@ -175,7 +175,7 @@ def test_a_broken_config_file(tmp_path: Path) -> None:
         (["REDUCER", "median"], r"MGD\.REDUCER is 'median'; there are: amp, max"),
         (["REDUCTION", "sum"], r"MGD\.REDUCTION is 'sum'; there are: mean, image_sum"),
         (["SPATIAL", "corners"], r"MGD\.SPATIAL is 'corners'; there are: all, boxes, attention"),
-        (["METRIC", "l1"], r"MGD\.METRIC is 'l1'; there are: cosine, pearson"),
+        (["METRIC", "l1"], r"MGD\.METRIC is 'l1'; there are: '', cosine, pearson"),
         (["MODE", "greedy"], r"MGD\.MODE is 'greedy'; there are: '', balanced, even, one_to_one"),
         (["ALIGN", "linear"], r"MGD\.ALIGN is 'linear'; there are: matching, matched_projection, conv1x1, none"),
         (["NORM", "ln"], r"MGD\.NORM is 'ln'; there are: .*gn"),
