@@ -96,7 +96,7 @@ def _difference(compared: Compared) -> str:
             values = f"{after[measure.key]:.2f} against {before[measure.key]:.2f}"
             title = measure.title.removesuffix(", %")
             unequal = [key for key in _CHANCE_AND_LENGTH if _differs(key, compared)]
-            caveat = f", which differ in {' and '.join(unequal)}" if unequal else ""
+            caveat = f", which differ in {', '.join(unequal)}" if unequal else ""
             return f"{second} is {judged} {first}: {title} {values} %, after one training each{caveat}."
     return ""
 

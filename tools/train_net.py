@@ -222,8 +222,9 @@ def _train(args: argparse.Namespace, cfg: CfgNode, checked: CheckedConfig | None
 def _train_baseline(args: argparse.Namespace, cfg: CfgNode, checked: CheckedConfig | None) -> None:
     """Train the student of ``cfg`` alone, unless that is finished (collective)."""
     alone = baseline_config(cfg)
+    settings = student_config(alone).dump() + str({key: alone.MGD[key] for key in configs.WITHOUT_TEACHER})
     finished = Path(alone.OUTPUT_DIR, "finished.yaml")
-    if from_main(finished.is_file() and finished.read_text(encoding="utf-8") == alone.dump()):
+    if from_main(finished.is_file() and finished.read_text(encoding="utf-8") == settings):
         return
     with ExitStack() as claims:
         set_up(args, alone, claims, labels=cfg)
@@ -232,7 +233,7 @@ def _train_baseline(args: argparse.Namespace, cfg: CfgNode, checked: CheckedConf
         finished.unlink(missing_ok=True)
         _train(args, alone, CheckedConfig(teacher=None))
         if comm.is_main_process():
-            finished.write_text(alone.dump(), encoding="utf-8")
+            finished.write_text(settings, encoding="utf-8")
     gc.collect()  # hooks and trainer refer to each other
     for name in ("d2_mgd", "detectron2", "fvcore"):  # the log of the next training is another file
         for handler in list(logging.getLogger(name).handlers):

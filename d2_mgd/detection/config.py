@@ -78,8 +78,8 @@ def add_mgd_config(cfg: CfgNode) -> None:
     # "mean" over real elements, or "image_sum", the published sum over elements divided by images.
     cfg.MGD.REDUCTION = "mean"
     # "auto": each loss begins at 8, and the distillation stops at the first evaluation (TEST.EVAL_PERIOD) in which the
-    # student is better than its teacher. "fixed": MGD.WEIGHTS weigh the losses. "" is "fixed" with MGD.WEIGHTS, else
-    # "auto".
+    # student is better than its teacher. "fixed": MGD.WEIGHTS weigh the losses. "" is "fixed" with MGD.WEIGHTS or
+    # without MGD.FEATURES, else "auto".
     cfg.MGD.BALANCE = ""
     # Which pixels count how much in the loss: "all" alike, ground-truth "boxes" and background in balance, or by the
     # teacher's "attention".
@@ -137,8 +137,9 @@ def add_mgd_config(cfg: CfgNode) -> None:
 
     # The factor of all distillation losses as the training goes on. Where it is 0, the teacher does not run.
     cfg.MGD.SCHEDULE = CfgNode()
-    # "constant", or falling from START to STOP along a line ("linear") or half a cosine ("cosine").
-    cfg.MGD.SCHEDULE.DECAY = "cosine"
+    # "constant", or falling from START to STOP along a line ("linear") or half a cosine ("cosine"); "" is "cosine" with
+    # the balance "auto", else "constant".
+    cfg.MGD.SCHEDULE.DECAY = ""
     # The iteration that distillation begins with; the first matching is measured then.
     cfg.MGD.SCHEDULE.START = 0
     # The iteration that it ends before; 0 is SOLVER.MAX_ITER.

@@ -28,6 +28,7 @@ from d2_mgd.distill import (
     RematchSchedule,
     WeightSchedule,
 )
+from d2_mgd.distill.stages import fitting_metric
 from d2_mgd.distill.teacher_forward import TEACHER_PRECISIONS
 from d2_mgd.errors import UserError, located
 from d2_mgd.matching import METRICS, MODES
@@ -56,19 +57,37 @@ class CheckedConfig:
     teacher: CfgNode | None
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """MGD.METRIC, NORM, BALANCE and SCHEDULE.DECAY; what is empty in the config follows from the losses and weights."""
+
+    metric: str
+    norm: str
+    balance: str
+    decay: str
+
+    @classmethod
+    def of(cls, cfg: CfgNode) -> Recipe:
+        mgd, losses = cfg.MGD, set(feature_losses(cfg).values())
+        loss = losses.pop() if len(losses) == 1 else ""
+        balance = mgd.BALANCE or ("fixed" if mgd.WEIGHTS or not mgd.FEATURES else "auto")
+        return cls(
+            metric=mgd.METRIC or fitting_metric(loss),
+            norm=mgd.NORM or ("none" if loss == "pearson" else "gn"),
+            balance=balance,
+            decay=mgd.SCHEDULE.DECAY or ("cosine" if balance == "auto" else "constant"),
+        )
+
+
 def feature_weights(cfg: CfgNode) -> dict[str, float]:
-    """Feature name -> factor of its loss.
+    """Feature name -> factor of its loss; 1 under the balance ``auto``.
 
     Raises:
-        UserError: weights under the balance ``auto``; another number of weights than features or one; a weight that is
-            negative or not finite.
+        UserError: another number of weights than features or one; a weight that is negative or not finite.
     """
     features, weights = list(cfg.MGD.FEATURES), list(cfg.MGD.WEIGHTS) or [1.0]
-    if cfg.MGD.WEIGHTS and cfg.MGD.BALANCE == "auto":
-        raise UserError(
-            f"MGD.WEIGHTS is {cfg.MGD.WEIGHTS}, which MGD.BALANCE auto does not use: set MGD.BALANCE to fixed, or "
-            "MGD.WEIGHTS to []."
-        )
+    if Recipe.of(cfg).balance == "auto":
+        return dict.fromkeys(features, 1.0)
     if len(weights) == 1:
         weights *= len(features)
     if len(weights) != len(features):
@@ -138,9 +157,10 @@ def weight_schedule(cfg: CfgNode) -> WeightSchedule:
     node, last = cfg.MGD.SCHEDULE, cfg.SOLVER.MAX_ITER
     if last <= node.START:
         raise UserError(f"MGD.SCHEDULE.START is {node.START}, and SOLVER.MAX_ITER {last}: nothing would be distilled.")
+    decay = Recipe.of(cfg).decay
     with located("MGD.SCHEDULE: "):
-        schedule = WeightSchedule(node.DECAY, node.START, node.STOP or last, node.WARMUP, node.END)
-    always = node.DECAY == "constant" and not node.START and not node.WARMUP and not 0 < node.STOP < last
+        schedule = WeightSchedule(decay, node.START, node.STOP or last, node.WARMUP, node.END)
+    always = decay == "constant" and not node.START and not node.WARMUP and not 0 < node.STOP < last
     return WeightSchedule() if always else schedule
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,31 +10,50 @@ from detectron2.config import CfgNode
 from omegaconf import DictConfig, OmegaConf
 
 from d2_mgd.detection.config import UNTRAINED
-from d2_mgd.detection.config_checks import MARGIN_LOSSES, feature_losses, feature_weights
+from d2_mgd.detection.config_checks import MARGIN_LOSSES, Recipe, feature_losses, feature_weights
 from d2_mgd.detection.features import FeaturePair, teacher_margin
 from d2_mgd.detection.heads import HeadDistiller
 from d2_mgd.detection.teacher import FrozenTeacher
 from d2_mgd.distill import MatchingGuidedDistiller
 from d2_mgd.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 
 def distiller_options(cfg: CfgNode) -> dict[str, Any]:
     """The options of :class:`~d2_mgd.distill.MatchingGuidedDistiller` that the `MGD` node contains."""
-    losses = feature_losses(cfg)
-    standardised = set(losses.values()) == {"pearson"}
+    recipe = Recipe.of(cfg)
     return {
         "reducer": cfg.MGD.REDUCER,
-        "loss": losses,
-        "metric": cfg.MGD.METRIC or ("pearson" if standardised else "cosine"),
+        "loss": feature_losses(cfg),
+        "metric": recipe.metric,
         "mode": cfg.MGD.MODE or None,
         "align": cfg.MGD.ALIGN,
-        "norm": cfg.MGD.NORM or ("none" if standardised else "gn"),
+        "norm": recipe.norm,
         "weights": feature_weights(cfg),
         "reduction": cfg.MGD.REDUCTION,
         "spatial": cfg.MGD.SPATIAL,
-        "balance": cfg.MGD.BALANCE or ("fixed" if cfg.MGD.WEIGHTS else "auto"),
+        "balance": recipe.balance,
         "tie": cfg.MGD.TIE,
     }
+
+
+def log_recipe(cfg: CfgNode) -> None:
+    """Log the recipe, with what follows from empty keys."""
+    recipe, options = Recipe.of(cfg), distiller_options(cfg)
+    if cfg.MGD.FEATURES:
+        logger.info(
+            "Distilling %s: align %s, loss %s, matching cost %s, norm %s, balance %s, decay %s",
+            ", ".join(cfg.MGD.FEATURES),
+            options["align"],
+            ", ".join(dict.fromkeys(options["loss"].values())),
+            recipe.metric,
+            recipe.norm,
+            recipe.balance,
+            recipe.decay,
+        )
+    if cfg.MGD.WEIGHTS and recipe.balance == "auto":
+        logger.warning("MGD.WEIGHTS %s are not used: MGD.BALANCE is auto, not fixed", list(cfg.MGD.WEIGHTS))
 
 
 def make_distiller(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from d2_mgd.detection.config import META_ARCHITECTURE, student_config
 from d2_mgd.detection.config_checks import LAST_NORMS, rematch_schedule, validate_config, weight_schedule
-from d2_mgd.detection.distillers import distiller_options, make_distiller, make_heads
+from d2_mgd.detection.distillers import distiller_options, log_recipe, make_distiller, make_heads
 from d2_mgd.detection.features import FeaturePair, find_last_norm, pair_features
 from d2_mgd.detection.heads import HeadDistiller, head_options
 from d2_mgd.detection.maps import WatchedMaps, laid_over, valid_masks
@@ -121,6 +121,7 @@ class TeacherStudentDetector(nn.Module):
         dense, cross = head_options(cfg)
         heads = None if dense is None and cross is None else HeadDistiller(student, model, dense, cross)
         teacher = frozen_teacher(model, guide, cfg)
+        log_recipe(cfg)
         return {
             "student": student,
             "teacher": teacher,
@@ -159,6 +160,8 @@ class TeacherStudentDetector(nn.Module):
         iteration = self.rematcher.iteration()
         if iteration >= self.rematcher.finished:  # not a further micro-batch of the same step
             self.update_balance()
+            if iteration == self.schedule.stop:
+                logger.info("The distillation has ended after %d iterations, as its schedule says", iteration)
         factor = self._factor(iteration)
         if factor == 0.0:
             losses = {**self.student(batched_inputs), **self._no_losses()}

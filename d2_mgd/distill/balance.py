@@ -199,7 +199,9 @@ class Balance(nn.Module):
                 self._warned.add(name)
                 weight = f"{_USUAL * scale / ratio:.2g} in place of {scale:.2g}"
                 instead = (
-                    "a schedule that fades" if self.active else f"the fixed weight {weight}, or the balance 'auto'"
+                    "a schedule that stops earlier"
+                    if self.active
+                    else f"the fixed weight {weight}, or the balance 'auto'"
                 )
                 found.append(
                     f"feature {name}: at the student's map, the gradient of the distillation is {ratio:.3g} times that "

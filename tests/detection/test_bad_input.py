@@ -17,7 +17,7 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
 import train_net as command_line
 from detectron2.config import get_cfg
-from training_runs import CLASSES, FIXED, write_coco, write_yaml
+from training_runs import CLASSES, write_coco, write_yaml
 
 from d2_mgd.detection.config import add_mgd_config
 from d2_mgd.detection.config_checks import validate_config
@@ -48,8 +48,8 @@ OVERRIDES = {
         ("MODEL.RETINANET.NUM_CLASSES", "80"),
         r"80 classes but the data set 'tiny_train' has 3 \(disc, box, cross\): set MODEL.RETINANET.NUM_CLASSES 3",
     ),
-    "a negative weight": ((*FIXED, "MGD.WEIGHTS", "[1.0, -1.0]"), "weight of feature p4 must be finite and not neg"),
-    "a weight that is no number": ((*FIXED, "MGD.WEIGHTS", "['nan', 1.0]"), "weight of feature res4 must be finite"),
+    "a negative weight": (("MGD.WEIGHTS", "[1.0, -1.0]"), "weight of feature p4 must be finite and not negative"),
+    "a weight that is no number": (("MGD.WEIGHTS", "['nan', 1.0]"), "weight of feature res4 must be finite"),
     "an unknown reducer": (("MGD.REDUCER", "best"), "MGD.REDUCER is 'best'; there are: .*amp"),
     "an unknown loss": (("MGD.LOSS", "best"), "MGD.LOSS is 'best'; there are: .*partial_l2"),
     "an unknown metric": (("MGD.METRIC", "best"), "MGD.METRIC is 'best'; there are: '', cosine, pearson"),

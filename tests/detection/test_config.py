@@ -14,12 +14,11 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
-from tiny_detectors import CONFIGS, distilled_config, tiny_config
+from tiny_detectors import CONFIGS, built, distilled_config, tiny_config
 
 from d2_mgd._install import DETECTRON2_INSTALL
 from d2_mgd.detection.config import add_mgd_config, student_config, teacher_config
-from d2_mgd.detection.config_checks import feature_losses, feature_weights, validate_config
-from d2_mgd.detection.distillers import distiller_options
+from d2_mgd.detection.config_checks import Recipe, feature_losses, feature_weights, validate_config
 from d2_mgd.errors import UserError
 
 
@@ -218,21 +217,26 @@ def test_weights_that_yaml_reads_as_text() -> None:
     assert feature_weights(cfg)["p3"] == 1e-9
 
 
-def test_weights_select_the_fixed_balance() -> None:
-    cfg = tiny_config()
-    assert distiller_options(cfg)["balance"] == "auto"
-    cfg.MGD.WEIGHTS = [6.0]
-    assert distiller_options(cfg)["balance"] == "fixed"
-    with pytest.raises(ValueError, match=r"MGD\.WEIGHTS is \[6\.0\], .* set MGD\.BALANCE to fixed, or .* to \[\]"):
-        validate_config(distilled_config("retinanet", "retinanet", "MGD.WEIGHTS", [6.0], "MGD.BALANCE", "auto"))
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], Recipe("pearson", "none", "auto", "cosine")),
+        (["MGD.LOSS", "mse"], Recipe("cosine", "gn", "auto", "cosine")),
+        (["MGD.LOSS", "pearson,pearson,mse"], Recipe("cosine", "gn", "auto", "cosine")),
+        (["MGD.WEIGHTS", [6.0]], Recipe("pearson", "none", "fixed", "constant")),
+        (["MGD.FEATURES", []], Recipe("cosine", "gn", "fixed", "constant")),
+        (["MGD.WEIGHTS", [6.0], "MGD.BALANCE", "auto"], Recipe("pearson", "none", "auto", "cosine")),
+        (["MGD.SCHEDULE.DECAY", "linear", "MGD.NORM", "bn"], Recipe("pearson", "bn", "auto", "linear")),
+    ],
+)
+def test_empty_keys_follow_from_the_others(overrides: list[Any], expected: Recipe) -> None:
+    assert Recipe.of(tiny_config("retinanet", 16, *overrides)) == expected
 
 
-def test_cost_and_norm_follow_from_the_loss() -> None:
-    found = {}
-    for loss in ("pearson", "mse", "pearson,pearson,mse"):
-        options = distiller_options(distilled_config("retinanet", "retinanet", "MGD.LOSS", loss))
-        found[loss] = options["metric"], options["norm"]
-    assert found == {"pearson": ("pearson", "none"), "mse": ("cosine", "gn"), "pearson,pearson,mse": ("cosine", "gn")}
+def test_weights_that_auto_does_not_use_are_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    model = built("retinanet", "retinanet", "MGD.WEIGHTS", [6.0], "MGD.BALANCE", "auto")
+    assert set(model.distiller.weights.values()) == {1.0}
+    assert "MGD.WEIGHTS [6.0] are not used: MGD.BALANCE is auto" in caplog.text
 
 
 def test_plain_config_has_no_teacher_to_look_for() -> None:

@@ -15,7 +15,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_model
 
 import d2_mgd.detection  # noqa: F401 - registers the meta-architecture
 from d2_mgd.detection.config import add_mgd_config, student_config
-from d2_mgd.detection.config_checks import validate_config
+from d2_mgd.detection.config_checks import Recipe, validate_config
 from d2_mgd.distill import published_weights
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -66,6 +66,8 @@ def test_every_config_is_built(path: str) -> None:
     validate_config(cfg)
     model = META_ARCH_REGISTRY.get("TeacherStudentDetector")(cfg)
     assert list(model.pairs) == list(cfg.MGD.FEATURES)
+    if "levels" in path:
+        assert Recipe.of(cfg) == Recipe("pearson", "none", "auto", "cosine")
 
 
 @pytest.mark.parametrize("path", names(sorted((CONFIGS / "lazy").glob("*.py"))))
@@ -80,6 +82,7 @@ def test_every_python_config_is_built(path: str) -> None:
     cfg.model.teacher.weights = "untrained"
     model = instantiate(cfg.model)
     assert list(model.pairs) == list(cfg.model.features)
+    assert model.balances and model.schedule.stop == cfg.train.max_iter
     assert cfg.train.output_dir.endswith(path.removeprefix("lazy/").removesuffix(".py"))
 
 
@@ -124,7 +127,8 @@ def test_published_pair_has_the_published_numbers() -> None:
     processes = 8  # that the published code was run with, and by which it divides once more
     published = published_weights("detection", cfg.MGD.FEATURES)
     assert pytest.approx([weight / processes for weight in published.values()], rel=1e-6) == cfg.MGD.WEIGHTS
-    assert (cfg.MGD.REDUCER, cfg.MGD.LOSS, cfg.MGD.REDUCTION, cfg.MGD.NORM) == ("amp", "partial_l2", "image_sum", "gn")
+    assert (cfg.MGD.REDUCER, cfg.MGD.LOSS, cfg.MGD.REDUCTION) == ("amp", "partial_l2", "image_sum")
+    assert Recipe.of(cfg) == Recipe("cosine", "gn", "fixed", "constant")
     assert (cfg.MGD.REMATCH.PERIODS, cfg.MGD.REMATCH.MILESTONES) == ([5000, 31000], [20000])
     assert (cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN) == ("RGB", [123.675, 116.28, 103.53])
     assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS, cfg.SOLVER.IMS_PER_BATCH) == (90000, (60000, 80000), 16)

@@ -70,7 +70,6 @@ def distilled_config(name: str = "retinanet", teacher: str = "retinanet", *overr
         "MGD.ENABLED", True,
         "MGD.LOSS", "mse",
         "MGD.BALANCE", "fixed",
-        "MGD.SCHEDULE.DECAY", "constant",
         "MGD.TEACHER.CONFIG_FILE", CONFIGS[teacher],
         "MGD.TEACHER.WEIGHTS", "untrained",
         "MGD.TEACHER.OPTS", narrow(32),

@@ -57,13 +57,11 @@ TINY_MGD = {
     "ENABLED": True,
     "TEACHER": {"EVALUATE": False},
     "FEATURES": ["res4", "p4"],
+    "BALANCE": "fixed",  # auto distils from the third step on
     "LOSS": "partial_l2,mse",
     "REDUCER": "rd",  # draws random numbers in every step
     "REMATCH": {"SOURCE": "pass", "PERIODS": [2], "MILESTONES": [], "NUM_IMAGES": 5, "BATCH_SIZE": 2},
 }
-
-FIXED = ("MGD.BALANCE", "fixed", "MGD.SCHEDULE.DECAY", "constant")
-"""Overrides: losses keep their own scale in every step."""
 
 
 def write_coco(folder: Path, name: str, images: int, seed: int, **changes: Any) -> tuple[Path, Path]:

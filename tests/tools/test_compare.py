@@ -189,7 +189,10 @@ def test_the_second_of_two_runs_is_judged_by_the_first(kind: str, rows: list, sa
     ("settings", "said"),
     [
         ([{"SEED": 1, "SOLVER": {"MAX_ITER": 9}}, {"SEED": 1, "SOLVER": {"MAX_ITER": 9}}], "one training each."),
-        ([{"SEED": 1, "SOLVER": {"MAX_ITER": 9}}, {"SEED": 2, "SOLVER": {"MAX_ITER": 8}}], "SEED and SOLVER.MAX_ITER."),
+        (
+            [{"SEED": 1, "SOLVER": {"MAX_ITER": 9}}, {"SEED": 2, "SOLVER": {"MAX_ITER": 8}}],
+            "in SEED, SOLVER.MAX_ITER.",
+        ),
         ([{"SEED": -1}, {"SEED": -1}], "each, which differ in SEED."),
     ],
 )
