@@ -84,10 +84,13 @@ def build_report(compared: Compared) -> tuple[Report, str]:
 
 
 def _difference(compared: Compared) -> str:
-    """How much better the second of two runs is; an empty string for more runs, and without evaluations of both."""
+    """How much better the second of two runs is, on the same data; empty for more, and without evaluations of both."""
     if len(compared.runs) != 2:
         return ""
     (first, reference), (second, rows) = compared.rows.items()
+    data = [run.evaluated_on for run in compared.runs.values()]
+    if data[0] != data[1]:
+        return f"No verdict: {first} was evaluated on {data[0]}, and {second} on {data[1]}."
     for measure in compared.measures():
         before, after = measure.last(reference), measure.last(rows)
         if before is not None and after is not None:

@@ -194,6 +194,10 @@ def test_the_second_of_two_runs_is_judged_by_the_first(kind: str, rows: list, sa
             "in SEED, SOLVER.MAX_ITER.",
         ),
         ([{"SEED": -1}, {"SEED": -1}], "each, which differ in SEED."),
+        (
+            [{"DATASETS": {"TEST": ["one"]}}, {"DATASETS": {"TEST": ["other"]}}],
+            "No verdict: a was evaluated on one, and b on other.",
+        ),
     ],
 )
 def test_the_verdict_names_what_else_differs(settings: list, said: str) -> None:
