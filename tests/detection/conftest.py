@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Any
 
@@ -13,6 +14,14 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Any:
     from training_runs import Workplace
 
     return Workplace(tmp_path_factory.mktemp("workplace"))
+
+
+@pytest.fixture
+def messages(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    """What this project logs, also after a training has set up its loggers."""
+    monkeypatch.setattr(logging.getLogger("d2_mgd"), "propagate", True)
+    caplog.set_level("INFO")
+    return caplog
 
 
 @pytest.fixture(autouse=True)

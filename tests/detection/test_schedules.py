@@ -113,7 +113,9 @@ class Recorder(HookBase):
         self.losses.append(latest["loss_distill/p4"][0])
 
 
-def test_a_training_follows_its_schedules_and_resumes_on_them(workplace: Any, tmp_path: Path) -> None:
+def test_a_training_follows_its_schedules_and_resumes_on_them(
+    workplace: Any, tmp_path: Path, messages: pytest.LogCaptureFixture
+) -> None:
     node = {"DECAY": "linear", "START": 1, "STOP": 5}
     given = [word for key, value in node.items() for word in (f"MGD.SCHEDULE.{key}", str(value))]
     given += ["MGD.REMATCH.AT", "[2,5]", "MGD.REMATCH.LOG_SPACED", "[1,4,2]"]
@@ -122,6 +124,7 @@ def test_a_training_follows_its_schedules_and_resumes_on_them(workplace: Any, tm
     trainer.train()
     assert recorder.factors == pytest.approx([0.0, 1.0, 0.75, 0.5, 0.25, 0.0])
     assert [loss > 0 for loss in recorder.losses] == [False, True, True, True, True, False]
+    assert messages.text.count("The distillation has ended after 5 iterations") == 1
     # that before the first step is the one before the start, and there is none from the stop on
     files = sorted(path.name for path in (tmp_path / "matching").iterdir())
     assert files == ["iter_0000001.npz", "iter_0000002.npz", "iter_0000004.npz"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,13 +28,6 @@ from d2_mgd.training.verdict import verdict
 
 EVALUATE = ("MGD.TEACHER.EVALUATE", "True")
 OFTEN = ("TEST.EVAL_PERIOD", "1", "MGD.EARLY_STOP.PATIENCE", "2")
-
-
-@pytest.fixture
-def messages(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
-    monkeypatch.setattr(logging.getLogger("d2_mgd"), "propagate", True)
-    caplog.set_level("INFO")
-    return caplog
 
 
 def measured_as(monkeypatch: pytest.MonkeyPatch, student: list[float], teacher: float = 30.0) -> list[str]:
