@@ -50,7 +50,7 @@ from d2_mgd.detection import Trainer, add_mgd_config
 from d2_mgd.detection.checkpoint import TrainingCheckpointer
 from d2_mgd.detection.config import baseline_config, student_config
 from d2_mgd.detection.config_checks import CheckedConfig, validate_config, validate_running
-from d2_mgd.detection.config_files import merge_file, merge_overrides
+from d2_mgd.detection.config_files import changed_settings, merge_file, merge_overrides
 from d2_mgd.detection.datasets import (
     check_classes,
     check_datasets_once,
@@ -169,6 +169,9 @@ def set_up(args: argparse.Namespace, cfg: CfgNode, claims: ExitStack, labels: Cf
         if comm.is_main_process():
             check_evaluators(cfg)
             check_services(args.log, args.log_student)
+    if trains and args.resume:
+        for change in changed_settings(cfg, os.path.join(cfg.OUTPUT_DIR, "config.yaml")):
+            logger.warning("Changed since the training to resume: %s", change)
     default_setup(cfg, args)
     if cfg.MODEL.DEVICE == "cpu":
         logger.info("No GPU is used: the model is on the CPU")

@@ -9,7 +9,9 @@ from __future__ import annotations
 import copy
 import difflib
 import functools
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -108,6 +110,17 @@ def add_missing_keys(cfg: CfgNode, other: CfgNode) -> None:
         elif isinstance(value, CfgNode) and isinstance(cfg[name], CfgNode):
             add_missing_keys(cfg[name], value)
     cfg.defrost()
+
+
+def changed_settings(cfg: CfgNode, path: str | os.PathLike[str]) -> list[str]:
+    """``KEY old -> new`` for each key that has another value in an earlier dump; none if that cannot be read."""
+    try:
+        old = CfgNode(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+        new = CfgNode(yaml.safe_load(cfg.dump()))
+    except (OSError, ValueError, AttributeError, yaml.YAMLError):
+        return []
+    both = [key for key in _keys(old) if _is_key(new, key)]
+    return [f"{key} {_value(old, key)} -> {_value(new, key)}" for key in both if _value(old, key) != _value(new, key)]
 
 
 def _key_without_value(cfg: CfgNode, words: Sequence[Any]) -> Any:

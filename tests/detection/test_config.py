@@ -237,9 +237,7 @@ def test_weights_that_auto_does_not_use_are_a_warning(messages: pytest.LogCaptur
     model = built("retinanet", "retinanet", "MGD.WEIGHTS", [6.0], "MGD.BALANCE", "auto")
     assert set(model.distiller.weights.values()) == {1.0}
     assert "MGD.WEIGHTS [6.0] are not used: MGD.BALANCE is auto" in messages.text
-    assert (
-        "Distilling p3, p4, p5: align matching, loss mse, matching cost cosine, norm gn, balance auto" in messages.text
-    )
+    assert "Distilling p3, p4, p5: align matching, loss mse, matching cost cosine, norm gn," in messages.text
 
 
 def test_plain_config_has_no_teacher_to_look_for() -> None:

@@ -61,9 +61,12 @@ def test_a_training_that_was_stopped_ends_as_if_it_was_not(
     workplace: Any, whole: Path, tmp_path: Path, workers: int
 ) -> None:
     output = stopped(whole, tmp_path / "resumed")
+    shutil.copy(whole / "config.yaml", output)
     # a process of its own, as the whole training had: TorchScript rounds otherwise once it has optimised a function
     train_net(*workplace.arguments(output, "DATALOADER.NUM_WORKERS", workers, flags=("--resume",)))
     assert_same_end(whole, output)
+    changed = re.findall(r"Changed since the training to resume: (.*)", (output / "log.txt").read_text())
+    assert changed == [*["DATALOADER.NUM_WORKERS 0 -> 2"][: workers // 2], f"OUTPUT_DIR {whole} -> {output}"]
 
 
 def test_two_processes_match_as_one_and_resume_to_the_bit(workplace: Any, whole: Path, tmp_path: Path) -> None:
