@@ -113,7 +113,7 @@ class MatchingGuidedDistiller(nn.Module):
         self.channels = {name: (int(student), int(teacher)) for name, (student, teacher) in channels.items()}
         self.align = align
         self.weights = {name: float(weights.get(name, 1.0)) for name in self.channels}
-        self.balance = Balance(balance == "auto", self.weights)
+        self.balance = Balance(balance == "auto", self.weights, [teacher for _, teacher in self.channels.values()])
         self._indices = {name: index for index, name in enumerate(self.channels)}
         self.ties = checked_ties(tie, self.channels, align)
         self.features = nn.ModuleDict()
