@@ -3,8 +3,8 @@
 Shape shorthand: K features, N images, S student channels, H, W.
 
 The factor lets the features' losses begin at 8 on average, each in proportion to the teacher's channels, whatever the
-loss and the scale of the teacher's maps: the ends of a ResNet's stages weigh as published, each one half of the next (Heo
-et al., ICCV 2019), and the levels of a pyramid alike. docs/choosing.md has the figures.
+loss and the scale of the teacher's maps. So the ends of a ResNet's stages weigh as published, each one half of the next
+(Heo et al., ICCV 2019), and the levels of a pyramid alike. docs/choosing.md has the figures.
 
 In a backward pass two gradients meet at a student's map: that of its distillation loss, and that of all other losses,
 called the task's here. The ratio of their norms is measured with any weights, for logs, figures and warnings.
