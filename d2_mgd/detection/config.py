@@ -66,7 +66,7 @@ def add_mgd_config(cfg: CfgNode) -> None:
 
     # Where to distil: FPN levels "p2" ... "p7", backbone stages "res2" ... "res5"; none where only predictions are.
     cfg.MGD.FEATURES = ["p3", "p4", "p5"]
-    # A fixed factor of each feature's loss, or one for all.
+    # A fixed factor of each feature's loss, or one for all; with the balance "fixed", [] is 1.
     cfg.MGD.WEIGHTS = []
     # Take backbone stages before their last ReLU. FPN levels have none.
     cfg.MGD.BEFORE_ACTIVATION = True
