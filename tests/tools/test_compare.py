@@ -177,7 +177,11 @@ def test_every_data_set_and_task_is_a_measure(detection_runs: Path) -> None:
             [("err1", 10.0), ("err1", 10.0)],
             "b is as good as a: top-1 error 10.00 against 10.00 %, after one training each.",
         ),
-        ("classification", [("err1", 10.0), ("loss", 10.0)], ""),
+        (
+            "detection",
+            [("bbox/AP", 10.0), ("bbox/AP", float("nan"))],
+            "No verdict: a and b have no finite box AP in common.",
+        ),
     ],
 )
 def test_the_second_of_two_runs_is_judged_by_the_first(kind: str, rows: list, said: str) -> None:
