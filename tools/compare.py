@@ -84,7 +84,7 @@ def build_report(compared: Compared) -> tuple[Report, str]:
 
 
 def _difference(compared: Compared) -> str:
-    """How much better the second of two runs is, on the same data, or why nobody knows; empty for more runs."""
+    """How much better the second of two runs is, on the same data, or why there is no verdict; empty for more runs."""
     if len(compared.runs) != 2:
         return ""
     (first, reference), (second, rows) = compared.rows.items()
@@ -101,8 +101,11 @@ def _difference(compared: Compared) -> str:
             unequal = [key for key in _CHANCE_AND_LENGTH if _differs(key, compared)]
             caveat = f", which differ in {', '.join(unequal)}" if unequal else ""
             return f"{second} is {judged} {first}: {title} {values} %, after one training each{caveat}."
-    titles = " or ".join(measure.title.removesuffix(", %") for measure in compared.measures())
-    return f"No verdict: {first} and {second} have no finite {titles or 'accuracy'} in common."
+    measures = compared.measures()
+    if not measures:
+        return "No verdict: neither run has been evaluated yet."
+    lacking = [name for name, rows in compared.rows.items() if measures[0].last(rows) is None]
+    return f"No verdict: no finite {measures[0].title.removesuffix(', %')} of {' and '.join(lacking)}."
 
 
 def _differs(key: str, compared: Compared) -> bool:

@@ -32,6 +32,7 @@ from detectron2.engine import (
 )
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from d2_mgd import configs
@@ -94,6 +95,7 @@ def build_config(args: argparse.Namespace) -> Any:
 def run(args: argparse.Namespace) -> Any:
     """One rank of the command line."""
     cfg = build_config(args)
+    setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="d2_mgd")
     default_setup(cfg, args)
     if not args.eval_only:
         return train(cfg, args.resume)

@@ -176,7 +176,10 @@ def open_run(folder: str | os.PathLike[str]) -> Run:
                 raise UserError(f"{path / RECORD} was not written by classification/main_base.py or main_mgd.py.")
             return Run(path, "classification", record)
         if (path / CONFIG).is_file():
-            config = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8"))
+            text = (path / CONFIG).read_text(encoding="utf-8")
+            if "_target_:" in text:
+                raise UserError(f"{path} is of a python config (LazyConfig), which this tool does not read.")
+            config = yaml.safe_load(text)
             if not isinstance(config, dict) or "MODEL" not in config:
                 raise UserError(f"{path / CONFIG} is not the config of a Detectron2 training.")
             return Run(path, "detection", config)

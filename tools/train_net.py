@@ -15,7 +15,8 @@ import logging
 import os
 import sys
 import tempfile
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -172,12 +173,19 @@ def set_up(args: argparse.Namespace, cfg: CfgNode, claims: ExitStack, labels: Cf
     if trains and args.resume:
         for change in changed_settings(cfg, os.path.join(cfg.OUTPUT_DIR, "config.yaml")):
             logger.warning("Changed since the training to resume: %s", change)
-    default_setup(cfg, args)
+    with _kept(os.path.join(cfg.OUTPUT_DIR, "config.yaml")):  # tools read it, and this run may be refused yet
+        default_setup(cfg, args)
     if cfg.MODEL.DEVICE == "cpu":
         logger.info("No GPU is used: the model is on the CPU")
-    if trains and comm.is_main_process():
-        _write_student_config(cfg)
-        _write_places(cfg)
+
+
+@contextmanager
+def _kept(path: str) -> Iterator[None]:
+    """Context that changes nothing of a file that exists."""
+    content = Path(path).read_bytes() if comm.is_main_process() and os.path.isfile(path) else None
+    yield
+    if content is not None:
+        Path(path).write_bytes(content)
 
 
 def _purpose(args: argparse.Namespace, cfg: CfgNode) -> str:
@@ -219,6 +227,9 @@ def _train(args: argparse.Namespace, cfg: CfgNode, checked: CheckedConfig | None
     writers = service_writers(cfg, args.log, args.log_student, resume)
     trainer = Trainer(cfg, checked=checked, writers=writers)
     trainer.resume_or_load(resume=resume)
+    if comm.is_main_process():
+        _write_configs(cfg)
+        _write_places(cfg)
     return trainer.train()
 
 
@@ -286,14 +297,14 @@ def _check_output(folder: str) -> None:
         raise UserError(f"OUTPUT_DIR '{folder}' cannot be written: {error.strerror}.") from error
 
 
-def _write_student_config(cfg: CfgNode) -> None:
-    """``student.yaml``, with which Detectron2's own tools/train_net.py evaluates the trained student."""
+def _write_configs(cfg: CfgNode) -> None:
+    """``config.yaml``, and ``student.yaml``, with which Detectron2's tools/train_net.py evaluates the student."""
+    Path(cfg.OUTPUT_DIR, "config.yaml").write_text(cfg.dump(), encoding="utf-8")
     plain = student_config(cfg)
     plain.defrost()
     plain.MODEL.WEIGHTS = os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
     plain.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "student")
-    with open(os.path.join(cfg.OUTPUT_DIR, "student.yaml"), "w", encoding="utf-8") as file:
-        file.write(plain.dump())
+    Path(cfg.OUTPUT_DIR, "student.yaml").write_text(plain.dump(), encoding="utf-8")
 
 
 def _write_places(cfg: CfgNode) -> None:

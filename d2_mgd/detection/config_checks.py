@@ -222,6 +222,10 @@ def validate_config(cfg: CfgNode) -> CheckedConfig:
             "MGD.FEATURES is empty, and neither MGD.DENSE_KD nor MGD.CROSS_HEAD is enabled: name at least one feature, "
             "such as p3 or res4."
         )
+    if mgd.BALANCE == "auto" and not features:
+        raise UserError(
+            "MGD.BALANCE is auto, and MGD.FEATURES is empty, so there is nothing to balance: leave it empty."
+        )
     if len(set(features)) != len(features):
         raise UserError(f"MGD.FEATURES names a feature twice: {', '.join(features)}.")
     feature_weights(cfg)

@@ -206,6 +206,8 @@ class Trainer(EvaluatingTrainer):
             UserError: what ended it.
             SystemExit: after a signal, see :class:`PreemptionHook`.
         """
+        if self.start_iter == 0:
+            self.checkpointer.start_over()
         self._judge_teacher()
         try:
             super().train()
@@ -216,8 +218,7 @@ class Trainer(EvaluatingTrainer):
                 raise
             reason = " ".join(str(error).split()).rstrip(".")
             raise SampleError(
-                f"a loading process is gone ({reason}), perhaps for want of memory: fewer DATALOADER.NUM_WORKERS need "
-                "less."
+                f"a loading process is gone ({reason}), perhaps for want of memory: lower DATALOADER.NUM_WORKERS."
             ) from error
         finally:
             self._trainer.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Iterable
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from typing import Any
 from detectron2.engine import hooks
 from detectron2.evaluation.testing import flatten_results_dict
 
+from d2_mgd.detection.checkpoint import BEST
 from d2_mgd.detection.teacher_evaluation import Metrics
 from d2_mgd.errors import CommonError
 from d2_mgd.training.processes import from_main
@@ -18,7 +20,6 @@ from d2_mgd.training.verdict import verdict
 
 logger = logging.getLogger(__name__)
 
-BEST = "model_best"  # its file, without .pth
 _LAST = "model_final"  # Detectron2's name of the checkpoint after the last iteration
 _MAIN = ("panoptic_seg/PQ", "keypoints/AP", "segm/AP", "bbox/AP", "sem_seg/mIoU", "sem_seg/IoU")
 STOPPED = "stopped_early"  # the scalar of a training that ended before SOLVER.MAX_ITER
@@ -58,9 +59,12 @@ class TeacherVerdict:
         self.metrics = teacher or {}
         self.metric = main_metric(self.metrics) if wanted not in self.metrics else wanted
         self.warning = ""
+        self._value = 0.0
         self._best: float | None = None
         if self.metric is not None:
-            logger.info("teacher: %s %.2f", self.metric, self.metrics[self.metric])
+            value = self.metrics[self.metric]
+            self._value = 0.0 if math.isnan(value) else value  # COCO's of a detector without any prediction
+            logger.info("teacher: %s %.2f", self.metric, self._value)
             self._judge()
 
     def measured(self, student: Metrics) -> None:
@@ -73,12 +77,12 @@ class TeacherVerdict:
     @property
     def surpassed(self) -> bool:
         """Whether the student was better than its teacher in an evaluation."""
-        return self._best is not None and self._best > self.metrics[self.metric or ""]
+        return self._best is not None and self._best > self._value
 
     def _judge(self) -> None:
         assert self.metric is not None
         before = self.warning
-        self.warning = verdict(self.metric, self.metrics[self.metric], self._best, _CHANCE)
+        self.warning = verdict(self.metric, self._value, self._best, _CHANCE)
         if self.warning and not before:
             logger.warning(self.warning)
 

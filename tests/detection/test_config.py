@@ -158,6 +158,7 @@ def test_a_broken_config_file(tmp_path: Path) -> None:
     [
         (["FEATURES", []], r"MGD\.FEATURES is empty"),
         (["FEATURES", ["p3", "p3"]], r"names a feature twice"),
+        (["FEATURES", [], "DENSE_KD.ENABLED", True, "BALANCE", "auto"], r"BALANCE is auto.* MGD\.FEATURES is empty"),
         (["WEIGHTS", [1.0, 2.0]], r"MGD\.WEIGHTS has 2 entries for the 3 features p3, p4, p5"),
         (["WEIGHTS", [1.0, -1.0, 1.0]], r"weight of feature p4 must be finite and not negative, got -1"),
         (["WEIGHTS", [1.0, 1.0, float("nan")]], r"weight of feature p5 must be finite and not negative, got nan"),

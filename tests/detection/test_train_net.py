@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,28 @@ def test_two_processes_match_as_one_and_resume_to_the_bit(workplace: Any, whole:
     resumed = stopped(two, tmp_path / "resumed")
     train_net(*workplace.arguments(resumed, *learned, *judged, flags=("--resume", "--num-gpus", "2")))
     assert_same_end(two, resumed)
+
+
+@pytest.mark.parametrize(
+    ("flag", "overrides"),
+    [
+        ("--resume", ("MODEL.FPN.OUT_CHANNELS", 48)),
+        ("--eval-only", ("MODEL.WEIGHTS", "model_final.pth", "SOLVER.MAX_ITER", 9)),
+    ],
+)
+def test_what_trains_nothing_leaves_the_configs_of_the_training(
+    workplace: Any, whole: Path, tmp_path: Path, flag: str, overrides: tuple[Any, ...]
+) -> None:
+    output = stopped(whole, tmp_path / "run")
+    overrides = tuple(output / value if str(value).endswith(".pth") else value for value in overrides)
+    before = {}
+    for name in ("config.yaml", "student.yaml"):
+        shutil.copy(whole / name, output)
+        before[name] = (output / name).read_text()
+    shutil.copy(whole / "model_final.pth", output)
+    with suppress(SystemExit):  # with --resume: of another student
+        command_line.main(workplace.arguments(output, *overrides, flags=(flag,)))
+    assert {name: (output / name).read_text() for name in before} == before
 
 
 PLAIN_DETECTRON2 = """

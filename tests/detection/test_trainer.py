@@ -19,6 +19,7 @@ from d2_mgd.detection import Trainer
 from d2_mgd.detection.config import student_config
 from d2_mgd.detection.datasets import register_coco
 from d2_mgd.errors import UserError
+from d2_mgd.visualize import read_metrics
 
 
 def checkpoint(output: Path, name: str = "model_final.pth") -> dict[str, Any]:
@@ -67,6 +68,16 @@ def test_a_new_training_in_the_folder_of_another_says_so(
     caplog.clear()
     in_process_trainer(workplace, finished, resume=True)
     assert "earlier training" not in caplog.text
+
+
+def test_a_new_training_starts_its_metrics_anew(workplace: Any, tmp_path: Path) -> None:
+    """Those of a longer one before it would stand for its own."""
+    (tmp_path / "metrics.json").write_text('{"iteration": 99, "bbox/AP": 50.0}\n')
+    (tmp_path / "model_best.pth").write_text("of the earlier training")
+    in_process_trainer(workplace, tmp_path, "SOLVER.MAX_ITER", "2", "SOLVER.STEPS", "(1,)").train()
+    assert {row["iteration"] for row in read_metrics(tmp_path / "metrics.json")} == {0, 1, 2}
+    assert read_metrics(tmp_path / "metrics_earlier.json") == [{"iteration": 99, "bbox/AP": 50.0}]
+    assert not (tmp_path / "model_best.pth").exists()
 
 
 def test_a_student_alone_begins_as_the_distilled_one_and_sees_the_same_images(workplace: Any, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from training_runs import in_process_trainer, same_tensors
 from d2_mgd.detection import Trainer
 from d2_mgd.detection.image_network import ImageNetwork
 from d2_mgd.detection.teacher_evaluation import cache_path, evaluate_once
-from d2_mgd.detection.verdict import main_metric
+from d2_mgd.detection.verdict import TeacherVerdict, main_metric
 from d2_mgd.errors import CommonError, UserError
 from d2_mgd.training.verdict import verdict
 
@@ -186,6 +186,14 @@ def test_the_verdict_on_numbers() -> None:
     assert "hardly better than chance" in verdict("AP", 1.0, None, chance=1.0)
     assert "hardly better than chance" in verdict("AP", float("nan"), 3.0, chance=1.0)
     assert verdict("AP", 30.0, None, chance=1.0) == verdict("AP", 30.0, 29.9, chance=1.0) == ""
+
+
+def test_a_teacher_without_any_detection_has_no_accuracy() -> None:
+    """Its AP is NaN, and any student is better."""
+    judged = TeacherVerdict({"bbox/AP": float("nan")}, "")
+    assert not judged.surpassed and "hardly better than chance (bbox/AP 0.00)" in judged.warning
+    judged.measured({"bbox/AP": 1.0})
+    assert judged.surpassed
 
 
 def test_the_main_metric() -> None:

@@ -180,8 +180,10 @@ def test_every_data_set_and_task_is_a_measure(detection_runs: Path) -> None:
         (
             "detection",
             [("bbox/AP", 10.0), ("bbox/AP", float("nan"))],
-            "No verdict: a and b have no finite box AP in common.",
+            "No verdict: no finite box AP of b.",
         ),
+        ("classification", [("err1", 10.0), ("loss", 10.0)], "No verdict: no finite top-1 error of b."),
+        ("detection", [("total_loss", 10.0), ("total_loss", 10.0)], "No verdict: neither run has been evaluated yet."),
     ],
 )
 def test_the_second_of_two_runs_is_judged_by_the_first(kind: str, rows: list, said: str) -> None:
