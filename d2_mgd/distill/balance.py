@@ -2,9 +2,9 @@
 
 Shape shorthand: K features, N images, S student channels, H, W.
 
-The factor lets the features' losses begin at 8 on average, each in proportion to the teacher's channels, whatever the
-loss and the scale of the teacher's maps. So the ends of a ResNet's stages weigh as published, each one half of the next
-(Heo et al., ICCV 2019), and the levels of a pyramid alike. docs/choosing.md has the figures.
+The factor lets the features' losses begin at 8 on average, each in proportion to the square root of the teacher's
+channels, whatever the loss and the scale of the teacher's maps. So deeper stages weigh more, and levels of one width
+alike. 8 and the root were chosen by experiment: docs/choosing.md has the figures.
 
 In a backward pass two gradients meet at a student's map: that of its distillation loss, and that of all other losses,
 called the task's here. The ratio of their norms is measured with any weights, for logs, figures and warnings.
@@ -31,7 +31,7 @@ _HEAVY, _HEAVY_STEPS = 10.0, 100  # a ratio of gradients, over so many steps, th
 _USUAL = 0.3  # ratio that a warning aims at
 _EVERY = 4  # gradients are measured on one image in four, to reduce the cost
 _UNMEASURED = 1e-3  # a feature's loss in its first two steps
-_BEGIN = 8.0  # what the losses begin at, their mean; 4 was too little for a detector (46 AP instead of 48, two seeds)
+_INITIAL = 8.0  # mean of the initial losses; 4 was too little for a detector (46 AP instead of 48, two seeds)
 _LEAST = 0.05  # of the loss of a map of zeros: the smallest loss at the start, for a student that copies its teacher
 _PIXELS = 2  # the teacher's mean square on every second row and column, equally on any number of ranks
 
@@ -74,10 +74,10 @@ class Balance(nn.Module):
     Args:
         active: False measures only, and all factors are 1.
         weights: name of each of the K features -> what its loss is multiplied by after the balance.
-        widths: of the teacher at each of them, channels.
+        teacher_channels: T of each feature.
     """
 
-    def __init__(self, active: bool, weights: Mapping[str, float], widths: Sequence[int]) -> None:
+    def __init__(self, active: bool, weights: Mapping[str, float], teacher_channels: Sequence[int]) -> None:
         super().__init__()
         self.weights = dict(weights)
         number = len(self.weights)
@@ -89,13 +89,13 @@ class Balance(nn.Module):
         self.register_buffer("running", torch.zeros(_Row.NUMBER, number), persistent=stored)
         self.register_buffer("steps", torch.zeros(number), persistent=stored)
         self.register_buffer("factors", torch.ones(number), persistent=stored)
-        shares = torch.tensor(widths, dtype=torch.float32)
-        self.register_buffer("begins", _BEGIN * shares / shares.mean(), persistent=False)
+        shares = torch.tensor(teacher_channels, dtype=torch.float32).sqrt()
+        self.register_buffer("initial_losses", _INITIAL * shares / shares.mean(), persistent=False)
         self.register_buffer("measured", torch.zeros(_Column.NUMBER, number), persistent=False)
         self.running: Tensor
         self.steps: Tensor
         self.factors: Tensor
-        self.begins: Tensor
+        self.initial_losses: Tensor
         self.measured: Tensor
 
     def watch(self, index: int, student: Tensor, given: Tensor | None = None) -> Tensor:
@@ -161,11 +161,11 @@ class Balance(nn.Module):
         self.running.copy_(torch.where(finite, torch.lerp(self.running, found, share), self.running))
         self._steps_left -= bool(self._measures and self._steps_left)
         self._measures = False
+        if self.active:
+            factors = self.initial_losses / found[_Row.LOSS]
+            self.factors.copy_(torch.where((self.steps == 1) & torch.isfinite(factors), factors, self.factors))
         self.steps += finite[_Row.LOSS if self.active else _Row.LOG_RATIO]
         self.measured.zero_()
-        if self.active:
-            factors = self.begins / self.running[_Row.LOSS]
-            self.factors.copy_(torch.where(torch.isfinite(factors), factors, self.factors))
 
     @property
     def starting(self) -> bool:
