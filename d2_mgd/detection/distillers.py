@@ -54,6 +54,11 @@ def log_recipe(cfg: CfgNode) -> None:
         )
     if cfg.MGD.WEIGHTS and recipe.balance == "auto":
         logger.warning("MGD.WEIGHTS %s are not used: MGD.BALANCE is auto, not fixed", list(cfg.MGD.WEIGHTS))
+    stop, last = cfg.MGD.SCHEDULE.STOP, cfg.SOLVER.MAX_ITER
+    if stop > last:
+        logger.warning(
+            "MGD.SCHEDULE.STOP %d is after SOLVER.MAX_ITER %d: the distillation lasts to the end", stop, last
+        )
 
 
 def make_distiller(

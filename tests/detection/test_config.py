@@ -234,8 +234,10 @@ def test_empty_keys_follow_from_the_others(overrides: list[Any], expected: Recip
     assert Recipe.of(tiny_config("retinanet", 16, *overrides)) == expected
 
 
-def test_weights_that_auto_does_not_use_are_a_warning(messages: pytest.LogCaptureFixture) -> None:
-    model = built("retinanet", "retinanet", "MGD.WEIGHTS", [6.0], "MGD.BALANCE", "auto")
+def test_settings_without_effect_are_warnings(messages: pytest.LogCaptureFixture) -> None:
+    late = ("SOLVER.MAX_ITER", 6, "SOLVER.STEPS", (), "MGD.SCHEDULE.STOP", 100)
+    model = built("retinanet", "retinanet", "MGD.WEIGHTS", [6.0], "MGD.BALANCE", "auto", *late)
+    assert "MGD.SCHEDULE.STOP 100 is after SOLVER.MAX_ITER 6" in messages.text
     assert set(model.distiller.weights.values()) == {1.0}
     assert "MGD.WEIGHTS [6.0] are not used: MGD.BALANCE is auto" in messages.text
     assert "Distilling p3, p4, p5: align matching, loss mse, matching cost cosine, norm gn," in messages.text
