@@ -170,7 +170,7 @@ def set_up(args: argparse.Namespace, cfg: CfgNode, claims: ExitStack, labels: Cf
         if comm.is_main_process():
             check_evaluators(cfg)
             check_services(args.log, args.log_student)
-    if trains and args.resume:
+    if trains and args.resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")):
         for change in changed_settings(cfg, os.path.join(cfg.OUTPUT_DIR, "config.yaml")):
             logger.warning("Changed since the training to resume: %s", change)
     with _kept(os.path.join(cfg.OUTPUT_DIR, "config.yaml")):  # tools read it, and this run may be refused yet
@@ -181,11 +181,13 @@ def set_up(args: argparse.Namespace, cfg: CfgNode, claims: ExitStack, labels: Cf
 
 @contextmanager
 def _kept(path: str) -> Iterator[None]:
-    """Context that changes nothing of a file that exists."""
+    """Context that leaves a file as it was, if there was one."""
     content = Path(path).read_bytes() if comm.is_main_process() and os.path.isfile(path) else None
-    yield
-    if content is not None:
-        Path(path).write_bytes(content)
+    try:
+        yield
+    finally:
+        if content is not None:
+            Path(path).write_bytes(content)
 
 
 def _purpose(args: argparse.Namespace, cfg: CfgNode) -> str:
@@ -227,9 +229,7 @@ def _train(args: argparse.Namespace, cfg: CfgNode, checked: CheckedConfig | None
     writers = service_writers(cfg, args.log, args.log_student, resume)
     trainer = Trainer(cfg, checked=checked, writers=writers)
     trainer.resume_or_load(resume=resume)
-    if comm.is_main_process():
-        _write_configs(cfg)
-        _write_places(cfg)
+    trainer.first_step.actions += [lambda: _write_configs(cfg), lambda: _write_places(cfg)]
     return trainer.train()
 
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -26,7 +24,6 @@ from d2_mgd.training.weights_files import read_tensors
 logger = logging.getLogger(__name__)
 
 BEST = "model_best"  # the file of the best student, without .pth
-_METRICS, _EARLIER = "metrics.json", "metrics_earlier.json"
 
 
 class TrainingCheckpointer(SafeCheckpointer):
@@ -72,18 +69,6 @@ class TrainingCheckpointer(SafeCheckpointer):
                 with disk_errors(path):
                     content = {"model": dict(self.export()), **state}
                     write_atomically(path, lambda file: torch.save(content, file))
-
-    def start_over(self) -> None:
-        """Set aside what an earlier training in the folder measured, and remove its best student."""
-        if not (self.save_dir and self.save_to_disk):
-            return
-        metrics, best = os.path.join(self.save_dir, _METRICS), os.path.join(self.save_dir, f"{BEST}.pth")
-        with disk_errors(metrics), suppress(FileNotFoundError):
-            if os.path.getsize(metrics) > 0:
-                shutil.copyfile(metrics, os.path.join(self.save_dir, _EARLIER))
-                os.truncate(metrics, 0)  # writers have it open, to append
-        with disk_errors(best), suppress(FileNotFoundError):
-            os.remove(best)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Point ``last_checkpoint`` to a file, whole or not at all."""

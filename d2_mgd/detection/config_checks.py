@@ -223,9 +223,7 @@ def validate_config(cfg: CfgNode) -> CheckedConfig:
             "such as p3 or res4."
         )
     if mgd.BALANCE == "auto" and not features:
-        raise UserError(
-            "MGD.BALANCE is auto, and MGD.FEATURES is empty, so there is nothing to balance: leave it empty."
-        )
+        raise UserError("MGD.BALANCE is auto, and MGD.FEATURES is empty: name a feature, or leave MGD.BALANCE empty.")
     if len(set(features)) != len(features):
         raise UserError(f"MGD.FEATURES names a feature twice: {', '.join(features)}.")
     feature_weights(cfg)

@@ -57,7 +57,7 @@ def log_recipe(cfg: CfgNode) -> None:
     stop, last = cfg.MGD.SCHEDULE.STOP, cfg.SOLVER.MAX_ITER
     if stop > last:
         logger.warning(
-            "MGD.SCHEDULE.STOP %d is after SOLVER.MAX_ITER %d: the distillation lasts to the end", stop, last
+            "MGD.SCHEDULE.STOP %d is after SOLVER.MAX_ITER %d: it does not fade to zero by the end", stop, last
         )
 
 

@@ -1,13 +1,15 @@
-"""Hooks of the training loop: rematching, and checkpoints."""
+"""Hooks of the training loop: rematching, the first step, and checkpoints."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, NoReturn
 
 from detectron2.config import CfgNode
@@ -21,9 +23,10 @@ from d2_mgd.detection.rematcher import Rematcher
 from d2_mgd.detection.steps import precision_of
 from d2_mgd.distill import MatchingGuidedDistiller, save_reports
 from d2_mgd.distill.rematching import observe_pass, rematch_due
-from d2_mgd.training import Interrupted
-from d2_mgd.training.processes import rank
+from d2_mgd.training import Interrupted, disk_errors
+from d2_mgd.training.processes import failing_together, rank
 from d2_mgd.visualize import matching_images
+from d2_mgd.visualize.trainings import NEW_TRAINING
 
 logger = logging.getLogger(__name__)
 
@@ -191,6 +194,29 @@ class MatchingHook(HookBase):
                 self.trainer.storage.put_image(f"matching/{name}", image.transpose(2, 0, 1))
         if self.output_dir:
             save_reports(os.path.join(self.output_dir, "matching", f"iter_{finished:07d}.npz"), reports)
+
+
+class FirstStepHook(HookBase):
+    """Does on rank 0, after this process's first step, what a start that is still refused must not do."""
+
+    def __init__(self) -> None:
+        self.actions: list[Callable[[], None]] = []
+
+    def after_step(self) -> None:
+        if self.trainer.iter == self.trainer.start_iter:
+            with failing_together():
+                for action in self.actions if rank() == 0 else ():
+                    action()
+
+
+def mark_new_training(output_dir: str) -> None:
+    """Append a line to ``metrics.json`` after which its rows are those of a new training; none to a new file."""
+    path = Path(output_dir, "metrics.json")
+    found = path.read_bytes() if path.is_file() else b""
+    if found:
+        with disk_errors(path), path.open("a", encoding="utf-8") as file:
+            cut = "" if found.endswith(b"\n") else "\n"  # by a kill
+            file.write(cut + json.dumps({"iteration": 0, NEW_TRAINING: True}) + "\n")
 
 
 class CheckpointHook(HookBase):

@@ -62,8 +62,8 @@ class TeacherVerdict:
         self._value = 0.0
         self._best: float | None = None
         if self.metric is not None:
-            value = self.metrics[self.metric]
-            self._value = 0.0 if math.isnan(value) else value  # COCO's of a detector without any prediction
+            blind = all(map(math.isnan, self.metrics.values()))  # COCO's metrics of a detector without any prediction
+            self._value = 0.0 if blind else self.metrics[self.metric]
             logger.info("teacher: %s %.2f", self.metric, self._value)
             self._judge()
 
@@ -217,6 +217,10 @@ class BestStudentHook(hooks.BestCheckpointer):
     def summarise(self) -> None:
         """Log the best evaluation and its file, and the last one."""
         if self.best_metric is None:
+            if os.path.isfile(os.path.join(self.trainer.cfg.OUTPUT_DIR, f"{BEST}.pth")):
+                logger.warning(
+                    "%s.pth is of an earlier training: this one has no evaluation with a finite metric", BEST
+                )
             return
         finished = min(self.best_iter + 1, self.trainer.max_iter)
         last = self.evaluation.metrics.get(self._val_metric)

@@ -162,8 +162,9 @@ class Balance(nn.Module):
         self._steps_left -= bool(self._measures and self._steps_left)
         self._measures = False
         if self.active:
-            factors = self.initial_losses / found[_Row.LOSS]
-            self.factors.copy_(torch.where((self.steps == 1) & torch.isfinite(factors), factors, self.factors))
+            factors = self.initial_losses / self.running[_Row.LOSS]
+            begun = (self.steps == 1) & finite[_Row.LOSS] & torch.isfinite(factors)
+            self.factors.copy_(torch.where(begun, factors, self.factors))
         self.steps += finite[_Row.LOSS if self.active else _Row.LOG_RATIO]
         self.measured.zero_()
 

@@ -16,11 +16,14 @@ from matplotlib.ticker import MaxNLocator
 from d2_mgd.errors import UserError
 from d2_mgd.visualize.style import PALETTE, legend_columns, new_figure, style
 
+NEW_TRAINING = "new_training"  # key of the line in metrics.json after which another training begins
+
 
 def read_metrics(path: str | os.PathLike[str], step: str = "iteration") -> list[dict[str, Any]]:
     """Read ``metrics.json`` of a training as one dict per step; later lines of the same step overwrite earlier values.
 
-    A resumed training writes some steps twice. Lines that a killed training has left incomplete are skipped.
+    A resumed training writes some steps twice. Of several trainings in one folder the last one counts. Lines that a
+    killed training has left incomplete are skipped.
 
     Args:
         path: of the file.
@@ -38,6 +41,9 @@ def read_metrics(path: str | os.PathLike[str], step: str = "iteration") -> list[
             continue
         if not isinstance(row, dict) or step not in row:
             raise UserError(f"a line of {path} has no key {step!r}: {line[:60]}")
+        if NEW_TRAINING in row:
+            rows.clear()
+            continue
         rows.setdefault(int(row[step]), {}).update(row)
     return [rows[number] for number in sorted(rows)]
 

@@ -71,13 +71,14 @@ def test_a_new_training_in_the_folder_of_another_says_so(
 
 
 def test_a_new_training_starts_its_metrics_anew(workplace: Any, tmp_path: Path) -> None:
-    """Those of a longer one before it would stand for its own."""
-    (tmp_path / "metrics.json").write_text('{"iteration": 99, "bbox/AP": 50.0}\n')
-    (tmp_path / "model_best.pth").write_text("of the earlier training")
-    in_process_trainer(workplace, tmp_path, "SOLVER.MAX_ITER", "2", "SOLVER.STEPS", "(1,)").train()
-    assert {row["iteration"] for row in read_metrics(tmp_path / "metrics.json")} == {0, 1, 2}
-    assert read_metrics(tmp_path / "metrics_earlier.json") == [{"iteration": 99, "bbox/AP": 50.0}]
-    assert not (tmp_path / "model_best.pth").exists()
+    """Those of a longer one before it would stand for its own. A resumed training goes on with its rows."""
+    metrics, settings = tmp_path / "metrics.json", ("SOLVER.STEPS", "(1,)", "SOLVER.MAX_ITER")
+    metrics.write_text('{"iteration": 99, "bbox/AP": 50.0}\n{"iteration": 199, "bb')
+    in_process_trainer(workplace, tmp_path, *settings, "2").train()
+    assert {row["iteration"] for row in read_metrics(metrics)} == {0, 1, 2}
+    in_process_trainer(workplace, tmp_path, *settings, "4", resume=True).train()
+    assert {row["iteration"] for row in read_metrics(metrics)} == {0, 1, 2, 3, 4}
+    assert metrics.read_text().startswith('{"iteration": 99, "bbox/AP": 50.0}')
 
 
 def test_a_student_alone_begins_as_the_distilled_one_and_sees_the_same_images(workplace: Any, tmp_path: Path) -> None:

@@ -162,13 +162,21 @@ def test_a_batch_in_parts_gives_the_same_factors() -> None:
     torch.testing.assert_close(parts.distiller.balance.factors, whole.distiller.balance.factors)
 
 
-def test_steps_without_a_loss_or_with_one_that_is_not_finite_change_nothing() -> None:
-    training = trained(steps=3, rate=0.0)
-    factors = training.distiller.balance.factors.clone()
-    assert torch.isfinite(factors).all() and (factors > 0).all()
-    training.distiller.update_balance()  # nothing was measured
-    training.step(images(0), of_teacher=math.nan)
-    assert torch.equal(training.distiller.balance.factors, factors)
+@pytest.mark.parametrize("scale", [math.nan, math.inf])
+def test_steps_without_a_loss_or_with_one_that_is_not_finite_measure_nothing(scale: float) -> None:
+    plain, training = trained(steps=3, rate=0.0), Training(rate=0.0)
+    for seed in range(3):
+        training.step(images(seed))
+        before = training.distiller.balance.state_dict()
+        before = {name: value.clone() for name, value in before.items()}
+        training.distiller.update_balance()  # nothing was measured
+        maps, task = training.student(images(seed))
+        (task + sum(training.distiller(maps, teacher(images(seed), scale)).values())).backward()
+        training.distiller.update_balance()
+        after = training.distiller.balance.state_dict()
+        torch.testing.assert_close(after["factors"], before["factors"], rtol=0, atol=0)
+        torch.testing.assert_close(after["steps"], before["steps"], rtol=0, atol=0)
+    torch.testing.assert_close(training.distiller.balance.factors, plain.distiller.balance.factors)
 
 
 def test_the_factor_of_a_schedule_is_not_balanced_away() -> None:

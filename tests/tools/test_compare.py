@@ -132,12 +132,15 @@ def test_what_cannot_be_compared_is_one_sentence(
 ) -> None:
     shutil.copytree(classification_runs / "alone", tmp_path / "begun", ignore=shutil.ignore_patterns("metrics.json"))
     (tmp_path / "other").mkdir()
+    (tmp_path / "lazy").mkdir()
+    (tmp_path / "lazy" / "config.yaml").write_text("model: {_target_: d2.Model, shape: !!python/object:d2.Shape {}}")
     one = classification_runs / "alone"
     for folders, said in [
         ([one], "two folders or more"),
         ([one, one], "is given twice"),
         ([one, tmp_path / "nowhere"], "there is no folder"),
         ([one, tmp_path / "other"], "is not the output folder of a training"),
+        ([one, tmp_path / "lazy"], "is of a python config (LazyConfig), which this tool does not read"),
         ([one, tmp_path / "begun"], "has measured nothing yet"),
         ([one, detection_runs / "alone"], "compare runs of one kind"),
     ]:
