@@ -127,5 +127,5 @@ def test_a_loading_process_that_is_killed_is_named(workplace: Any, tmp_path: Pat
 
     trainer = in_process_trainer(workplace, tmp_path, "DATALOADER.NUM_WORKERS", "1", "MGD.REMATCH.PERIODS", "[0]")
     trainer.register_hooks([KillLoader()])
-    with pytest.raises(SampleError, match=r"a loading process is gone \(DataLoader worker .*fewer DATALOADER.NUM_WORK"):
+    with pytest.raises(SampleError, match=r"a loading process is gone \(DataLoader worker .*lower DATALOADER.NUM_WORK"):
         trainer.train()
