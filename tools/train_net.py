@@ -170,10 +170,10 @@ def set_up(args: argparse.Namespace, cfg: CfgNode, claims: ExitStack, labels: Cf
         if comm.is_main_process():
             check_evaluators(cfg)
             check_services(args.log, args.log_student)
-    if trains and args.resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")):
+    if trains and args.resume:
         for change in changed_settings(cfg, os.path.join(cfg.OUTPUT_DIR, "config.yaml")):
             logger.warning("Changed since the training to resume: %s", change)
-    with _kept(os.path.join(cfg.OUTPUT_DIR, "config.yaml")):  # tools read it, and this run may be refused yet
+    with _kept(os.path.join(cfg.OUTPUT_DIR, "config.yaml")):  # tools read it, and this run may train nothing
         default_setup(cfg, args)
     if cfg.MODEL.DEVICE == "cpu":
         logger.info("No GPU is used: the model is on the CPU")
@@ -181,13 +181,14 @@ def set_up(args: argparse.Namespace, cfg: CfgNode, claims: ExitStack, labels: Cf
 
 @contextmanager
 def _kept(path: str) -> Iterator[None]:
-    """Context that leaves a file as it was, if there was one."""
-    content = Path(path).read_bytes() if comm.is_main_process() and os.path.isfile(path) else None
+    """Context that leaves a file as it was, or absent."""
+    file = Path(path)
+    before = file.read_bytes() if file.is_file() else None
     try:
         yield
     finally:
-        if content is not None:
-            Path(path).write_bytes(content)
+        if comm.is_main_process():
+            file.unlink(missing_ok=True) if before is None else file.write_bytes(before)
 
 
 def _purpose(args: argparse.Namespace, cfg: CfgNode) -> str:

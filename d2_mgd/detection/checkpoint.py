@@ -23,8 +23,6 @@ from d2_mgd.training.weights_files import read_tensors
 
 logger = logging.getLogger(__name__)
 
-BEST = "model_best"  # the file of the best student, without .pth
-
 
 class TrainingCheckpointer(SafeCheckpointer):
     """Writes and reads the checkpoints of one training.

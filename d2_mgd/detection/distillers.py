@@ -56,9 +56,7 @@ def log_recipe(cfg: CfgNode) -> None:
         logger.warning("MGD.WEIGHTS %s are not used: MGD.BALANCE is auto, not fixed", list(cfg.MGD.WEIGHTS))
     stop, last = cfg.MGD.SCHEDULE.STOP, cfg.SOLVER.MAX_ITER
     if stop > last:
-        logger.warning(
-            "MGD.SCHEDULE.STOP %d is after SOLVER.MAX_ITER %d: it does not fade to zero by the end", stop, last
-        )
+        logger.warning("MGD.SCHEDULE.STOP %d is after SOLVER.MAX_ITER %d: the weight does not reach zero", stop, last)
 
 
 def make_distiller(

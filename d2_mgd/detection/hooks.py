@@ -197,20 +197,31 @@ class MatchingHook(HookBase):
 
 
 class FirstStepHook(HookBase):
-    """Does on rank 0, after this process's first step, what a start that is still refused must not do."""
+    """Changes files of OUTPUT_DIR after this process's first step: a start that is refused before it changes nothing.
 
-    def __init__(self) -> None:
-        self.actions: list[Callable[[], None]] = []
+    A new training in a used folder begins with a line in ``metrics.json`` that parts its rows from the earlier ones.
+
+    Args:
+        output_dir: OUTPUT_DIR.
+    """
+
+    def __init__(self, output_dir: str) -> None:
+        self.output_dir = output_dir
+        self.actions: list[Callable[[], None]] = []  # more to do then, on rank 0
 
     def after_step(self) -> None:
-        if self.trainer.iter == self.trainer.start_iter:
-            with failing_together():
-                for action in self.actions if rank() == 0 else ():
+        start = self.trainer.start_iter
+        if self.trainer.iter != start:
+            return
+        with failing_together():
+            if rank() == 0:
+                if start == 0:
+                    _mark_new_training(self.output_dir)
+                for action in self.actions:
                     action()
 
 
-def mark_new_training(output_dir: str) -> None:
-    """Append a line to ``metrics.json`` after which its rows are those of a new training; none to a new file."""
+def _mark_new_training(output_dir: str) -> None:
     path = Path(output_dir, "metrics.json")
     found = path.read_bytes() if path.is_file() else b""
     if found:

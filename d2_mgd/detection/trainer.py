@@ -6,7 +6,6 @@ import inspect
 import logging
 import os
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import detectron2.utils.comm as comm
@@ -26,7 +25,7 @@ from d2_mgd.detection.config_checks import CheckedConfig, check_scaling, check_s
 from d2_mgd.detection.config_loaders import build_pass_loader, build_train_loader
 from d2_mgd.detection.datasets import check_classes, check_datasets_once
 from d2_mgd.detection.evaluation import EvaluatingTrainer
-from d2_mgd.detection.hooks import BalanceHook, CheckpointHook, FirstStepHook, distillation_hooks, mark_new_training
+from d2_mgd.detection.hooks import BalanceHook, CheckpointHook, FirstStepHook, distillation_hooks
 from d2_mgd.detection.loader import SampleError, TrainLoader
 from d2_mgd.detection.networks import build_network
 from d2_mgd.detection.norms import export_student_state
@@ -161,7 +160,7 @@ class Trainer(EvaluatingTrainer):
         """First step, timer, schedule, preemption, rematch, checkpoint, evaluation, best, balance and writers."""
         cfg = self.cfg
         self.preemption = PreemptionHook(self.save_checkpoint, lambda: self._trainer.received)
-        self.first_step = FirstStepHook()
+        self.first_step = FirstStepHook(cfg.OUTPUT_DIR)
         built: list[HookBase] = [self.first_step, hooks.IterationTimer(), hooks.LRScheduler(), self.preemption]
         if self.distilled:
             built += self._distillation_hooks()
@@ -208,8 +207,6 @@ class Trainer(EvaluatingTrainer):
             UserError: what ended it.
             SystemExit: after a signal, see :class:`PreemptionHook`.
         """
-        if self.start_iter == 0:
-            self.first_step.actions.append(partial(mark_new_training, self.cfg.OUTPUT_DIR))
         self._judge_teacher()
         try:
             super().train()
@@ -328,8 +325,10 @@ class Trainer(EvaluatingTrainer):
         if resume:
             logger.info("There is no checkpoint in %s yet: this is a new training", self.cfg.OUTPUT_DIR)
         elif self.checkpointer.has_checkpoint():
-            held = f"{self.cfg.OUTPUT_DIR} holds an earlier training, whose checkpoints this one overwrites"
-            logger.warning("%s; --resume goes on with it", held)
+            logger.warning(
+                "%s holds an earlier training, whose checkpoints this one overwrites; --resume goes on with it",
+                self.cfg.OUTPUT_DIR,
+            )
         if self.cfg.MODEL.WEIGHTS:
             left = load_weights(self.student, self.cfg.MODEL.WEIGHTS)
             self._student_is_trained = not fresh_parameters(self.student, left)

@@ -12,7 +12,6 @@ from typing import Any
 from detectron2.engine import hooks
 from detectron2.evaluation.testing import flatten_results_dict
 
-from d2_mgd.detection.checkpoint import BEST
 from d2_mgd.detection.teacher_evaluation import Metrics
 from d2_mgd.errors import CommonError
 from d2_mgd.training.processes import from_main
@@ -20,6 +19,7 @@ from d2_mgd.training.verdict import verdict
 
 logger = logging.getLogger(__name__)
 
+BEST = "model_best"  # its file, without .pth
 _LAST = "model_final"  # Detectron2's name of the checkpoint after the last iteration
 _MAIN = ("panoptic_seg/PQ", "keypoints/AP", "segm/AP", "bbox/AP", "sem_seg/mIoU", "sem_seg/IoU")
 STOPPED = "stopped_early"  # the scalar of a training that ended before SOLVER.MAX_ITER
