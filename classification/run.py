@@ -142,13 +142,14 @@ def _run(process: Process, options: argparse.Namespace) -> None:
     resume = None if options.evaluate else _agreed_resume(process, options)
     state = None if resume is None else read_training_state(resume, options.arch, classes)
     trainer, teacher = _assemble(process, options, folders)
-    _describe(trainer, teacher)
     if options.evaluate:
+        _describe(trainer, teacher)
         _evaluate(trainer, teacher, len(classes))
         return
     with claimed_for_all_ranks(options.output_dir), StopRequest(confirm=process.is_main):
         if process.is_main:
             _open_folder(options, anew=state is None)
+        _describe(trainer, teacher)
         if state is None:
             _evaluate_before(trainer, teacher, len(classes))
         seed_all(options.seed + 1 + process.rank)  # ranks differ, also after a restart with another number of ranks
@@ -266,12 +267,16 @@ def _describe(trainer: Trainer, teacher: TeacherNetwork | None) -> None:
     logger.info("student %s: %.2f million parameters", trainer.options.arch, _millions(trainer.student.network))
     if teacher is not None:
         logger.info("teacher %s: %.2f million parameters", teacher.name, _millions(teacher.network))
-    options = trainer.options
+    options, stop = trainer.options, trainer.schedules.weight.stop
     if trainer.student.distiller is not None:
         logger.info(
-            "recipe %s: --loss %s --mgd-align %s --balance %s --distill-decay %s",
-            options.recipe, options.loss, options.mgd_align, options.balance, options.distill_decay,
+            "recipe %s: --loss %s --mgd-align %s --balance %s --distill-decay %s --distill-stop %d",
+            options.recipe, options.loss, options.mgd_align, options.balance, options.distill_decay, stop,
         )  # fmt: skip
+    if stop is not None and stop > options.epochs:
+        logger.warning(
+            "--distill-stop %d is after the last epoch, %d: the weight does not reach zero", stop, options.epochs
+        )
 
 
 def _millions(network: nn.Module) -> float:

@@ -79,7 +79,8 @@ def test_mgd_with_kd_and_warm_up(mgd: Run, data: Path, tmp_path: Path, resnet18_
         1,
     ]
     teacher = ["--teacher-arch", "resnet18", "--teacher-resume", resnet18_file]
-    assert mgd(data, *arguments, "--mgd-with-kd", 1, "--recipe", "published", *teacher) == 0
+    late = ["--distill-stop", 9]
+    assert mgd(data, *arguments, "--mgd-with-kd", 1, "--recipe", "published", *teacher, *late) == 0
     history = lines(tmp_path / "run")
     assert [line["lr"] for line in history] == pytest.approx([0.01, 0.1])
     assert all(line["train_loss_kd"] > 0 for line in history)
@@ -88,6 +89,7 @@ def test_mgd_with_kd_and_warm_up(mgd: Run, data: Path, tmp_path: Path, resnet18_
     log = (tmp_path / "run" / "log.txt").read_text()
     assert 60 < record["teacher_errors"]["err1"] <= 100  # it was never trained
     assert log.count("the teacher is hardly better than chance") == 2  # before the first step, and last
+    assert "--distill-stop 9 is after the last epoch, 2: the weight does not reach zero" in log
 
 
 def test_a_baseline_is_a_run_without_a_teacher_and_is_compared(
