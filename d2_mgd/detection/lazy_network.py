@@ -32,6 +32,10 @@ def load_lazy(path: str, overrides: Sequence[Any], what: str) -> Any:
     wrong = next((word for word in overrides if "=" not in str(word)), None)
     if wrong is not None:
         raise UserError(f"{what} {path} takes overrides path.key=value, not {wrong!r}.")
+    for key in (str(word).split("=")[0] for word in overrides):
+        node, _, name = key.rpartition(".")
+        if node == "train" and node in cfg and name not in cfg.train:  # other nodes may take more than they list
+            raise UserError(f"{what} {path} has no {key}; train has: {', '.join(map(str, cfg.train))}.")
     return LazyConfig.apply_overrides(cfg, [str(word) for word in overrides])
 
 

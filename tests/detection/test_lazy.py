@@ -125,5 +125,7 @@ def test_what_is_wrong_with_a_python_config_is_one_sentence(tmp_path: Path) -> N
             load_lazy(str(path), [], "--config-file")
     with pytest.raises(UserError, match=r"takes overrides path\.key=value, not 'MODEL\.X'"):
         load_lazy(CONFIG, ["MODEL.X", "1"], "--config-file")
+    with pytest.raises(UserError, match=r"has no train\.max_iters; train has: .*max_iter,"):
+        load_lazy(CONFIG, ["train.max_iters=5"], "--config-file")
     done = train_net("--config-file", CONFIG, check=False)
     assert done.returncode == 2 and "lazyconfig_train_net.py trains those" in done.stderr
