@@ -77,7 +77,7 @@ def add_mgd_config(cfg: CfgNode) -> None:
     cfg.MGD.LOSS = "pearson"
     # "mean" over real elements, or "image_sum", the published sum over elements divided by images.
     cfg.MGD.REDUCTION = "mean"
-    # "auto": the losses begin at 8 on average, in proportion to the square root of the teacher's channels, and the
+    # "auto": the losses begin at 24 in all, each in proportion to the square root of the teacher's channels, and the
     # distillation stops at the first evaluation (TEST.EVAL_PERIOD) in which the student is better than its teacher.
     # "fixed": MGD.WEIGHTS weigh the losses. "" is "fixed" with MGD.WEIGHTS or without MGD.FEATURES, else "auto".
     cfg.MGD.BALANCE = ""

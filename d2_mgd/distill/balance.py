@@ -2,9 +2,9 @@
 
 Shape shorthand: K features, N images, S student channels, H, W.
 
-The factor lets the features' losses begin at 8 on average, each in proportion to the square root of the teacher's
-channels, whatever the loss and the scale of the teacher's maps. So deeper stages weigh more, and levels of one width
-alike. 8 and the root were chosen by experiment: docs/choosing.md has the figures.
+The factors let the sum of the features' losses begin at 24, each in proportion to the square root of the teacher's
+channels, whatever the losses, the number of features and the scale of the teacher's maps. So deeper stages weigh more,
+and levels of one width alike. 24 and the root were chosen by experiment: docs/choosing.md has the figures.
 
 In a backward pass two gradients meet at a student's map: that of its distillation loss, and that of all other losses,
 called the task's here. The ratio of their norms is measured with any weights, for logs, figures and warnings.
@@ -31,7 +31,7 @@ _HEAVY, _HEAVY_STEPS = 10.0, 100  # a ratio of gradients, over so many steps, th
 _USUAL = 0.3  # ratio that a warning aims at
 _EVERY = 4  # gradients are measured on one image in four, to reduce the cost
 _UNMEASURED = 1e-3  # a feature's loss in its first two steps
-_INITIAL = 8.0  # mean of the initial losses; 4 was too little for a detector (46 AP instead of 48, two seeds)
+_INITIAL = 24.0  # sum of the initial losses; 12 was too little for a detector (46 AP instead of 48, two seeds)
 _LEAST = 0.05  # of the loss of a map of zeros: the smallest loss at the start, for a student that copies its teacher
 _PIXELS = 2  # the teacher's mean square on every second row and column, equally on any number of ranks
 
@@ -90,7 +90,7 @@ class Balance(nn.Module):
         self.register_buffer("steps", torch.zeros(number), persistent=stored)
         self.register_buffer("factors", torch.ones(number), persistent=stored)
         shares = torch.tensor(teacher_channels, dtype=torch.float32).sqrt()
-        self.register_buffer("initial_losses", _INITIAL * shares / shares.mean(), persistent=False)
+        self.register_buffer("initial_losses", _INITIAL / number * shares / shares.mean(), persistent=False)
         self.register_buffer("measured", torch.zeros(_Column.NUMBER, number), persistent=False)
         self.running: Tensor
         self.steps: Tensor

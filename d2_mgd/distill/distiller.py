@@ -58,8 +58,8 @@ class MatchingGuidedDistiller(nn.Module):
             channel and needs equal widths.
         norm: of the student's map before it is compared: ``bn``, ``sync_bn``, ``gn``, ``none``.
         weights: feature name -> factor of its loss, after the balance; 1 by default.
-        balance: ``fixed`` leaves the losses to their weights. ``auto`` lets the losses begin at 8 on average, in
-            proportion to the square root of T, whatever the loss and the scale of the teacher's maps; then call
+        balance: ``fixed`` leaves the losses to their weights. ``auto`` lets the sum of the losses begin at 24, each in
+            proportion to the square root of T, whatever the losses and the scale of the teacher's maps; then call
             :meth:`update_balance` once after each optimiser step.
         margins: feature name -> (T,) lower bounds of the teacher's pre-activations for ``partial_l2``, from
             :func:`~d2_mgd.distill.batch_norm_margin`. Without them the teacher's map is not bounded.
