@@ -273,7 +273,7 @@ def _describe(trainer: Trainer, teacher: TeacherNetwork | None) -> None:
             "recipe %s: --loss %s --mgd-align %s --balance %s --distill-decay %s --distill-stop %d",
             options.recipe, options.loss, options.mgd_align, options.balance, options.distill_decay, stop,
         )  # fmt: skip
-    if stop is not None and stop > options.epochs:
+    if stop is not None and stop > options.epochs and trainer.process.is_main and not options.evaluate:
         logger.warning(
             "--distill-stop %d is after the last epoch, %d: the weight does not reach zero", stop, options.epochs
         )

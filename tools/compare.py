@@ -165,7 +165,7 @@ def _add_curves(report: Report, compared: Compared) -> None:
     ratios = [name for name in RATIOS if name in metrics]
     if ratios:
         caption = (
-            "How much the distillation weighs against the task: the quotient of the losses, which begins at some tens "
+            "How much the distillation weighs against the task: the quotient of the losses, which begins far above 1 "
             "with the balance auto, and that of the gradients' norms at the student's maps, the features' median. "
             "If the latter stays far above 1 in the last third of the training, let the distillation fade."
         )

@@ -77,9 +77,10 @@ def add_mgd_config(cfg: CfgNode) -> None:
     cfg.MGD.LOSS = "pearson"
     # "mean" over real elements, or "image_sum", the published sum over elements divided by images.
     cfg.MGD.REDUCTION = "mean"
-    # "auto": the losses begin at 24 in all, each in proportion to the square root of the teacher's channels, and the
-    # distillation stops at the first evaluation (TEST.EVAL_PERIOD) in which the student is better than its teacher.
-    # "fixed": MGD.WEIGHTS weigh the losses. "" is "fixed" with MGD.WEIGHTS or without MGD.FEATURES, else "auto".
+    # "auto": the features' losses sum to 24 at the start, each in proportion to the square root of the teacher's
+    # channels, and the distillation stops at the first evaluation (TEST.EVAL_PERIOD) in which the student is better
+    # than its teacher. "fixed": MGD.WEIGHTS weigh the losses. "" is "fixed" with MGD.WEIGHTS or without MGD.FEATURES,
+    # else "auto".
     cfg.MGD.BALANCE = ""
     # Which pixels count how much in the loss: "all" alike, ground-truth "boxes" and background in balance, or by the
     # teacher's "attention".

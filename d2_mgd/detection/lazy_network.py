@@ -32,10 +32,11 @@ def load_lazy(path: str, overrides: Sequence[Any], what: str) -> Any:
     wrong = next((word for word in overrides if "=" not in str(word)), None)
     if wrong is not None:
         raise UserError(f"{what} {path} takes overrides path.key=value, not {wrong!r}.")
-    for key in (str(word).split("=")[0] for word in overrides):
-        node, _, name = key.rpartition(".")
-        if node == "train" and node in cfg and name not in cfg.train:  # other nodes may take more than they list
-            raise UserError(f"{what} {path} has no {key}; train has: {', '.join(map(str, cfg.train))}.")
+    for word in map(str, overrides):
+        node, _, name = word.split("=")[0].rpartition(".")
+        if node == "train" and "train" in cfg and name not in cfg.train:  # arguments of calls need not be listed
+            known = ", ".join(map(str, cfg.train))
+            raise UserError(f"{what} {path} has no train.{name}; train has: {known}. To add it, write +{word}.")
     return LazyConfig.apply_overrides(cfg, [str(word) for word in overrides])
 
 

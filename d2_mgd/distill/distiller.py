@@ -58,9 +58,9 @@ class MatchingGuidedDistiller(nn.Module):
             channel and needs equal widths.
         norm: of the student's map before it is compared: ``bn``, ``sync_bn``, ``gn``, ``none``.
         weights: feature name -> factor of its loss, after the balance; 1 by default.
-        balance: ``fixed`` leaves the losses to their weights. ``auto`` lets the sum of the losses begin at 24, each in
-            proportion to the square root of T, whatever the losses and the scale of the teacher's maps; then call
-            :meth:`update_balance` once after each optimiser step.
+        balance: ``fixed`` leaves the losses to their weights. ``auto`` multiplies each by a constant so that, before
+            ``weights``, they sum to 24 at the start, each in proportion to the square root of T, for any losses and
+            scale of the teacher's maps; then call :meth:`update_balance` once after each optimiser step.
         margins: feature name -> (T,) lower bounds of the teacher's pre-activations for ``partial_l2``, from
             :func:`~d2_mgd.distill.batch_norm_margin`. Without them the teacher's map is not bounded.
         reduction: ``mean`` over real elements, or ``image_sum`` as published (see ``published_weights``).

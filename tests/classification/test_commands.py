@@ -79,8 +79,7 @@ def test_mgd_with_kd_and_warm_up(mgd: Run, data: Path, tmp_path: Path, resnet18_
         1,
     ]
     teacher = ["--teacher-arch", "resnet18", "--teacher-resume", resnet18_file]
-    late = ["--distill-stop", 9]
-    assert mgd(data, *arguments, "--mgd-with-kd", 1, "--recipe", "published", *teacher, *late) == 0
+    assert mgd(data, *arguments, "--mgd-with-kd", 1, "--recipe", "published", *teacher, "--distill-stop", 9) == 0
     history = lines(tmp_path / "run")
     assert [line["lr"] for line in history] == pytest.approx([0.01, 0.1])
     assert all(line["train_loss_kd"] > 0 for line in history)
@@ -104,6 +103,8 @@ def test_a_baseline_is_a_run_without_a_teacher_and_is_compared(
     assert base(data, "--arch", "mobilenet_v1", "--nesterov", 1, "--output-dir", tmp_path / "alone") == 0
     assert_same_run(tmp_path / "alone", folder / "baseline")
 
+    log = (folder / "log.txt").read_text()
+    assert "recipe recommended: --loss partial_l2 " in log and "is after the last epoch" not in log
     log = (folder / "baseline" / "log.txt").read_text()
     assert mgd(data, *teacher, "--with-baseline", "--output-dir", folder) == 2  # it already contains a run
     assert mgd(data, *teacher, "--with-baseline", "--evaluate", "--output-dir", tmp_path / "none") == 2

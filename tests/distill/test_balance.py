@@ -14,6 +14,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from d2_mgd.distill import FEATURE_LOSSES, FeatureTaps, MatchingGuidedDistiller
+from d2_mgd.distill.balance import Balance
 
 CHANNELS = {"a": (6, 12), "b": (4, 3)}
 
@@ -88,7 +89,14 @@ def gradients_at(training: Training, feature: str, batch: Tensor) -> tuple[Tenso
     return own, of_task
 
 
-def test_the_sum_of_the_losses_begins_at_24_in_proportion_to_the_root_of_the_teachers_channels() -> None:
+@pytest.mark.parametrize("widths", [[64], [64, 256], [64, 128, 256], [96] * 5])
+def test_losses_sum_to_24_at_the_start_for_any_number_of_features(widths: list[int]) -> None:
+    initial = Balance(True, {str(i): 1.0 for i in range(len(widths))}, widths).initial_losses
+    assert float(initial.sum()) == pytest.approx(24.0)
+    torch.testing.assert_close(initial / initial[0], (torch.tensor(widths) / widths[0]).sqrt())
+
+
+def test_losses_begin_in_proportion_to_the_root_of_the_teachers_channels_before_their_weights() -> None:
     training = Training(rate=0.0, weights={"b": 0.5})
     for _ in range(3):
         training.step(images(0))
