@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,11 +34,17 @@ def load_lazy(path: str, overrides: Sequence[Any], what: str) -> Any:
     if wrong is not None:
         raise UserError(f"{what} {path} takes overrides path.key=value, not {wrong!r}.")
     for word in map(str, overrides):
-        node, _, name = word.split("=")[0].rpartition(".")
-        if node == "train" and "train" in cfg and name not in cfg.train:  # arguments of calls need not be listed
-            known = ", ".join(map(str, cfg.train))
-            raise UserError(f"{what} {path} has no train.{name}; train has: {known}. To add it, write +{word}.")
+        _check_key(cfg, word, f"{what} {path}")
     return LazyConfig.apply_overrides(cfg, [str(word) for word in overrides])
+
+
+def _check_key(cfg: Any, override: str, where: str) -> None:
+    """Refuse a node, or a key of ``train``, that the config lacks. Calls check their arguments themselves."""
+    node, *keys = re.split(r"[.\[]", override.split("=")[0])
+    name, known = (keys[0], cfg.train) if node == "train" and node in cfg and keys else (node, cfg)
+    if name not in known and override[0] not in "+~":
+        listed = ", ".join(map(str, known))
+        raise UserError(f"{where} has no {name!r} for {override}; it has: {listed}. To add it, write +{override}.")
 
 
 def lazy_network_config(path: str, overrides: Sequence[Any], trusted: bool) -> CfgNode:

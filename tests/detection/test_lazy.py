@@ -125,8 +125,10 @@ def test_what_is_wrong_with_a_python_config_is_one_sentence(tmp_path: Path) -> N
             load_lazy(str(path), [], "--config-file")
     with pytest.raises(UserError, match=r"takes overrides path\.key=value, not 'MODEL\.X'"):
         load_lazy(CONFIG, ["MODEL.X", "1"], "--config-file")
-    with pytest.raises(UserError, match=r"has no train\.max_iters; train has: .*max_iter,"):
+    with pytest.raises(UserError, match=r"has no 'max_iters' for train\.max_iters=5; it has: .*max_iter, "):
         load_lazy(CONFIG, ["train.max_iters=5"], "--config-file")
+    with pytest.raises(UserError, match=r"has no 'trian' for trian\.max_iter=5; it has: .*train"):
+        load_lazy(CONFIG, ["trian.max_iter=5"], "--config-file")
     assert load_lazy(CONFIG, ["+train.max_iters=5"], "--config-file").train.max_iters == 5
     done = train_net("--config-file", CONFIG, check=False)
     assert done.returncode == 2 and "lazyconfig_train_net.py trains those" in done.stderr
