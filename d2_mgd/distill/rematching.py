@@ -94,6 +94,12 @@ def rematch(distiller: MatchingGuidedDistiller, when: str) -> dict[str, RematchR
             report.matching.num_teacher, report.num_images, report.mean_cost, report.cost.mean(),
             f"{report.changed:.1%} of channels changed, " if matched else "", report.seconds,
         )  # fmt: skip
+        if report.cost.max() == report.cost.min() and report.cost.size > 1 and rank() == 0:
+            logger.warning(
+                "%s after %s: all channels cost the same, so the matching means nothing. Maps of one pixel, whose "
+                "Pearson correlation is not defined, or constant maps do that: leave this feature out.",
+                name, when,
+            )  # fmt: skip
     return reports
 
 

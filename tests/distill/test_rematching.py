@@ -75,6 +75,15 @@ def test_an_interrupted_pass_leaves_empty_costs() -> None:
     assert distiller.costs["a"].num_images == 0
 
 
+def test_a_matching_of_single_pixels_by_correlation_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    distiller = MatchingGuidedDistiller({"p6": (4, 9), "p7": (4, 9)}, metric="pearson")
+    student, teacher = all_maps()
+    distiller.observe({"p6": student, "p7": student[..., :1, :1]}, {"p6": teacher, "p7": teacher[..., :1, :1]})
+    with caplog.at_level(logging.WARNING, "d2_mgd"):
+        rematch(distiller, "0 epochs")
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == ["p7 after 0 epochs"]
+
+
 def test_a_lost_rank_is_not_taken_for_a_failed_solver(monkeypatch: pytest.MonkeyPatch) -> None:
     distiller = observed()
     rematch(distiller, "0 steps")
