@@ -240,6 +240,7 @@ def test_settings_without_effect_are_warnings(messages: pytest.LogCaptureFixture
     assert "MGD.SCHEDULE.STOP 100 is after SOLVER.MAX_ITER 6" in messages.text
     assert set(model.distiller.weights.values()) == {1.0}
     assert "MGD.WEIGHTS [6.0] are not used: MGD.BALANCE is auto" in messages.text
+    assert "Consider SOLVER.CLIP_GRADIENTS or MGD.SCHEDULE.WARMUP" in messages.text
     assert "Distilling p3, p4, p5: align matching, loss mse, matching cost cosine, norm gn," in messages.text
 
 
