@@ -55,7 +55,7 @@ def log_recipe(cfg: CfgNode) -> None:
     if cfg.MGD.WEIGHTS and recipe.balance == "auto":
         logger.warning("MGD.WEIGHTS %s are not used: MGD.BALANCE is auto, not fixed", list(cfg.MGD.WEIGHTS))
     if recipe.balance == "auto" and not (cfg.SOLVER.CLIP_GRADIENTS.ENABLED or cfg.MGD.SCHEDULE.WARMUP):
-        logger.info("Consider SOLVER.CLIP_GRADIENTS or MGD.SCHEDULE.WARMUP: MGD.BALANCE auto gains more with them")
+        logger.info("Consider SOLVER.CLIP_GRADIENTS or MGD.SCHEDULE.WARMUP: MGD.BALANCE auto gains more with either")
     stop, last = cfg.MGD.SCHEDULE.STOP, cfg.SOLVER.MAX_ITER
     if stop > last:
         logger.warning("MGD.SCHEDULE.STOP %d is after SOLVER.MAX_ITER %d: the weight does not reach zero", stop, last)

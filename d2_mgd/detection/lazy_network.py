@@ -30,12 +30,12 @@ def load_lazy(path: str, overrides: Sequence[Any], what: str) -> Any:
         raise UserError(f"{what} {path} cannot be loaded: {reason(error)}.") from error
     if "model" not in cfg:
         raise UserError(f"{what} {path} has no 'model'; it has: {', '.join(map(str, cfg)) or 'nothing'}.")
-    wrong = next((word for word in overrides if "=" not in str(word)), None)
-    if wrong is not None:
-        raise UserError(f"{what} {path} takes overrides path.key=value, not {wrong!r}.")
-    for word in map(str, overrides):
+    words = [str(word) for word in overrides]
+    for word in words:
+        if "=" not in word:
+            raise UserError(f"{what} {path} takes overrides path.key=value, not {word!r}.")
         _check_key(cfg, word, f"{what} {path}")
-    return LazyConfig.apply_overrides(cfg, [str(word) for word in overrides])
+    return LazyConfig.apply_overrides(cfg, words)
 
 
 def _check_key(cfg: Any, override: str, where: str) -> None:

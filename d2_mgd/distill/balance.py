@@ -90,6 +90,7 @@ class Balance(nn.Module):
         self.register_buffer("steps", torch.zeros(number), persistent=stored)
         self.register_buffer("factors", torch.ones(number), persistent=stored)
         shares = torch.tensor(teacher_channels, dtype=torch.float32).sqrt()
+        # not divided by their sum: three features keep the bits of the measured trainings
         self.register_buffer("initial_losses", _INITIAL / number * shares / shares.mean(), persistent=False)
         self.register_buffer("measured", torch.zeros(_Column.NUMBER, number), persistent=False)
         self.running: Tensor

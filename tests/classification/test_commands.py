@@ -103,8 +103,8 @@ def test_a_baseline_is_a_run_without_a_teacher_and_is_compared(
     assert base(data, "--arch", "mobilenet_v1", "--nesterov", 1, "--output-dir", tmp_path / "alone") == 0
     assert_same_run(tmp_path / "alone", folder / "baseline")
 
-    log = (folder / "log.txt").read_text()
-    assert "recipe recommended: --loss partial_l2 " in log and "is after the last epoch" not in log
+    said = (folder / "log.txt").read_text()
+    assert "recipe recommended: --loss partial_l2 " in said and "is after the last epoch" not in said
     log = (folder / "baseline" / "log.txt").read_text()
     assert mgd(data, *teacher, "--with-baseline", "--output-dir", folder) == 2  # it already contains a run
     assert mgd(data, *teacher, "--with-baseline", "--evaluate", "--output-dir", tmp_path / "none") == 2
