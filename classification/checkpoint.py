@@ -22,7 +22,7 @@ from d2_mgd.training.weights_files import write_safetensors
 CHECKPOINT = "checkpoint.pth"
 STUDENT_LAST = "student_last.pth"
 STUDENT_BEST = "student_best.pth"
-FORMAT = 3
+FORMAT = 4
 
 
 def checkpoints_of(folder: Path, keep: int = 0) -> Checkpoints:

@@ -25,11 +25,12 @@ from classification.data_parallel import over_same_gpus
 from classification.distillation import Classifier, Forward
 from classification.evaluation import Evaluation, evaluate, progress_bar, until_signal
 from classification.metrics import Journal
-from classification.options import as_values
+from classification.options import as_values, gives_student
 from classification.records import write_checkpoint, write_epoch, write_matching
 from classification.schedules import Schedules
 from classification.state import Progress, Run, restore_training, training_state
 from classification.steps import Found, backward
+from d2_mgd.distill import gap_share
 from d2_mgd.distill.rematching import observe_pass, rematch
 from d2_mgd.errors import UserError, located
 from d2_mgd.training import Interrupted, received_signal
@@ -229,17 +230,30 @@ class Trainer(Run):
     # ---- evaluation and rematching
 
     def compare_with_teacher(self, err1: float) -> None:
-        """Under the balance ``auto``, train a student alone from now on whose top-1 error is below its teacher's."""
+        """Under the balance ``auto``, set the weight's share from the student's top-1 error, in percent.
+
+        That of a student that is better than its teacher is 0 from now on. Before the first step, that of a student
+        with given weights follows from its distance to its teacher.
+        """
         teacher, weight, distiller = self.progress.teacher, self.schedules.weight, self.student.distiller
-        if teacher is None or distiller is None or not distiller.balance.active or err1 >= teacher["err1"]:
+        if teacher is None or distiller is None or not distiller.balance.active:
             return
-        if weight.active(self.finished_steps / self.order.steps):
+        if err1 < teacher["err1"]:
+            if weight.active(self.finished_steps / self.order.steps):
+                logger.info(
+                    "the student (top-1 error %.2f) is better than its teacher (%.2f): the distillation stops (auto)",
+                    err1,
+                    teacher["err1"],
+                )
+            weight.share = 0.0
+        elif self.finished_steps == 0 and gives_student(self.options):
+            chance = 100.0 / len(self.data["train"].folder.classes)
+            weight.share = gap_share(100.0 - teacher["err1"], 100.0 - err1, chance)
             logger.info(
-                "the student (top-1 error %.2f) is better than its teacher (%.2f): the distillation stops (auto)",
-                err1,
-                teacher["err1"],
-            )
-        self.progress.stopped = weight.stopped = True
+                "the student has top-1 error %.2f already: the distillation has %.2f of its weight (auto)",
+                err1, weight.share,
+            )  # fmt: skip
+        self.progress.share = weight.share
 
     def evaluate(self, network: nn.Module | None = None) -> Evaluation:
         """Evaluate a network, by default the student, on the evaluation split (collective)."""
@@ -301,4 +315,4 @@ class Trainer(Run):
         """
         with located("the checkpoint does not fit these options: "):
             restore_training(self, state)
-        self.schedules.weight.stopped = self.progress.stopped
+        self.schedules.weight.share = self.progress.share

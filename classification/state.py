@@ -49,7 +49,7 @@ class Progress:
         history: metrics of each epoch.
         best: metrics of the epoch with the lowest top-1 error.
         teacher: the teacher's errors, if its classes are the data's.
-        stopped: the distillation has stopped, because the student became better than its teacher.
+        share: of the distillation's weight, see :class:`~d2_mgd.distill.WeightSchedule`.
     """
 
     epoch: int = 0
@@ -57,7 +57,7 @@ class Progress:
     history: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, Any] | None = None
     teacher: dict[str, float] | None = None
-    stopped: bool = False
+    share: float = 1.0
 
 
 class Run:

@@ -20,6 +20,7 @@ from benchmarks.accuracy.engine import Engine, Outcome, WeightStore, error_line
 from benchmarks.accuracy.networks import Staged, build_network
 from benchmarks.accuracy.steps import Maps, Steps
 from benchmarks.accuracy.study import Recipe, Run
+from d2_mgd.distill import gap_share
 
 logger = logging.getLogger(__name__)
 
@@ -137,8 +138,9 @@ class _Training:
         recipe = self.run.recipe
         auto = self.distillation if self.run.distil is not None and self.run.distil.balance == "auto" else None
         goal = math.inf if auto is None else accuracy(auto.teacher, self.split.test)
-        if auto is not None and accuracy(self.network, self.split.test) > goal:
-            self._stop(auto, 0)
+        if auto is not None and self.run.start is not None:
+            chance = 100.0 / self.split.classes
+            auto.schedule.share = gap_share(goal, accuracy(self.network, self.split.test), chance)
         self.rematch(0)
         for epoch in range(recipe.epochs):
             for group in self.optimizer.param_groups:
@@ -148,15 +150,11 @@ class _Training:
             self._epoch(epoch)
             self.outcome.accuracy.append(round(accuracy(self.network, self.split.test), 4))
             logger.info("epoch %d: %.2f", epoch + 1, self.outcome.accuracy[-1])
-            if auto is not None and self.outcome.accuracy[-1] > goal and not auto.schedule.stopped:
-                self._stop(auto, epoch + 1)
+            if auto is not None and self.outcome.accuracy[-1] > goal and auto.schedule.share:
+                auto.schedule.share = 0.0  # train alone from now on, as the trainers do
+                self.outcome.metrics["stopped"] = epoch + 1
             if epoch + 1 < recipe.epochs:
                 self.rematch(epoch + 1)
-
-    def _stop(self, distillation: Distillation, epochs: int) -> None:
-        """Train the student alone from now on, as the trainers do when it is better than its teacher."""
-        distillation.schedule.stopped = True
-        self.outcome.metrics["stopped"] = epochs
 
     def _epoch(self, epoch: int) -> None:
         self.network.train()

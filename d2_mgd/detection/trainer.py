@@ -35,7 +35,7 @@ from d2_mgd.detection.teacher_evaluation import cache_path, evaluate_once, remem
 from d2_mgd.detection.verdict import BestStudentHook, EvaluationHook, StoppedEarly, TeacherVerdict
 from d2_mgd.detection.weights import fresh_parameters, load_weights
 from d2_mgd.distill.rematching import gather_costs
-from d2_mgd.errors import UserError
+from d2_mgd.errors import UserError, located
 from d2_mgd.training import Interrupted, file_digest
 from d2_mgd.training.checkpoints import check_same_teacher
 from d2_mgd.training.modules import changed_numbers, module_numbers, set_module_numbers
@@ -238,24 +238,21 @@ class Trainer(EvaluatingTrainer):
             logger.info("Without an evaluation of the teacher, MGD.BALANCE auto does not stop the distillation")
         if metrics and self._student_is_trained:
             logger.info("Evaluating the student before the first step")
-            self._judge(from_main(self.test(self.cfg, self.detector)))
+            self._judge(from_main(self.test(self.cfg, self.detector)), 0)
 
     def _evaluate(self) -> dict[str, Any]:
         try:
             self._last_eval_results = from_main(self.test(self.cfg, self.detector))
         except Interrupted as stopped:
             self.preemption.leave(stopped.number)
-        self._judge(self._last_eval_results)
+        self._judge(self._last_eval_results, self.iter + 1)
         return self._last_eval_results
 
-    def _judge(self, results: dict[str, Any]) -> None:
-        """Compare the student with its teacher; under MGD.BALANCE auto a better student trains alone from now on."""
+    def _judge(self, results: dict[str, Any], finished: int) -> None:
+        """Compare the student with its teacher; under MGD.BALANCE auto the weight follows from it."""
         self.verdict.measured(flatten_results_dict(results))
-        if self.verdict.surpassed and self.detector.balances:
-            schedule, finished = self.detector.schedule, self.iter + 1
-            if schedule.active(finished) and finished < self.max_iter:
-                logger.info("The student is better than its teacher: the distillation stops (MGD.BALANCE auto)")
-            schedule.stopped = True
+        if self.detector.balances:
+            self.verdict.weigh(self.detector.schedule, finished, self.max_iter)
 
     def _conclude(self) -> None:
         """Log the best and the last student and the verdict on the teacher, and keep what was measured."""
@@ -300,7 +297,7 @@ class Trainer(EvaluatingTrainer):
                 "costs": None if distiller is None else distiller.cost_state_dict(),
                 "teacher": teacher.record,
                 "teacher_metrics": dict(self.verdict.metrics),
-                "stopped": self.detector.schedule.stopped,
+                "share": self.detector.schedule.share,
             }
         return state
 
@@ -362,12 +359,13 @@ class Trainer(EvaluatingTrainer):
         teacher, distiller = self.detector.teacher, self.detector.distiller
         check_same_teacher(path, state["teacher"], teacher.record)
         self.verdict = TeacherVerdict(state.get("teacher_metrics"), self.cfg.MGD.EARLY_STOP.METRIC)
-        self.detector.schedule.stopped = state.get("stopped", False)
+        self.detector.schedule.share = state.get("share", float(not state.get("stopped")))
         if (distiller is None) != (state["distiller"] is None):
             raise KeyError("one of the two distils features and the other does not")
         if distiller is None:
             return
-        distiller.load_state_dict(state["distiller"])
+        with located(f"{path} does not continue with this config: "):
+            distiller.load_state_dict(state["distiller"])
         if comm.is_main_process():  # it saved the sum over all processes
             distiller.load_cost_state_dict(state["costs"])
 

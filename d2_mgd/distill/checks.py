@@ -1,4 +1,4 @@
-"""What a distiller checks when it is made."""
+"""What a distiller checks when it is made or continues from a state."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from d2_mgd.errors import UserError
 from d2_mgd.matching import MODES
 
-__all__ = ["check_names", "check_weights", "checked_mode", "checked_ties"]
+__all__ = ["check_names", "check_state", "check_weights", "checked_mode", "checked_ties"]
 
 
 def checked_ties(
@@ -78,3 +78,20 @@ def checked_mode(mode: str | None, reducer: str, name: str, num_student: int, nu
     if reducer == "sm" and mode != "one_to_one" and num_teacher > num_student:
         raise UserError(f"feature {name}: reducer 'sm' goes with the mode 'one_to_one', not {mode!r}.")
     return mode
+
+
+def check_state(stored: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Check that a stored state dict is of the features and the balance of a distiller with the state ``own``.
+
+    Raises:
+        ValueError: it is of other features or another balance.
+    """
+    before, now = (
+        sorted({key.split(".")[1].replace("/", ".") for key in state if key.startswith("features.")})
+        for state in (stored, own)
+    )
+    if before != now:
+        raise UserError(f"the stored distiller is of the features {before}, this one of {now}.")
+    balance, wanted = ("auto" if "balance.factors" in state else "fixed" for state in (stored, own))
+    if balance != wanted:
+        raise UserError(f"the stored distiller has the balance {balance}, this one {wanted}.")

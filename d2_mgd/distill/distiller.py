@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from d2_mgd.distill.balance import BALANCES, Balance, mean_square
-from d2_mgd.distill.checks import check_names, check_weights, checked_mode, checked_ties
+from d2_mgd.distill.checks import check_names, check_state, check_weights, checked_mode, checked_ties
 from d2_mgd.distill.feature import ALIGNMENTS, MATCHED_ALIGNMENTS, FeatureDistiller
 from d2_mgd.distill.losses import FEATURE_LOSSES, REDUCTIONS
 from d2_mgd.distill.map_shapes import as_maps
@@ -305,6 +305,11 @@ class MatchingGuidedDistiller(nn.Module):
             self._feature(name).install(report.matching)
             self.costs[name].reset()
         return reports
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Continue from a state. Raises ValueError where its features or balance differ, else PyTorch's errors."""
+        check_state(state_dict, self.state_dict())
+        return super().load_state_dict(state_dict, *args, **kwargs)
 
     def cost_state_dict(self) -> dict[str, Any]:
         """This process's running costs, to resume in the middle of a collection."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from d2_mgd.errors import UserError
 
-__all__ = ["DECAYS", "RematchSchedule", "WeightSchedule"]
+__all__ = ["DECAYS", "RematchSchedule", "WeightSchedule", "gap_share"]
 
 DECAYS = ("constant", "linear", "cosine")
 
@@ -78,6 +78,20 @@ class RematchSchedule:
         return period > 0 and steps % period == 0
 
 
+def gap_share(teacher: float, student: float, chance: float = 0.0) -> float:
+    """The share of its weight that a distillation has for a student that is trained already.
+
+    The square root of the student's distance to its teacher, as a part of the teacher's to chance: 1 for a student at
+    chance, 0 for one that equals its teacher. docs/choosing.md has the figures behind it.
+
+    Args:
+        teacher, student, chance: the metric of each, the higher the better, in one unit.
+    """
+    if student >= teacher:
+        return 0.0
+    return math.sqrt(min(1.0, (teacher - student) / (teacher - chance))) if teacher > chance else 1.0
+
+
 class WeightSchedule:
     """Factor of the distillation losses as a training goes on.
 
@@ -87,8 +101,9 @@ class WeightSchedule:
     to 1 over as many steps after ``start``, as DKD is published (Zhao et al., CVPR 2022).
 
     Steps are whatever the training counts: iterations or epochs. The factor follows from their number and from
-    ``stopped``, which a checkpoint has to contain. Trainers set ``stopped`` under the balance ``auto`` at the first
-    evaluation in which the student is better than its teacher.
+    ``share``, 1 at first, which a checkpoint has to contain. Under the balance ``auto`` trainers set it before the
+    first step for a student that is trained already (:func:`gap_share`), and to 0 at the first evaluation in which the
+    student is better than its teacher.
 
     Args:
         decay: ``constant``, ``linear`` or ``cosine``.
@@ -120,17 +135,17 @@ class WeightSchedule:
         self.stop = None if stop is None else int(stop)
         self.warmup = int(warmup)
         self.end = float(end)
-        self.stopped = False  # for good, before ``stop``
+        self.share = 1.0  # of the weight; 0 ends the distillation before ``stop``
 
     def active(self, steps: float) -> bool:
-        """Whether ``steps`` finished steps lie between ``start`` and ``stop``, and the distillation has not stopped."""
-        return not self.stopped and steps >= self.start and (self.stop is None or steps < self.stop)
+        """Whether ``steps`` finished steps lie between ``start`` and ``stop``, and ``share`` is above 0."""
+        return self.share > 0.0 and steps >= self.start and (self.stop is None or steps < self.stop)
 
     def factor(self, steps: float) -> float:
         """The factor, 0 to 1, after ``steps`` finished steps."""
         if not self.active(steps):
             return 0.0
-        factor = 1.0 if self.warmup == 0 else min(1.0, (steps - self.start) / self.warmup)
+        factor = self.share if self.warmup == 0 else self.share * min(1.0, (steps - self.start) / self.warmup)
         if self.stop is None or self.decay == "constant":
             return factor
         done = (steps - self.start) / (self.stop - self.start)

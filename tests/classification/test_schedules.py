@@ -14,6 +14,7 @@ import torch
 from classification.distillation import DistillationStep, Teacher
 from classification.engine import Trainer
 from classification.options import parse_mgd, rematch_schedule, weight_schedule
+from classification.state import training_state
 from d2_mgd.errors import UserError
 from tests.classification.conftest import REPOSITORY, SMALL, Run
 from tests.classification.test_engine import trainer_of
@@ -89,6 +90,27 @@ def test_a_run_goes_on_in_the_middle_of_a_falling_weight(
         mgd(*words, "--output-dir", tmp_path / "stopped", small=False)
     assert mgd(*words, "--output-dir", tmp_path / "stopped", "--resume", "auto", small=False) == 0
     assert_same_run(tmp_path / "undisturbed", tmp_path / "stopped")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"), [(["--student-resume", "s.pth"], 0.5), ([], 1.0), (["--balance", "fixed"], 1.0)], ids=str
+)
+def test_under_auto_a_trained_student_has_less_weight_until_it_is_better_than_its_teacher(
+    data: Path, tmp_path: Path, words: list[str], expected: float
+) -> None:
+    trainer = trainer_of(data, tmp_path, *words)
+    chance = 100.0 / len(trainer.data["train"].folder.classes)
+    trainer.progress.teacher = {"err1": 0.0}
+    trainer.compare_with_teacher((100.0 - chance) / 4)  # before the first step; the root of a quarter
+    assert trainer.schedules.weight.factor(0) == pytest.approx(expected)
+    trainer.progress.epoch = 1
+    trainer.compare_with_teacher(99.0)
+    restored = trainer_of(data, tmp_path, *words)
+    restored.restore(training_state(trainer))
+    assert restored.schedules.weight.share == trainer.schedules.weight.share
+    trainer.progress.teacher = {"err1": 50.0}
+    trainer.compare_with_teacher(49.0)
+    assert trainer.schedules.weight.share == float("fixed" in words)
 
 
 def test_every_parameter_takes_part_where_nothing_is_compared(data: Path, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from d2_mgd.detection import Trainer
 from d2_mgd.detection.image_network import ImageNetwork
 from d2_mgd.detection.teacher_evaluation import cache_path, evaluate_once
 from d2_mgd.detection.verdict import TeacherVerdict, main_metric
+from d2_mgd.distill import WeightSchedule
 from d2_mgd.errors import CommonError, UserError
 from d2_mgd.training.verdict import verdict
 
@@ -178,8 +179,26 @@ def test_under_auto_a_student_better_than_its_teacher_trains_alone_also_after_a_
 
     (tmp_path / "last_checkpoint").write_text("model_0000002.pth")  # between two evaluations
     resumed = in_process_trainer(workplace, tmp_path, *settings, resume=True)
-    assert resumed.start_iter == 3 and resumed.detector.schedule.stopped == alone
+    assert resumed.start_iter == 3 and resumed.detector.schedule.share == float(not alone)
     assert resumed.verdict.metrics == {"bbox/AP": 30.0, "bbox/AP50": 50.0}
+
+
+def test_under_auto_a_trained_student_has_less_weight_also_after_a_resume(
+    workplace: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = tmp_path / "student.pth"
+    torch.save({"model": in_process_trainer(workplace, tmp_path / "before").student.state_dict()}, weights)
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
+    measured_as(monkeypatch, [22.5, *[0.0] * 4], teacher=30.0)
+    settings = (*EVALUATE, "SOLVER.CHECKPOINT_PERIOD", "2", "MGD.BALANCE", "auto", "MGD.SCHEDULE.DECAY", "constant")
+    settings += ("SOLVER.MAX_ITER", "4", "SOLVER.STEPS", "()", "MODEL.WEIGHTS", str(weights))
+    factors = Factors()
+    trainer = in_process_trainer(workplace, tmp_path, *settings)
+    trainer.register_hooks([factors])
+    trainer.train()
+    assert factors.seen == [0.5] * 4  # the root of a quarter
+    (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
+    assert in_process_trainer(workplace, tmp_path, *settings, resume=True).detector.schedule.share == 0.5
 
 
 def test_the_verdict_on_numbers() -> None:
@@ -191,9 +210,12 @@ def test_the_verdict_on_numbers() -> None:
 def test_a_teacher_without_any_detection_has_no_accuracy() -> None:
     """Its AP is NaN, and any student is better."""
     judged = TeacherVerdict({"bbox/AP": float("nan")}, "")
-    assert not judged.surpassed and "hardly better than chance (bbox/AP 0.00)" in judged.warning
+    schedule = WeightSchedule()
+    judged.weigh(schedule, 1, 2)
+    assert schedule.share == 1.0 and "hardly better than chance (bbox/AP 0.00)" in judged.warning
     judged.measured({"bbox/AP": 1.0})
-    assert judged.surpassed
+    judged.weigh(schedule, 1, 2)
+    assert schedule.share == 0.0
 
 
 def test_the_main_metric() -> None:

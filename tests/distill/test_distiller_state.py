@@ -44,6 +44,20 @@ def test_a_state_of_another_teacher_is_refused(num_teacher: int) -> None:
         MatchingGuidedDistiller({"a": (4, 8)}).load_state_dict(state[num_teacher])
 
 
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        (({"a.x": (4, 8)}, "auto"), r"of the features \['a.x', 'b'\], this one of \['a.x'\]"),
+        (({"a.x": (4, 8), "b": (4, 8)}, "fixed"), "the balance auto, this one fixed"),
+    ],
+)
+def test_a_state_of_other_features_or_balance_is_refused(changed: tuple[Any, str], expected: str) -> None:
+    state = MatchingGuidedDistiller({"a.x": (4, 8), "b": (4, 8)}, balance="auto").state_dict()
+    channels, balance = changed
+    with pytest.raises(ValueError, match=expected):
+        MatchingGuidedDistiller(channels, balance=balance).load_state_dict(state)
+
+
 def test_running_costs_resume() -> None:
     whole, half = MatchingGuidedDistiller(CHANNELS), MatchingGuidedDistiller(CHANNELS)
     whole.observe(*batch())

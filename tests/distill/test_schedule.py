@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from d2_mgd.distill import RematchSchedule, WeightSchedule
+from d2_mgd.distill import RematchSchedule, WeightSchedule, gap_share
 
 
 def due(schedule: RematchSchedule, steps: int) -> list[int]:
@@ -66,6 +66,21 @@ def test_warm_up_multiplies() -> None:
     assert [WeightSchedule(warmup=4).factor(step) for step in range(6)] == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
     both = WeightSchedule("linear", start=2, stop=10, warmup=4)
     assert both.factor(4) == pytest.approx(0.5 * 0.75)
+
+
+def test_a_share_multiplies_and_ends_it() -> None:
+    schedule = WeightSchedule("linear", stop=10)
+    schedule.share = 0.5
+    assert schedule.factor(5) == 0.25
+    schedule.share = 0.0
+    assert not schedule.active(5) and schedule.factor(5) == 0.0
+
+
+def test_the_share_of_a_trained_student_follows_from_its_distance_to_the_teacher() -> None:
+    assert gap_share(teacher=41.0, student=31.0, chance=1.0) == 0.5
+    assert gap_share(41.0, 0.0, chance=1.0) == 1.0  # worse than chance
+    assert gap_share(41.0, 41.0) == gap_share(41.0, 50.0) == 0.0
+    assert gap_share(0.5, 0.4, chance=1.0) == 1.0  # a teacher that is worse than chance
 
 
 @pytest.mark.parametrize(
