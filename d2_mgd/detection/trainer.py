@@ -251,7 +251,7 @@ class Trainer(EvaluatingTrainer):
     def _judge(self, results: dict[str, Any], finished: int) -> None:
         """Compare the student with its teacher; under MGD.BALANCE auto the weight follows from it."""
         self.verdict.measured(flatten_results_dict(results))
-        if self.detector.balances:
+        if self.distilled and self.detector.balances:
             self.verdict.weigh(self.detector.schedule, finished, self.max_iter)
 
     def _conclude(self) -> None:
