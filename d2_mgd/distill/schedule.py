@@ -81,15 +81,15 @@ class RematchSchedule:
 def gap_share(teacher: float, student: float, chance: float = 0.0) -> float:
     """The share of its weight that a distillation has for a student that is trained already.
 
-    The square root of the student's distance to its teacher, as a part of the teacher's to chance: 1 for a student at
-    chance, 0 for one that equals its teacher. docs/choosing.md has the figures behind it.
+    The student's distance to its teacher, as a part of the teacher's to chance: 1 for a student at chance, 0 for one
+    that equals its teacher. docs/weight.md has the figures behind it.
 
     Args:
         teacher, student, chance: the metric of each, the higher the better, in one unit.
     """
     if student >= teacher:
         return 0.0
-    return math.sqrt(min(1.0, (teacher - student) / (teacher - chance))) if teacher > chance else 1.0
+    return min(1.0, (teacher - student) / (teacher - chance)) if teacher > chance else 1.0
 
 
 class WeightSchedule:

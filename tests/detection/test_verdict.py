@@ -196,9 +196,9 @@ def test_under_auto_a_trained_student_has_less_weight_also_after_a_resume(
     trainer = in_process_trainer(workplace, tmp_path, *settings)
     trainer.register_hooks([factors])
     trainer.train()
-    assert factors.seen == [0.5] * 4  # the root of a quarter
+    assert factors.seen == [0.25] * 4
     (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
-    assert in_process_trainer(workplace, tmp_path, *settings, resume=True).detector.schedule.share == 0.5
+    assert in_process_trainer(workplace, tmp_path, *settings, resume=True).detector.schedule.share == 0.25
 
 
 def test_the_verdict_on_numbers() -> None:

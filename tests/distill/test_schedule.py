@@ -77,7 +77,7 @@ def test_a_share_multiplies_and_ends_it() -> None:
 
 
 def test_the_share_of_a_trained_student_follows_from_its_distance_to_the_teacher() -> None:
-    assert gap_share(teacher=41.0, student=31.0, chance=1.0) == 0.5
+    assert gap_share(teacher=41.0, student=31.0, chance=1.0) == 0.25
     assert gap_share(41.0, 0.0, chance=1.0) == 1.0  # worse than chance
     assert gap_share(41.0, 41.0) == gap_share(41.0, 50.0) == 0.0
     assert gap_share(0.5, 0.4, chance=1.0) == 1.0  # a teacher that is worse than chance
