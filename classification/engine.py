@@ -30,7 +30,6 @@ from classification.records import write_checkpoint, write_epoch, write_matching
 from classification.schedules import Schedules
 from classification.state import Progress, Run, restore_training, training_state
 from classification.steps import Found, backward
-from d2_mgd.distill import gap_share
 from d2_mgd.distill.rematching import observe_pass, rematch
 from d2_mgd.errors import UserError, located
 from d2_mgd.training import Interrupted, received_signal
@@ -230,25 +229,20 @@ class Trainer(Run):
     # ---- evaluation and rematching
 
     def compare_with_teacher(self, err1: float) -> None:
-        """Under the balance ``auto``, set the weight's share from the student's top-1 error, in percent.
-
-        That of a student that is better than its teacher is 0 from now on. Before the first step, that of a student
-        with given weights follows from its distance to its teacher.
-        """
+        """Under the balance ``auto``, set the share of the weight from the student's top-1 error, in percent."""
         teacher, weight, distiller = self.progress.teacher, self.schedules.weight, self.student.distiller
         if teacher is None or distiller is None or not distiller.balance.active:
             return
-        if err1 < teacher["err1"]:
-            if weight.active(self.finished_steps / self.order.steps):
-                logger.info(
-                    "the student (top-1 error %.2f) is better than its teacher (%.2f): the distillation stops (auto)",
-                    err1,
-                    teacher["err1"],
-                )
-            weight.share = 0.0
-        elif self.finished_steps == 0 and gives_student(self.options):
-            chance = 100.0 / len(self.data["train"].folder.classes)
-            weight.share = gap_share(100.0 - teacher["err1"], 100.0 - err1, chance)
+        was_active = weight.active(self.finished_steps / self.order.steps)
+        trained = self.finished_steps == 0 and gives_student(self.options)
+        chance = 100.0 / len(self.data["train"].folder.classes)
+        weight.compare(100.0 - teacher["err1"], 100.0 - err1, chance, trained)
+        if was_active and weight.share == 0.0:
+            logger.info(
+                "the student (top-1 error %.2f) is better than its teacher (%.2f): the distillation stops (auto)",
+                err1, teacher["err1"],
+            )  # fmt: skip
+        elif trained:
             logger.info(
                 "the student has top-1 error %.2f already: the distillation has %.2f of its weight (auto)",
                 err1, weight.share,

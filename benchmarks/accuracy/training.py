@@ -20,7 +20,6 @@ from benchmarks.accuracy.engine import Engine, Outcome, WeightStore, error_line
 from benchmarks.accuracy.networks import Staged, build_network
 from benchmarks.accuracy.steps import Maps, Steps
 from benchmarks.accuracy.study import Recipe, Run
-from d2_mgd.distill import gap_share
 
 logger = logging.getLogger(__name__)
 
@@ -139,8 +138,9 @@ class _Training:
         auto = self.distillation if self.run.distil is not None and self.run.distil.balance == "auto" else None
         goal = math.inf if auto is None else accuracy(auto.teacher, self.split.test)
         if auto is not None and self.run.start is not None:
-            chance = 100.0 / self.split.classes
-            auto.schedule.share = gap_share(goal, accuracy(self.network, self.split.test), chance)
+            before = accuracy(self.network, self.split.test)
+            auto.schedule.compare(goal, before, chance=100.0 / self.split.classes, trained=True)
+            self.outcome.metrics["share"] = auto.schedule.share
         self.rematch(0)
         for epoch in range(recipe.epochs):
             for group in self.optimizer.param_groups:
@@ -151,7 +151,7 @@ class _Training:
             self.outcome.accuracy.append(round(accuracy(self.network, self.split.test), 4))
             logger.info("epoch %d: %.2f", epoch + 1, self.outcome.accuracy[-1])
             if auto is not None and self.outcome.accuracy[-1] > goal and auto.schedule.share:
-                auto.schedule.share = 0.0  # train alone from now on, as the trainers do
+                auto.schedule.compare(goal, self.outcome.accuracy[-1])
                 self.outcome.metrics["stopped"] = epoch + 1
             if epoch + 1 < recipe.epochs:
                 self.rematch(epoch + 1)

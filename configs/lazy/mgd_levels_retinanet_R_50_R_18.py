@@ -29,9 +29,9 @@ model = L(TeacherStudentDetector)(
         precision="auto",
     ),
     features=features,
-    # as in Base-MGD-levels.yaml
+    # as in Base-MGD-levels.yaml; the warm-up is the learning rate's at train.max_iter 90000, so change both together
     distiller=dict(reducer="amp", loss="pearson", metric="pearson", norm="none", balance="auto"),
-    schedule=L(WeightSchedule)(decay="cosine", stop="${train.max_iter}"),
+    schedule=L(WeightSchedule)(decay="cosine", stop="${train.max_iter}", warmup=1000),
     rematcher=L(Rematcher)(
         schedule=L(RematchSchedule)(periods=[5000, 31000], milestones=[20000]),
         source="online",

@@ -102,7 +102,7 @@ def add_mgd_config(cfg: CfgNode) -> None:
     # Which maps the costs are measured on: "online", those of training steps, in any training loop; or "pass", those of
     # a separate pass over images, which needs our Trainer or distillation_hooks(cfg, model) in another.
     cfg.MGD.REMATCH.SOURCE = "online"
-    # Rematch before the first step.
+    # Rematch before the first step with distillation.
     cfg.MGD.REMATCH.START = True
     # Then every so many iterations, with another period from each milestone on; 0 or no period at all is never.
     cfg.MGD.REMATCH.PERIODS = [5000, 31000]
@@ -147,8 +147,9 @@ def add_mgd_config(cfg: CfgNode) -> None:
     cfg.MGD.SCHEDULE.STOP = 0
     # What "linear" and "cosine" fall to, as a share of the weight.
     cfg.MGD.SCHEDULE.END = 0.0
-    # Iterations in which the weight first rises from 0.
-    cfg.MGD.SCHEDULE.WARMUP = 0
+    # Iterations in which the weight first rises from 0. -1 is SOLVER.WARMUP_ITERS, but at most a fifth of the
+    # distillation, with the balance "auto" and without SOLVER.CLIP_GRADIENTS; else 0.
+    cfg.MGD.SCHEDULE.WARMUP = -1
 
     cfg.MGD.DATA = CfgNode()
     # Let the file names of a COCO-format data set, or links among its files, leave its image folder.

@@ -43,6 +43,7 @@ SAMPLERS = (
 )  # those of Detectron2's training loader
 PRECISIONS = ("", "float16", "bfloat16")
 MARGIN_LOSSES = ("partial_l2",)  # need a teacher's pre-activations with the margins of their batch-norm
+_FOLLOWS = -1  # MGD.SCHEDULE.WARMUP
 _MOST_REMATCHES = 10_000
 
 
@@ -59,12 +60,13 @@ class CheckedConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """MGD.METRIC, NORM, BALANCE and SCHEDULE.DECAY; what is empty in the config follows from the losses and weights."""
+    """MGD.METRIC, NORM, BALANCE, SCHEDULE.DECAY and SCHEDULE.WARMUP, with what follows from the rest of the config."""
 
     metric: str
     norm: str
     balance: str
     decay: str
+    warmup: int
 
     @classmethod
     def of(cls, cfg: CfgNode) -> Recipe:
@@ -76,7 +78,23 @@ class Recipe:
             norm=mgd.NORM or ("none" if loss == "pearson" else "gn"),
             balance=balance,
             decay=mgd.SCHEDULE.DECAY or ("cosine" if balance == "auto" else "constant"),
+            warmup=_warmup(cfg, balance),
         )
+
+
+def _warmup(cfg: CfgNode, balance: str) -> int:
+    """Iterations of the weight's warm-up.
+
+    Gradients that nothing clips need one: docs/weight.md. The limit is for trainings that are shorter than Detectron2's
+    warm-up of the learning rate, 1,000 iterations.
+    """
+    node = cfg.MGD.SCHEDULE
+    if node.WARMUP != _FOLLOWS:
+        return int(node.WARMUP)
+    if balance != "auto" or cfg.SOLVER.CLIP_GRADIENTS.ENABLED:
+        return 0
+    stop = min(node.STOP or cfg.SOLVER.MAX_ITER, cfg.SOLVER.MAX_ITER)
+    return min(cfg.SOLVER.WARMUP_ITERS, max(0, stop - node.START) // 5)
 
 
 def feature_weights(cfg: CfgNode) -> dict[str, float]:
@@ -157,10 +175,10 @@ def weight_schedule(cfg: CfgNode) -> WeightSchedule:
     node, last = cfg.MGD.SCHEDULE, cfg.SOLVER.MAX_ITER
     if last <= node.START:
         raise UserError(f"MGD.SCHEDULE.START is {node.START}, and SOLVER.MAX_ITER {last}: nothing would be distilled.")
-    decay = Recipe.of(cfg).decay
+    recipe = Recipe.of(cfg)
     with located("MGD.SCHEDULE: "):
-        schedule = WeightSchedule(decay, node.START, node.STOP or last, node.WARMUP, node.END)
-    always = decay == "constant" and not node.START and not node.WARMUP and not 0 < node.STOP < last
+        schedule = WeightSchedule(recipe.decay, node.START, node.STOP or last, recipe.warmup, node.END)
+    always = recipe.decay == "constant" and not node.START and not recipe.warmup and not 0 < node.STOP < last
     return WeightSchedule() if always else schedule
 
 

@@ -43,7 +43,7 @@ def log_recipe(cfg: CfgNode) -> None:
     recipe, options = Recipe.of(cfg), distiller_options(cfg)
     if cfg.MGD.FEATURES:
         logger.info(
-            "Distilling %s: align %s, loss %s, matching cost %s, norm %s, balance %s, decay %s",
+            "Distilling %s: align %s, loss %s, matching cost %s, norm %s, balance %s, decay %s, warm-up %d",
             ", ".join(cfg.MGD.FEATURES),
             options["align"],
             ", ".join(dict.fromkeys(options["loss"].values())),
@@ -51,11 +51,10 @@ def log_recipe(cfg: CfgNode) -> None:
             recipe.norm,
             recipe.balance,
             recipe.decay,
+            recipe.warmup,
         )
     if cfg.MGD.WEIGHTS and recipe.balance == "auto":
         logger.warning("MGD.WEIGHTS %s are not used: MGD.BALANCE is auto, not fixed", list(cfg.MGD.WEIGHTS))
-    if recipe.balance == "auto" and not (cfg.SOLVER.CLIP_GRADIENTS.ENABLED or cfg.MGD.SCHEDULE.WARMUP):
-        logger.info("Consider SOLVER.CLIP_GRADIENTS or MGD.SCHEDULE.WARMUP: MGD.BALANCE auto gains more with either")
     stop, last = cfg.MGD.SCHEDULE.STOP, cfg.SOLVER.MAX_ITER
     if stop > last:
         logger.warning("MGD.SCHEDULE.STOP %d is after SOLVER.MAX_ITER %d: the weight does not reach zero", stop, last)

@@ -63,7 +63,7 @@ class TeacherStudentDetector(nn.Module):
             ``affine`` trains scale and shift, ``sync_bn`` the statistics too, ``none`` nothing.
         schedule: factor of the distillation losses by the iteration; by default always 1.
         heads: compares the predictions of both networks' dense heads; or its options ``dense`` and ``cross``.
-        rematcher: when to rematch, and on which maps; by default before the first step alone.
+        rematcher: when to rematch, and on which maps; by default before the first step with distillation.
 
     Raises:
         ValueError: a feature that one of them lacks, strides or widths that do not fit, channel orders that cannot be

@@ -21,7 +21,7 @@ class Rematcher(nn.Module):
     Its two numbers are plain attributes of a module, which :func:`~d2_mgd.training.modules.module_numbers` keeps.
 
     Args:
-        schedule: when to rematch; by default before the first step alone.
+        schedule: when to rematch; by default before the first step with distillation.
         source: ``online``: costs are measured on the maps of training steps. ``pass``: on a separate pass over images,
             by the hook of :func:`~d2_mgd.detection.distillation_hooks`.
         every: online, observe every so many steps.

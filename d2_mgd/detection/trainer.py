@@ -226,16 +226,20 @@ class Trainer(EvaluatingTrainer):
 
     def _judge_teacher(self) -> None:
         """Evaluate the teacher, and a student whose weights are those of a whole detector (collective)."""
-        if not (self.distilled and self.cfg.MGD.TEACHER.EVALUATE):
+        if not self.distilled:
             return
         if self.start_iter > 0:  # with the verdict of its checkpoint
             self.verdict.measured({} if self.best is None else self.best.best)
             return
         teacher = self.detector.teacher
-        metrics = evaluate_once(self.cfg, teacher, lambda: self.test_teacher(self.cfg, teacher))
+        metrics = None
+        if self.cfg.MGD.TEACHER.EVALUATE:
+            metrics = evaluate_once(self.cfg, teacher, lambda: self.test_teacher(self.cfg, teacher))
         self.verdict = TeacherVerdict(metrics, self.cfg.MGD.EARLY_STOP.METRIC)
         if self.verdict.metric is None and self.detector.balances:
-            logger.info("Without an evaluation of the teacher, MGD.BALANCE auto does not stop the distillation")
+            logger.info(
+                "Without an evaluation of the teacher, MGD.BALANCE auto neither stops nor weakens the distillation"
+            )
         if metrics and self._student_is_trained:
             logger.info("Evaluating the student before the first step")
             self._judge(from_main(self.test(self.cfg, self.detector)), 0)
@@ -359,7 +363,7 @@ class Trainer(EvaluatingTrainer):
         teacher, distiller = self.detector.teacher, self.detector.distiller
         check_same_teacher(path, state["teacher"], teacher.record)
         self.verdict = TeacherVerdict(state.get("teacher_metrics"), self.cfg.MGD.EARLY_STOP.METRIC)
-        self.detector.schedule.share = state.get("share", float(not state.get("stopped")))
+        self.detector.schedule.share = state["share"]
         if (distiller is None) != (state["distiller"] is None):
             raise KeyError("one of the two distils features and the other does not")
         if distiller is None:

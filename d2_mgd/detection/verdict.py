@@ -13,7 +13,7 @@ from detectron2.engine import hooks
 from detectron2.evaluation.testing import flatten_results_dict
 
 from d2_mgd.detection.teacher_evaluation import Metrics
-from d2_mgd.distill import WeightSchedule, gap_share
+from d2_mgd.distill import WeightSchedule
 from d2_mgd.errors import CommonError
 from d2_mgd.training.processes import from_main
 from d2_mgd.training.verdict import verdict
@@ -72,19 +72,19 @@ class TeacherVerdict:
         """Take an evaluation of the student into account."""
         value = student.get(self.metric or "")
         if value is not None and value == value:  # not NaN
+            value = float(value)  # of numpy: a checkpoint contains what follows from it
             self._best = value if self._best is None else max(self._best, value)
             self._judge()
 
     def weigh(self, schedule: WeightSchedule, finished: int, last: int) -> None:
-        """Set the share of the weight that the balance ``auto`` leaves after ``finished`` of ``last`` iterations."""
+        """Set the share of the weight under the balance ``auto``, after ``finished`` of ``last`` iterations."""
         if self._best is None:
             return
-        if self._best > self._value:
-            if schedule.active(finished) and finished < last:
-                logger.info("The student is better than its teacher: the distillation stops (MGD.BALANCE auto)")
-            schedule.share = 0.0
+        was_active = schedule.active(finished) and finished < last
+        schedule.compare(self._value, self._best, trained=finished == 0)
+        if was_active and schedule.share == 0.0:
+            logger.info("The student is better than its teacher: the distillation stops (MGD.BALANCE auto)")
         elif finished == 0:
-            schedule.share = gap_share(self._value, self._best)
             logger.info(
                 "The student has %s %.2f already: the distillation has %.2f of its weight (MGD.BALANCE auto)",
                 self.metric, self._best, schedule.share,

@@ -11,7 +11,7 @@ from d2_mgd.distill.margins import batch_norm_margin
 from d2_mgd.distill.norms import NORMS
 from d2_mgd.distill.reducers import REDUCERS
 from d2_mgd.distill.reports import RematchReport, load_reports, save_reports
-from d2_mgd.distill.schedule import DECAYS, RematchSchedule, WeightSchedule, gap_share
+from d2_mgd.distill.schedule import DECAYS, RematchSchedule, WeightSchedule
 from d2_mgd.distill.spatial import SPATIAL_WEIGHTS
 from d2_mgd.distill.taps import FeatureTaps, Tap
 
@@ -38,7 +38,6 @@ __all__ = [
     "box_distribution_kd",
     "dense_box_kd",
     "dense_class_kd",
-    "gap_share",
     "kd_loss",
     "load_reports",
     "published_weights",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from d2_mgd.errors import UserError
@@ -80,18 +80,19 @@ def checked_mode(mode: str | None, reducer: str, name: str, num_student: int, nu
     return mode
 
 
-def check_state(stored: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Check that a stored state dict is of the features and the balance of a distiller with the state ``own``.
+def check_state(stored: Collection[str], own: Collection[str]) -> None:
+    """Check that the keys of a stored state are of the same features and balance as a distiller's ``own``.
 
     Raises:
-        ValueError: it is of other features or another balance.
+        ValueError: they are of other features or another balance.
     """
     before, now = (
-        sorted({key.split(".")[1].replace("/", ".") for key in state if key.startswith("features.")})
-        for state in (stored, own)
+        sorted({key.split(".")[1].replace("/", ".") for key in keys if key.startswith("features.")})
+        for keys in (stored, own)
     )
-    if before != now:
-        raise UserError(f"the stored distiller is of the features {before}, this one of {now}.")
-    balance, wanted = ("auto" if "balance.factors" in state else "fixed" for state in (stored, own))
-    if balance != wanted:
-        raise UserError(f"the stored distiller has the balance {balance}, this one {wanted}.")
+    mend = "use the same again, or start a new training."
+    if before and before != now:
+        raise UserError(f"the stored distiller is of the features {before}, this one of {now}: {mend}")
+    balance, wanted = ("auto" if "balance.factors" in keys else "fixed" for keys in (stored, own))
+    if stored and balance != wanted:
+        raise UserError(f"the stored distiller has the balance {balance}, this one {wanted}: {mend}")

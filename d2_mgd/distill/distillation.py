@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from d2_mgd.distill.checks import check_state
 from d2_mgd.distill.distiller import MatchingGuidedDistiller
 from d2_mgd.distill.margins import tap_margins
 from d2_mgd.distill.rematching import rematch
@@ -202,6 +203,12 @@ class Distillation(nn.Module):
         if self.distiller.needs_matching and (self.schedule.due(self.steps) or not self.distiller.matched):
             self.reports = rematch(self.distiller, f"{self.steps} steps") or self.reports
         self.steps += 1
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As that of :class:`~d2_mgd.distill.MatchingGuidedDistiller`."""
+        stored = [key.removeprefix("distiller.") for key in state_dict if strict and key.startswith("distiller.")]
+        check_state(stored, self.distiller.state_dict())
+        return super().load_state_dict(state_dict, strict, assign)
 
     def get_extra_state(self) -> dict[str, Any]:
         """What resuming needs besides parameters and buffers: the steps, this rank's costs, and losses not used yet."""

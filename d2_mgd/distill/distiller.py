@@ -306,10 +306,10 @@ class MatchingGuidedDistiller(nn.Module):
             self.costs[name].reset()
         return reports
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Continue from a state. Raises ValueError where its features or balance differ, else PyTorch's errors."""
-        check_state(state_dict, self.state_dict())
-        return super().load_state_dict(state_dict, *args, **kwargs)
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As PyTorch's. A ValueError names other features or another balance, unless ``strict`` is False."""
+        check_state(state_dict if strict else (), self.state_dict())
+        return super().load_state_dict(state_dict, strict, assign)
 
     def cost_state_dict(self) -> dict[str, Any]:
         """This process's running costs, to resume in the middle of a collection."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from d2_mgd.errors import UserError
 
-__all__ = ["DECAYS", "RematchSchedule", "WeightSchedule", "gap_share"]
+__all__ = ["DECAYS", "RematchSchedule", "WeightSchedule"]
 
 DECAYS = ("constant", "linear", "cosine")
 
@@ -78,20 +78,6 @@ class RematchSchedule:
         return period > 0 and steps % period == 0
 
 
-def gap_share(teacher: float, student: float, chance: float = 0.0) -> float:
-    """The share of its weight that a distillation has for a student that is trained already.
-
-    The student's distance to its teacher, as a part of the teacher's to chance: 1 for a student at chance, 0 for one
-    that equals its teacher. docs/weight.md has the figures behind it.
-
-    Args:
-        teacher, student, chance: the metric of each, the higher the better, in one unit.
-    """
-    if student >= teacher:
-        return 0.0
-    return min(1.0, (teacher - student) / (teacher - chance)) if teacher > chance else 1.0
-
-
 class WeightSchedule:
     """Factor of the distillation losses as a training goes on.
 
@@ -101,9 +87,8 @@ class WeightSchedule:
     to 1 over as many steps after ``start``, as DKD is published (Zhao et al., CVPR 2022).
 
     Steps are whatever the training counts: iterations or epochs. The factor follows from their number and from
-    ``share``, 1 at first, which a checkpoint has to contain. Under the balance ``auto`` trainers set it before the
-    first step for a student that is trained already (:func:`gap_share`), and to 0 at the first evaluation in which the
-    student is better than its teacher.
+    ``share``, which a checkpoint has to contain. It is 1 until :meth:`compare` changes it, as trainers do under the
+    balance ``auto``.
 
     Args:
         decay: ``constant``, ``linear`` or ``cosine``.
@@ -136,6 +121,21 @@ class WeightSchedule:
         self.warmup = int(warmup)
         self.end = float(end)
         self.share = 1.0  # of the weight; 0 ends the distillation before ``stop``
+
+    def compare(self, teacher: float, student: float, chance: float = 0.0, trained: bool = False) -> None:
+        """Set the share of the weight from the metrics of both networks; docs/weight.md has the figures behind it.
+
+        A student that is better than its teacher has 0 from then on. One that is ``trained`` already has
+        (teacher - student) / (teacher - chance) from the first step on, limited to 0 to 1.
+
+        Args:
+            teacher, student, chance: a metric of each, the higher the better, in one unit.
+            trained: whether this is the comparison before the first step, of a student with given weights.
+        """
+        if student > teacher:
+            self.share = 0.0
+        elif trained and teacher > chance:
+            self.share = min(1.0, (teacher - student) / (teacher - chance))
 
     def active(self, steps: float) -> bool:
         """Whether ``steps`` finished steps lie between ``start`` and ``stop``, and ``share`` is above 0."""

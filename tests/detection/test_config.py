@@ -221,13 +221,19 @@ def test_weights_that_yaml_reads_as_text() -> None:
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        ([], Recipe("pearson", "none", "auto", "cosine")),
-        (["MGD.LOSS", "mse"], Recipe("cosine", "gn", "auto", "cosine")),
-        (["MGD.LOSS", "pearson,pearson,mse"], Recipe("cosine", "gn", "auto", "cosine")),
-        (["MGD.WEIGHTS", [6.0]], Recipe("pearson", "none", "fixed", "constant")),
-        (["MGD.FEATURES", []], Recipe("cosine", "gn", "fixed", "constant")),
-        (["MGD.WEIGHTS", [6.0], "MGD.BALANCE", "auto"], Recipe("pearson", "none", "auto", "cosine")),
-        (["MGD.SCHEDULE.DECAY", "linear", "MGD.NORM", "bn"], Recipe("pearson", "bn", "auto", "linear")),
+        ([], Recipe("pearson", "none", "auto", "cosine", 1000)),
+        (["MGD.LOSS", "mse"], Recipe("cosine", "gn", "auto", "cosine", 1000)),
+        (["MGD.LOSS", "pearson,pearson,mse"], Recipe("cosine", "gn", "auto", "cosine", 1000)),
+        (["MGD.WEIGHTS", [6.0]], Recipe("pearson", "none", "fixed", "constant", 0)),
+        (["MGD.FEATURES", []], Recipe("cosine", "gn", "fixed", "constant", 0)),
+        (["MGD.WEIGHTS", [6.0], "MGD.BALANCE", "auto"], Recipe("pearson", "none", "auto", "cosine", 1000)),
+        (["MGD.SCHEDULE.DECAY", "linear", "MGD.NORM", "bn"], Recipe("pearson", "bn", "auto", "linear", 1000)),
+        (["SOLVER.CLIP_GRADIENTS.ENABLED", True], Recipe("pearson", "none", "auto", "cosine", 0)),
+        (["MGD.SCHEDULE.WARMUP", 7], Recipe("pearson", "none", "auto", "cosine", 7)),
+        (
+            ["SOLVER.MAX_ITER", 900, "MGD.SCHEDULE.START", 400, "MGD.SCHEDULE.STOP", 10**5],
+            Recipe("pearson", "none", "auto", "cosine", 100),
+        ),
     ],
 )
 def test_empty_keys_follow_from_the_others(overrides: list[Any], expected: Recipe) -> None:
@@ -240,7 +246,6 @@ def test_settings_without_effect_are_warnings(messages: pytest.LogCaptureFixture
     assert "MGD.SCHEDULE.STOP 100 is after SOLVER.MAX_ITER 6" in messages.text
     assert set(model.distiller.weights.values()) == {1.0}
     assert "MGD.WEIGHTS [6.0] are not used: MGD.BALANCE is auto" in messages.text
-    assert "Consider SOLVER.CLIP_GRADIENTS or MGD.SCHEDULE.WARMUP" in messages.text
     assert "Distilling p3, p4, p5: align matching, loss mse, matching cost cosine, norm gn," in messages.text
 
 

@@ -67,7 +67,7 @@ def test_every_config_is_built(path: str) -> None:
     model = META_ARCH_REGISTRY.get("TeacherStudentDetector")(cfg)
     assert list(model.pairs) == list(cfg.MGD.FEATURES)
     if "levels" in path:
-        assert Recipe.of(cfg) == Recipe("pearson", "none", "auto", "cosine")
+        assert Recipe.of(cfg) == Recipe("pearson", "none", "auto", "cosine", 1000)
 
 
 @pytest.mark.parametrize("path", names(sorted((CONFIGS / "lazy").glob("*.py"))))
@@ -128,7 +128,7 @@ def test_published_pair_has_the_published_numbers() -> None:
     published = published_weights("detection", cfg.MGD.FEATURES)
     assert pytest.approx([weight / processes for weight in published.values()], rel=1e-6) == cfg.MGD.WEIGHTS
     assert (cfg.MGD.REDUCER, cfg.MGD.LOSS, cfg.MGD.REDUCTION) == ("amp", "partial_l2", "image_sum")
-    assert Recipe.of(cfg) == Recipe("cosine", "gn", "fixed", "constant")
+    assert Recipe.of(cfg) == Recipe("cosine", "gn", "fixed", "constant", 0)
     assert (cfg.MGD.REMATCH.PERIODS, cfg.MGD.REMATCH.MILESTONES) == ([5000, 31000], [20000])
     assert (cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN) == ("RGB", [123.675, 116.28, 103.53])
     assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS, cfg.SOLVER.IMS_PER_BATCH) == (90000, (60000, 80000), 16)

@@ -121,6 +121,8 @@ def test_save_and_restore_changes_nothing() -> None:
         part.load_state_dict(state)
     assert [whole.step(*batch) for batch in data[4:]] == [resumed.step(*batch) for batch in data[4:]]
     assert not any("teacher" in key or "student" in key for key in states[1])
+    with pytest.raises(UserError, match="the stored distiller has the balance auto, this one fixed"):
+        Training(schedule=schedule, balance="fixed").distillation.load_state_dict(states[1])
 
 
 def test_matchings_follow_the_schedule_and_use_the_maps_of_the_last_steps() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from d2_mgd.distill import RematchSchedule, WeightSchedule, gap_share
+from d2_mgd.distill import RematchSchedule, WeightSchedule
 
 
 def due(schedule: RematchSchedule, steps: int) -> list[int]:
@@ -76,11 +76,23 @@ def test_a_share_multiplies_and_ends_it() -> None:
     assert not schedule.active(5) and schedule.factor(5) == 0.0
 
 
-def test_the_share_of_a_trained_student_follows_from_its_distance_to_the_teacher() -> None:
-    assert gap_share(teacher=41.0, student=31.0, chance=1.0) == 0.25
-    assert gap_share(41.0, 0.0, chance=1.0) == 1.0  # worse than chance
-    assert gap_share(41.0, 41.0) == gap_share(41.0, 50.0) == 0.0
-    assert gap_share(0.5, 0.4, chance=1.0) == 1.0  # a teacher that is worse than chance
+@pytest.mark.parametrize(
+    ("metrics", "trained", "share"),
+    [
+        ((41.0, 31.0, 1.0), True, 0.25),
+        ((41.0, 31.0, 1.0), False, 1.0),
+        ((41.0, 0.5, 1.0), True, 1.0),  # worse than chance
+        ((41.0, 41.0), True, 0.0),
+        ((41.0, 41.5), False, 0.0),
+        ((0.5, 0.4, 1.0), True, 1.0),  # a teacher that is worse than chance
+    ],
+)
+def test_the_share_follows_from_the_distance_to_the_teacher(
+    metrics: tuple[float, ...], trained: bool, share: float
+) -> None:
+    schedule = WeightSchedule()
+    schedule.compare(*metrics, trained=trained)
+    assert schedule.share == share
 
 
 @pytest.mark.parametrize(
