@@ -4,7 +4,7 @@ Shape shorthand: K features, N images, S student channels, H, W.
 
 The factors are chosen so that the features' losses sum to 24 at the start, each in proportion to the square root of
 the teacher's channels, for any losses, number of features and scale of the teacher's maps. So deeper stages weigh more,
-and levels of one width alike. 24 and the root were chosen by experiment: docs/choosing.md has the figures.
+and levels of one width alike. 24 and the root were chosen by experiment: docs/weight.md has the figures.
 
 In a backward pass two gradients meet at a student's map: that of its distillation loss, and that of all other losses,
 called the task's here. The ratio of their norms is measured with any weights, for logs, figures and warnings.
@@ -31,7 +31,7 @@ _HEAVY, _HEAVY_STEPS = 10.0, 100  # a ratio of gradients, over so many steps, th
 _USUAL = 0.3  # ratio that a warning aims at
 _EVERY = 4  # gradients are measured on one image in four, to reduce the cost
 _UNMEASURED = 1e-3  # a feature's loss in its first two steps
-_INITIAL = 24.0  # sum of the initial losses: docs/choosing.md, section 5
+_INITIAL = 24.0  # sum of the initial losses: docs/weight.md
 _LEAST = 0.05  # of the loss of a map of zeros: the smallest loss at the start, for a student that copies its teacher
 _PIXELS = 2  # the teacher's mean square on every second row and column, equally on any number of ranks
 
