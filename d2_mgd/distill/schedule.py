@@ -129,7 +129,9 @@ class WeightSchedule:
         (teacher - student) / (teacher - chance) from the first step on, limited to 0 to 1.
 
         Args:
-            teacher, student, chance: a metric of each, the higher the better, in one unit.
+            teacher: its metric, the higher the better.
+            student: the same of the student.
+            chance: the same of guessing.
             trained: whether this is the comparison before the first step, of a student with given weights.
         """
         if student > teacher:
