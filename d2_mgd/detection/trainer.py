@@ -231,10 +231,8 @@ class Trainer(EvaluatingTrainer):
         if self.start_iter > 0:  # with the verdict of its checkpoint
             self.verdict.measured({} if self.best is None else self.best.best)
             return
-        teacher = self.detector.teacher
-        metrics = None
-        if self.cfg.MGD.TEACHER.EVALUATE:
-            metrics = evaluate_once(self.cfg, teacher, lambda: self.test_teacher(self.cfg, teacher))
+        teacher, evaluates = self.detector.teacher, self.cfg.MGD.TEACHER.EVALUATE
+        metrics = evaluate_once(self.cfg, teacher, lambda: self.test_teacher(self.cfg, teacher)) if evaluates else None
         self.verdict = TeacherVerdict(metrics, self.cfg.MGD.EARLY_STOP.METRIC)
         if self.verdict.metric is None and self.detector.balances:
             logger.info(
