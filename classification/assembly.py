@@ -167,17 +167,18 @@ def _make_distiller(
             "feature %s: student %s %s, teacher %s %s",
             name, describe(student_taps[name]), student_maps[name], describe(teacher_taps[name]), teacher_maps[name],
         )  # fmt: skip
+    channels = {name: teacher_maps[name][0] for name in pairs}
     if options.loss is None:
-        options.loss = fitting_loss(teacher.network, teacher_taps, norms)
+        options.loss = fitting_loss(teacher.network, teacher_taps, norms, channels)
         logger.info("loss: %s, chosen by the teacher's maps; --loss selects another", options.loss)
     options.mgd_metric = options.mgd_metric or fitting_metric(options.loss)
     fixed = options.balance == "fixed"
     summed = fixed and options.loss in SUMMED_LOSSES
     weights = published_factors(pairs, options.loss_factor) if summed else dict.fromkeys(pairs, options.loss_weight)
     with located(f"{teacher.name}, "):
-        margins = tap_margins(teacher.network, teacher_taps, norms) if options.loss == "partial_l2" else None
+        margins = tap_margins(teacher.network, teacher_taps, norms, channels) if options.loss == "partial_l2" else None
     distiller = MatchingGuidedDistiller(
-        {name: (student_maps[name][0], teacher_maps[name][0]) for name in pairs},
+        {name: (student_maps[name][0], channels[name]) for name in pairs},
         reducer=options.mgd_reducer,
         loss=options.loss,
         metric=options.mgd_metric,

@@ -239,7 +239,7 @@ class Trainer(Run):
         weight.compare(100.0 - teacher["err1"], 100.0 - err1, chance, trained)
         if was_active and weight.share == 0.0:
             logger.info(
-                "the student (top-1 error %.2f) is better than its teacher (%.2f): the distillation stops (auto)",
+                "the student (top-1 error %.2f) is as good as its teacher (%.2f): the distillation stops (auto)",
                 err1, teacher["err1"],
             )  # fmt: skip
         elif trained:

@@ -162,6 +162,11 @@ def _run(process: Process, options: argparse.Namespace) -> None:
         print(_summary(progress, options, teacher))
     if progress.best is not None:
         _judge_teacher(trainer, progress.best["err1"])
+        if process.is_main and progress.before is not None and progress.best["err1"] > progress.before:
+            logger.warning(
+                "the student was better before this training: top-1 error %.2f, now %.2f at best",
+                progress.before, progress.best["err1"],
+            )  # fmt: skip
 
 
 def _restore(trainer: Trainer, path: Path, state: dict[str, Any]) -> None:
@@ -173,6 +178,8 @@ def _restore(trainer: Trainer, path: Path, state: dict[str, Any]) -> None:
     trainer.restore(state)
     done = trainer.progress
     logger.info("Resumed %s: %d epochs and %d steps are done", path, done.epoch, done.step)
+    if done.share < 1.0:
+        logger.info("the distillation has %.2f of its weight (auto)", done.share)
 
 
 def _start_logging(process: Process) -> None:
@@ -322,6 +329,8 @@ def _evaluate_before(trainer: Trainer, teacher: TeacherNetwork | None, num_class
     except Interrupted as stopped:
         trainer.leave(stopped.number)
     logger.info("student before training: error top-1 %.3f, top-5 %.3f", found.err1, found.err5)
+    if gives_student(trainer.options):
+        trainer.progress.before = found.err1
     trainer.compare_with_teacher(found.err1)
     _judge_teacher(trainer, found.err1)
 

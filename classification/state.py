@@ -50,6 +50,7 @@ class Progress:
         best: metrics of the epoch with the lowest top-1 error.
         teacher: the teacher's errors, if its classes are the data's.
         share: of the distillation's weight, see :class:`~d2_mgd.distill.WeightSchedule`.
+        before: top-1 error of a student with given weights, before the first step.
     """
 
     epoch: int = 0
@@ -58,6 +59,7 @@ class Progress:
     best: dict[str, Any] | None = None
     teacher: dict[str, float] | None = None
     share: float = 1.0
+    before: float | None = None
 
 
 class Run:

@@ -55,7 +55,15 @@ def log_recipe(cfg: CfgNode) -> None:
         )
     if cfg.MGD.WEIGHTS and recipe.balance == "auto":
         logger.warning("MGD.WEIGHTS %s are not used: MGD.BALANCE is auto, not fixed", list(cfg.MGD.WEIGHTS))
+    if recipe.balance == "auto" and not cfg.TEST.EVAL_PERIOD:
+        logger.info(
+            "Without TEST.EVAL_PERIOD, the distillation does not stop when the student is better than its teacher"
+        )
     stop, last = cfg.MGD.SCHEDULE.STOP, cfg.SOLVER.MAX_ITER
+    if recipe.warmup > last:
+        logger.warning(
+            "MGD.SCHEDULE.WARMUP %d is more than SOLVER.MAX_ITER %d: the weight stays low", recipe.warmup, last
+        )
     if stop > last:
         logger.warning("MGD.SCHEDULE.STOP %d is after SOLVER.MAX_ITER %d: the weight does not reach zero", stop, last)
 

@@ -230,17 +230,17 @@ class Trainer(EvaluatingTrainer):
             return
         if self.start_iter > 0:  # with the verdict of its checkpoint
             self.verdict.measured({} if self.best is None else self.best.best)
-            return
-        teacher, evaluates = self.detector.teacher, self.cfg.MGD.TEACHER.EVALUATE
-        metrics = evaluate_once(self.cfg, teacher, lambda: self.test_teacher(self.cfg, teacher)) if evaluates else None
-        self.verdict = TeacherVerdict(metrics, self.cfg.MGD.EARLY_STOP.METRIC)
-        if self.verdict.metric is None and self.detector.balances:
-            logger.info(
-                "Without an evaluation of the teacher, MGD.BALANCE auto neither stops nor weakens the distillation"
-            )
-        if metrics and self._student_is_trained:
-            logger.info("Evaluating the student before the first step")
-            self._judge(from_main(self.test(self.cfg, self.detector)), 0)
+        else:
+            teacher = self.detector.teacher
+            metrics = None
+            if self.cfg.MGD.TEACHER.EVALUATE:
+                metrics = evaluate_once(self.cfg, teacher, lambda: self.test_teacher(self.cfg, teacher))
+            self.verdict = TeacherVerdict(metrics, self.cfg.MGD.EARLY_STOP.METRIC)
+            if metrics and self._student_is_trained:
+                logger.info("Evaluating the student before the first step")
+                self._judge(from_main(self.test(self.cfg, self.detector)), 0)
+        if self.detector.balances:
+            self.verdict.log_share(self.detector.schedule.share)
 
     def _evaluate(self) -> dict[str, Any]:
         try:
@@ -252,7 +252,7 @@ class Trainer(EvaluatingTrainer):
 
     def _judge(self, results: dict[str, Any], finished: int) -> None:
         """Compare the student with its teacher; under MGD.BALANCE auto the weight follows from it."""
-        self.verdict.measured(flatten_results_dict(results))
+        self.verdict.measured(flatten_results_dict(results), before=finished == 0)
         if self.distilled and self.detector.balances:
             self.verdict.weigh(self.detector.schedule, finished, self.max_iter)
 
@@ -266,8 +266,7 @@ class Trainer(EvaluatingTrainer):
             remember(path, flatten_results_dict(self._last_eval_results))
         if self.best is not None:
             self.best.summarise()
-        if self.verdict.warning:
-            logger.warning(self.verdict.warning)
+        self.verdict.summarise({} if self.best is None else self.best.best)
 
     # --- checkpoints ---
 
@@ -299,6 +298,7 @@ class Trainer(EvaluatingTrainer):
                 "costs": None if distiller is None else distiller.cost_state_dict(),
                 "teacher": teacher.record,
                 "teacher_metrics": dict(self.verdict.metrics),
+                "student_before": self.verdict.before,
                 "share": self.detector.schedule.share,
             }
         return state
@@ -361,7 +361,7 @@ class Trainer(EvaluatingTrainer):
         teacher, distiller = self.detector.teacher, self.detector.distiller
         check_same_teacher(path, state["teacher"], teacher.record)
         self.verdict = TeacherVerdict(state.get("teacher_metrics"), self.cfg.MGD.EARLY_STOP.METRIC)
-        self.detector.schedule.share = state["share"]
+        self.verdict.before, self.detector.schedule.share = state["student_before"], state["share"]
         if (distiller is None) != (state["distiller"] is None):
             raise KeyError("one of the two distils features and the other does not")
         if distiller is None:

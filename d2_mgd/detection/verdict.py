@@ -60,6 +60,7 @@ class TeacherVerdict:
         self.metrics = teacher or {}
         self.metric = main_metric(self.metrics) if wanted not in self.metrics else wanted
         self.warning = ""
+        self.before: float | None = None  # of a trained student, before the first step
         self._value = 0.0
         self._best: float | None = None
         if self.metric is not None:
@@ -68,27 +69,50 @@ class TeacherVerdict:
             logger.info("teacher: %s %.2f", self.metric, self._value)
             self._judge()
 
-    def measured(self, student: Metrics) -> None:
-        """Take an evaluation of the student into account."""
+    def measured(self, student: Metrics, before: bool = False) -> None:
+        """Take an evaluation of the student into account, perhaps that before the first step."""
         value = student.get(self.metric or "")
         if value is not None and value == value:  # not NaN
             value = float(value)  # of numpy: a checkpoint contains what follows from it
             self._best = value if self._best is None else max(self._best, value)
+            self.before = value if before else self.before
             self._judge()
 
     def weigh(self, schedule: WeightSchedule, finished: int, last: int) -> None:
         """Set the share of the weight under the balance ``auto``, after ``finished`` of ``last`` iterations."""
         if self._best is None:
             return
-        was_active = schedule.active(finished) and finished < last
+        was_active = schedule.active(finished) and 0 < finished < last
         schedule.compare(self._value, self._best, trained=finished == 0)
         if was_active and schedule.share == 0.0:
-            logger.info("The student is better than its teacher: the distillation stops (MGD.BALANCE auto)")
-        elif finished == 0:
             logger.info(
-                "The student has %s %.2f already: the distillation has %.2f of its weight (MGD.BALANCE auto)",
-                self.metric, self._best, schedule.share,
+                "The student (%s %.2f) is better than its teacher (%.2f): the distillation stops (MGD.BALANCE auto)",
+                self.metric, self._best, self._value,
             )  # fmt: skip
+
+    def log_share(self, share: float) -> None:
+        """Log what the balance ``auto`` does with the weight from the first step of this start on."""
+        if self.metric is None:
+            logger.info(
+                "The teacher was not evaluated before the first step: MGD.BALANCE auto neither lowers the weight for a "
+                "trained student nor stops the distillation"
+            )
+        elif share < 1.0:
+            why = "the student is as good as its teacher" if share == 0.0 else "the student is trained already"
+            logger.info("The distillation has %.2f of its weight: %s (MGD.BALANCE auto)", share, why)
+
+    def summarise(self, best: Metrics) -> None:
+        """Log the verdict on the teacher, and warn of a student that was better before the training."""
+        if self.warning:
+            logger.warning(self.warning)
+        value = best.get(self.metric or "")
+        if value is not None and self.before is not None and value < self.before:
+            logger.warning(
+                "The student was better before this training: %s %.2f, now %.2f at best",
+                self.metric,
+                self.before,
+                value,
+            )
 
     def _judge(self) -> None:
         assert self.metric is not None

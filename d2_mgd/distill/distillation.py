@@ -101,6 +101,8 @@ class Distillation(nn.Module):
     ) -> None:
         super().__init__()
         student, teacher = _unwrapped(student), _unwrapped(teacher)
+        if not (schedule is None or isinstance(schedule, RematchSchedule)):
+            raise UserError(f"schedule says when to rematch: a RematchSchedule, not a {type(schedule).__name__}.")
         if student is teacher:
             raise UserError("student and teacher are the same network: give a copy of it as the teacher.")
         images_of = [example_image(network) if images is None else images for network in (student, teacher)]
@@ -110,13 +112,14 @@ class Distillation(nn.Module):
         teacher_taps = {name: _tap(of_teacher) for name, (_, of_teacher) in features.items()}
         student_maps = measure_maps("the student", student, student_taps, images_of[0])
         teacher_maps = measure_maps("the teacher", teacher, teacher_taps, images_of[1])
-        self.loss = fitting_loss(teacher, teacher_taps) if loss == "auto" else loss
+        channels = {name: shape[0] for name, shape in teacher_maps.items()}
+        self.loss = fitting_loss(teacher, teacher_taps, channels=channels) if loss == "auto" else loss
         settings: dict[str, Any] = {"weights": dict.fromkeys(features, weight), "metric": fitting_metric(self.loss)}
         if self.loss == "pearson":
             settings["norm"] = "none"  # the loss is independent of the scale and the offset of a channel
         if self.loss == "partial_l2":
-            settings["margins"] = tap_margins(teacher, teacher_taps)
-        widths = {name: (student_maps[name][0], teacher_maps[name][0]) for name in features}
+            settings["margins"] = tap_margins(teacher, teacher_taps, channels=channels)
+        widths = {name: (student_maps[name][0], channels[name]) for name in features}
         self.distiller = MatchingGuidedDistiller(widths, loss=self.loss, balance=balance, **(settings | options))
         self.distiller.to(next(student.parameters()).device)
         for parameter in self.distiller.parameters():

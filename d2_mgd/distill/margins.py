@@ -74,7 +74,10 @@ def is_batch_norm(module: nn.Module) -> bool:
 
 
 def tap_margins(
-    network: nn.Module, taps: Mapping[str, Tap], norms: Mapping[str, str | None] | None = None
+    network: nn.Module,
+    taps: Mapping[str, Tap],
+    norms: Mapping[str, str | None] | None = None,
+    channels: Mapping[str, int] | None = None,
 ) -> dict[str, Tensor]:
     """Feature -> (C,) margins of the tapped map, from the last batch-norm inside the tapped module.
 
@@ -82,15 +85,22 @@ def tap_margins(
         network: the teacher.
         taps: feature name -> tap before an activation, or of a module that is or ends in a batch-norm.
         norms: feature name -> path of the batch-norm to use instead, for any tap.
+        channels: feature name -> C, to be checked.
 
     Raises:
-        UserError: a map does not come from a batch-norm, or a norm does not exist.
+        UserError: a map does not come from a batch-norm, or only a part of it; or a norm does not exist.
     """
     modules = dict(network.named_modules())
     found = {}
     for feature, tap in taps.items():
         with located(f"feature {feature}: "):
             found[feature] = batch_norm_margin(_norm(modules, tap, (norms or {}).get(feature)))
+            width = len(found[feature])
+            if channels is not None and width != channels[feature]:
+                raise UserError(
+                    f"{tap.module!r} has {channels[feature]} channels, but its last batch-norm has {width}, so there "
+                    "are no margins for partial_l2: use the loss mse or pearson."
+                )
     return found
 
 

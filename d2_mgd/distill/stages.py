@@ -146,10 +146,15 @@ def measure_maps(
     return {feature: grid for feature, grid in zip(maps, grids) if grid is not None}
 
 
-def fitting_loss(teacher: nn.Module, taps: Mapping[str, Tap], norms: Mapping[str, str | None] | None = None) -> str:
+def fitting_loss(
+    teacher: nn.Module,
+    taps: Mapping[str, Tap],
+    norms: Mapping[str, str | None] | None = None,
+    channels: Mapping[str, int] | None = None,
+) -> str:
     """``partial_l2`` if every tapped map of the teacher has margins, else ``pearson``. Arguments as `tap_margins`."""
     try:
-        tap_margins(teacher, taps, norms)
+        tap_margins(teacher, taps, norms, channels)
     except UserError:
         return "pearson"
     return "partial_l2"

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torchvision
 
+from classification.models import build
 from classification.options import parse_base, parse_mgd
 
 Run = Callable[..., int]
@@ -83,3 +84,14 @@ def test_help_is_grouped_and_shows_every_default() -> None:
         words = " ".join(text.split())
         assert "seed of new weights, and of the order, crops and flips of images (default: 0)" in words
         assert "default: False" not in words and "default: None" not in words
+
+
+def test_a_teacher_whose_maps_come_from_several_batch_norms_has_no_margins(run: tuple[Run, Path], capfd: Shown) -> None:
+    """A unit of ShuffleNet-V2 concatenates the channels that it passes with those of its batch-norm."""
+    train, folder = run
+    teacher = ["--teacher-arch", "shufflenet_v2_x0_5", "--teacher-resume"]
+    teacher += [_weights(build("shufflenet_v2_x0_5", 3), folder)]
+    assert train("--arch", "resnet18", *teacher, "--lr", 0.001) == 0
+    assert "loss: pearson, chosen by the teacher's maps" in capfd.readouterr().err
+    assert train("--arch", "resnet18", *teacher, "--loss", "partial_l2", "--output-dir", folder / "other") == 2
+    assert "has 48 channels, but its last batch-norm has 24" in capfd.readouterr().err

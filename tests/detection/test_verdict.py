@@ -184,7 +184,7 @@ def test_under_auto_a_student_better_than_its_teacher_trains_alone_also_after_a_
 
 
 def test_under_auto_a_trained_student_has_less_weight_also_after_a_resume(
-    workplace: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workplace: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, messages: pytest.LogCaptureFixture
 ) -> None:
     weights = tmp_path / "student.pth"
     torch.save({"model": in_process_trainer(workplace, tmp_path / "before").student.state_dict()}, weights)
@@ -208,7 +208,13 @@ def test_under_auto_a_trained_student_has_less_weight_also_after_a_resume(
     trainer.train()
     assert factors.seen == [0.25] * 4
     (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
-    assert in_process_trainer(workplace, tmp_path, *settings, resume=True).detector.schedule.share == 0.25
+    resumed = in_process_trainer(workplace, tmp_path, *settings, resume=True)
+    assert resumed.detector.schedule.share == 0.25 and resumed.verdict.before == 22.5
+    messages.clear()
+    resumed._judge_teacher()
+    resumed.verdict.summarise({"bbox/AP": 20.0})
+    assert "The distillation has 0.25 of its weight: the student is trained already" in messages.text
+    assert "better before this training: bbox/AP 22.50, now 20.00 at best" in messages.text
 
 
 def test_the_verdict_on_numbers() -> None:
