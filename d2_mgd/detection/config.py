@@ -78,9 +78,9 @@ def add_mgd_config(cfg: CfgNode) -> None:
     # "mean" over real elements, or "image_sum", the published sum over elements divided by images.
     cfg.MGD.REDUCTION = "mean"
     # "auto": the features' losses sum to 24 at the start, each in proportion to the square root of the teacher's
-    # channels, and the distillation stops at the first evaluation (TEST.EVAL_PERIOD) in which the student is better
-    # than its teacher. "fixed": MGD.WEIGHTS weigh the losses. "" is "fixed" with MGD.WEIGHTS or without MGD.FEATURES,
-    # else "auto".
+    # channels. A student that is trained already has less weight, by its distance to the teacher. At the first
+    # evaluation (TEST.EVAL_PERIOD) in which the student is better than its teacher, the distillation stops.
+    # "fixed": MGD.WEIGHTS weigh the losses. "" is "fixed" with MGD.WEIGHTS or without MGD.FEATURES, else "auto".
     cfg.MGD.BALANCE = ""
     # Which pixels count how much in the loss: "all" alike, ground-truth "boxes" and background in balance, or by the
     # teacher's "attention".
