@@ -122,8 +122,8 @@ def add_distillation(parser: argparse.ArgumentParser) -> None:
         help="divisor of partial_l2 and mse, which are sums over an image (published: 1e4 for 224 px)")
     add("--loss-weight", type=number(0.0), default=1.0, help="weight of pearson and channel_kl, which are means")
     add("--balance", choices=BALANCES, default="auto",
-        help="weights of the features: from the losses, less for a student that is trained already, until the student is "
-        "better than its teacher (auto); or fixed, those of --loss-weight or --loss-factor, either of which selects fixed")
+        help="weights of the features: from the losses, less for a trained student, until better than its teacher "
+        "(auto); or fixed, those of --loss-weight or --loss-factor, either of which selects fixed")
     add("--mgd-spatial", choices=[name for name in names(SPATIAL_WEIGHTS) if name != "boxes"], default="all",
         help="weights of the pixels in the feature loss: equal, or the teacher's attention")
     add = parser.add_argument_group("matching").add_argument
