@@ -150,9 +150,10 @@ class _Training:
             self._epoch(epoch)
             self.outcome.accuracy.append(round(accuracy(self.network, self.split.test), 4))
             logger.info("epoch %d: %.2f", epoch + 1, self.outcome.accuracy[-1])
-            if auto is not None and self.outcome.accuracy[-1] > goal and auto.schedule.share:
+            if auto is not None and auto.schedule.share:
                 auto.schedule.compare(goal, self.outcome.accuracy[-1])
-                self.outcome.metrics["stopped"] = epoch + 1
+                if not auto.schedule.share:
+                    self.outcome.metrics["stopped"] = epoch + 1
             if epoch + 1 < recipe.epochs:
                 self.rematch(epoch + 1)
 

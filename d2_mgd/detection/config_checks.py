@@ -85,8 +85,8 @@ class Recipe:
 def _warmup(cfg: CfgNode, balance: str) -> int:
     """Iterations of the weight's warm-up.
 
-    Gradients that nothing clips need one: docs/weight.md. The limit is for trainings that are shorter than Detectron2's
-    warm-up of the learning rate, 1,000 iterations.
+    Where nothing clips the gradients, one helped on average: docs/weight.md. The limit is for trainings shorter than
+    Detectron2's warm-up of the learning rate, 1,000 iterations.
     """
     node = cfg.MGD.SCHEDULE
     if node.WARMUP != _FOLLOWS:

@@ -209,8 +209,9 @@ class Distillation(nn.Module):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As that of :class:`~d2_mgd.distill.MatchingGuidedDistiller`."""
-        stored = [key.removeprefix("distiller.") for key in state_dict if strict and key.startswith("distiller.")]
-        check_state(stored, self.distiller.state_dict())
+        if strict:
+            stored = [key.removeprefix("distiller.") for key in state_dict if key.startswith("distiller.")]
+            check_state(stored, self.distiller.state_dict())
         return super().load_state_dict(state_dict, strict, assign)
 
     def get_extra_state(self) -> dict[str, Any]:

@@ -308,7 +308,8 @@ class MatchingGuidedDistiller(nn.Module):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As PyTorch's. A ValueError names other features or another balance, unless ``strict`` is False."""
-        check_state(state_dict if strict else (), self.state_dict())
+        if strict:
+            check_state(state_dict, self.state_dict())
         return super().load_state_dict(state_dict, strict, assign)
 
     def cost_state_dict(self) -> dict[str, Any]:

@@ -241,9 +241,11 @@ def test_empty_keys_follow_from_the_others(overrides: list[Any], expected: Recip
 
 
 def test_settings_without_effect_are_warnings(messages: pytest.LogCaptureFixture) -> None:
-    late = ("SOLVER.MAX_ITER", 6, "SOLVER.STEPS", (), "MGD.SCHEDULE.STOP", 100)
+    late = ("SOLVER.MAX_ITER", 6, "SOLVER.STEPS", (), "MGD.SCHEDULE.STOP", 100, "MGD.SCHEDULE.WARMUP", 7)
     model = built("retinanet", "retinanet", "MGD.WEIGHTS", [6.0], "MGD.BALANCE", "auto", *late)
     assert "MGD.SCHEDULE.STOP 100 is after SOLVER.MAX_ITER 6" in messages.text
+    assert "MGD.SCHEDULE.WARMUP 7 is more than SOLVER.MAX_ITER 6" in messages.text
+    assert "Without TEST.EVAL_PERIOD, the distillation does not stop" in messages.text
     assert set(model.distiller.weights.values()) == {1.0}
     assert "MGD.WEIGHTS [6.0] are not used: MGD.BALANCE is auto" in messages.text
     assert "Distilling p3, p4, p5: align matching, loss mse, matching cost cosine, norm gn," in messages.text

@@ -190,17 +190,8 @@ def test_under_auto_a_trained_student_has_less_weight_also_after_a_resume(
     torch.save({"model": in_process_trainer(workplace, tmp_path / "before").student.state_dict()}, weights)
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "cache"))
     measured_as(monkeypatch, [np.float64(22.5), *[26.0] * 4], teacher=30.0)
-    settings = (
-        *EVALUATE,
-        "TEST.EVAL_PERIOD",
-        "1",
-        "SOLVER.CHECKPOINT_PERIOD",
-        "2",
-        "MGD.BALANCE",
-        "auto",
-        "MGD.SCHEDULE.DECAY",
-        "constant",
-    )
+    settings = (*EVALUATE, "TEST.EVAL_PERIOD", "1", "SOLVER.CHECKPOINT_PERIOD", "2", "MGD.BALANCE", "auto")
+    settings += ("MGD.SCHEDULE.DECAY", "constant")
     settings += ("SOLVER.MAX_ITER", "4", "SOLVER.STEPS", "()", "MODEL.WEIGHTS", str(weights))
     factors = Factors()
     trainer = in_process_trainer(workplace, tmp_path, *settings)
